@@ -1,0 +1,51 @@
+# Everything starts from a bare checkout: python3, g++ and make. Variables to set:
+#   PYTHON      the interpreter .venv is made from
+#   TORCH       which torch .venv and the wheel check get
+#   BENCH_ARGS  options of the benchmark
+#   MAX_JOBS    parallel compiles; default: the CPUs at hand
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+VENV ?= .venv
+BENCH_ARGS ?=
+
+PY := $(VENV)/bin/python
+READY := $(VENV)/.gradfused-ready
+
+.PHONY: bench test lint wheel wheel-check sanitize native clean
+
+bench: native
+	@$(PY) -m gradfused.bench $(BENCH_ARGS)
+
+test: native
+	@$(PY) -m pytest --cov --cov-fail-under=95
+
+lint: $(READY)
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m mypy
+
+# Every CPython of 3.10 to 3.13 on PATH or in pyenv; wheel-check: only the one in .venv.
+wheel: $(READY)
+	@$(PY) tools/wheels.py --torch "$(TORCH)" --all
+
+wheel-check: $(READY)
+	@$(PY) tools/wheels.py --torch "$(TORCH)"
+
+sanitize: $(READY)
+	@$(PY) tools/sanitize.py
+
+# The editable install compiled the module once; this is the incremental rebuild.
+native: $(READY)
+	@$(PY) setup.py --quiet build_ext --inplace
+
+# torch first and by itself, so that TORCH decides which build of it is taken.
+$(READY): pyproject.toml setup.py
+	test -x $(PY) || $(PYTHON) -m venv $(VENV)
+	$(PY) -m pip install --quiet "$(TORCH)"
+	$(PY) -m pip install --quiet --editable ".[test,bench,dev]"
+	@touch $@
+
+clean:
+	rm -rf build dist *.egg-info gradfused/*.so .coverage htmlcov .benchmarks .hypothesis
+	rm -rf .mypy_cache .pytest_cache .ruff_cache
+	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +

@@ -1,0 +1,72 @@
+"""What a wheel must do where torch is not: the native module alone takes AdamW's first step."""
+
+import importlib.metadata
+import importlib.util
+import math
+from array import array
+from importlib.machinery import ExtensionFileLoader, ModuleSpec
+from types import ModuleType
+
+LR, DECAY, EPS = 0.01, 0.1, 1e-8
+
+
+def load_native() -> ModuleType:
+    """The installed gradfused._cpu, without the package around it, which imports torch."""
+    files = importlib.metadata.files("gradfused") or []
+    [library] = [f.locate() for f in files if f.name.startswith("_cpu.")]
+    loader = ExtensionFileLoader("_cpu", str(library))
+    native = importlib.util.module_from_spec(ModuleSpec("_cpu", loader, origin=str(library)))
+    loader.exec_module(native)
+    return native
+
+
+def operand(values: array) -> tuple[int, str, list[int], list[int]]:
+    """A contiguous float32 buffer as the module reads one."""
+    return (values.buffer_info()[0], "float32", [], [])
+
+
+def first_step(native: ModuleType, weight: array, grad: array) -> None:
+    """Steps `weight` in place, with state that is all zeros."""
+    exp_avg, exp_avg_sq = (array("f", [0.0] * len(weight)) for _ in range(2))
+    count, sums = array("f", [0.0]), array("d", [0.0])
+    table = native.Table(groups=1)
+    options = {"lr": LR, "weight_decay": DECAY, "decoupled": True, "beta1": 0.9, "beta2": 0.999}
+    for name, value in {**options, "eps": EPS, "clip_value": math.inf}.items():
+        setattr(table.hyper(0), name, value)
+    table.add(
+        rule="adam",
+        param=operand(weight),
+        grad=operand(grad),
+        state=[operand(exp_avg), operand(exp_avg_sq)],
+        numel=len(weight),
+        length=len(weight),
+        group=0,
+        parameter=0,
+        centre=False,
+        whole=False,
+        first=True,
+        step=(count.buffer_info()[0], "float32"),
+    )
+    address = sums.buffer_info()[0]
+    table.stats(unscale=1.0, sums=address, threads=2)
+    assert table.apply(unscale=1.0, sums=address, threads=2)
+    assert count[0] == 1.0, count
+
+
+def check(native: ModuleType, isa: str) -> None:
+    """Compares one step with the same arithmetic in Python."""
+    native.use_isa(isa)
+    before = [math.sin(i) for i in range(100_003)]
+    grad = [math.cos(3 * i) for i in range(100_003)]
+    weight = array("f", before)
+    first_step(native, weight, array("f", grad))
+    for i, (w, p, g) in enumerate(zip(weight, before, grad, strict=True)):
+        wanted = p * (1 - LR * DECAY) - LR * g / (abs(g) + EPS)
+        assert math.isclose(w, wanted, rel_tol=1e-5, abs_tol=1e-6), (isa, i, w, wanted)
+
+
+if __name__ == "__main__":
+    module = load_native()
+    assert module.__version__ == importlib.metadata.version("gradfused")
+    for name in module.isas():
+        check(module, name)
