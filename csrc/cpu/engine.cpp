@@ -1,0 +1,251 @@
+#include "cpu/engine.h"
+
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+
+#include "cpu/isa.h"
+#include "cpu/threads.h"
+#include "math/transforms.h"
+
+namespace gradfused::cpu {
+namespace {
+
+// Below this many elements a thread's start costs more than its help.
+constexpr int64_t kWorthAThread = 32768;
+
+bool has_long_units(const Row& row) { return row.length > kUnitMax; }
+
+// The mean of a unit takes more than one chunk.
+bool mean_is_split(const Row& row) { return row.centre && (row.whole || has_long_units(row)); }
+
+bool wide(Scope scope) { return scope == Scope::global || scope == Scope::group || scope == Scope::param; }
+
+double read_step(const Row& row) {
+  if (!row.step) return 0;
+  return row.step_dtype == DType::float64 ? *reinterpret_cast<double*>(row.step) : double(*reinterpret_cast<float*>(row.step));
+}
+
+void write_step(const Row& row, double value) {
+  if (!row.step) return;
+  if (row.step_dtype == DType::float64) {
+    *reinterpret_cast<double*>(row.step) = value;
+  } else {
+    *reinterpret_cast<float*>(row.step) = float(value);
+  }
+}
+
+}  // namespace
+
+void Table::add(Row row) {
+  adopt(row.param);
+  adopt(row.grad);
+  for (Operand& s : row.state) adopt(s);
+  rows_.push_back(row);
+  planned_ = false;
+}
+
+// Copies an operand's shape into memory that lives as long as the table.
+void Table::adopt(Operand& x) {
+  if (!x.dims) return;
+  shapes_.emplace_back(new int64_t[2 * size_t(x.dims)]);
+  int64_t* const at = shapes_.back().get();
+  std::copy_n(x.sizes, x.dims, at);
+  std::copy_n(x.strides, x.dims, at + x.dims);
+  x.sizes = at;
+  x.strides = at + x.dims;
+}
+
+bool Table::wants(Phase phase, const Row& row) const {
+  const Hyper& h = hypers_[size_t(row.group)];
+  const bool at_gradient = h.centralize_at == Centre::gradient;
+  switch (phase) {
+    case kSum: return mean_is_split(row) && at_gradient;
+    case kSquares: return wide(h.scope) || h.skip_nonfinite || (h.scope == Scope::unit && has_long_units(row));
+    case kRehearse: return mean_is_split(row) && !at_gradient;
+    default: return true;
+  }
+}
+
+// Cuts a row into chunks: whole units together, long units (and rows in which units have no meaning: one unit) into segments.
+void Table::add_chunks(int32_t index) {
+  const Row& row = rows_[size_t(index)];
+  first_chunk_.push_back(chunks_.size());
+  if (row.numel == 0) return;
+  const bool whole_units = !has_long_units(row);
+  const int64_t units = whole_units ? std::max<int64_t>(1, kChunk / row.length) : 1;
+  const int64_t run = units * row.length;
+  for (int64_t begin = 0; begin < row.numel; begin += run) {
+    const int64_t end = std::min(row.numel, begin + run);
+    const int64_t step = whole_units ? run : kChunk;
+    for (int64_t at = begin; at < end; at += step) chunks_.push_back({index, at, std::min(step, end - at)});
+  }
+}
+
+void Table::plan() {
+  if (planned_) return;
+  chunks_.clear();
+  first_chunk_.clear();
+  steps_.assign(rows_.size(), RowStep{});
+  int64_t units = 0;
+  for (size_t i = 0; i < rows_.size(); ++i) {
+    const Row& row = rows_[i];
+    add_chunks(int32_t(i));
+    steps_[i].unit0 = units;
+    const bool kept = wants(kSum, row) || wants(kSquares, row) || wants(kRehearse, row);
+    if (kept && row.length && (row.centre || hypers_[size_t(row.group)].scope == Scope::unit)) units += row.numel / row.length;
+  }
+  first_chunk_.push_back(chunks_.size());
+  for (int phase = 0; phase < kPhases; ++phase) {
+    todo_[phase].clear();
+    for (size_t c = 0; c < chunks_.size(); ++c) {
+      if (wants(Phase(phase), rows_[size_t(chunks_[c].row)])) todo_[phase].push_back(int64_t(c));
+    }
+  }
+  // Backwards: what the norm's pass read last is still in cache.
+  std::reverse(todo_[kApply].begin(), todo_[kApply].end());
+  for (auto* v : {&chunk_sum_, &chunk_sq_, &chunk_weight_sq_}) v->assign(chunks_.size(), 0);
+  for (auto* v : {&unit_mean_, &unit_sq_, &unit_weight_sq_, &unit_direction_}) v->assign(size_t(units), 0);
+  planned_ = true;
+}
+
+void Table::run(Phase phase, int threads) {
+  const std::vector<int64_t>& todo = todo_[phase];
+  if (todo.empty()) return;
+  const Kernels& k = kernels();
+  void (*const kernel)(const Job&, int64_t, char*) =
+      phase == kSum ? k.sum : phase == kSquares ? k.squares : phase == kRehearse ? k.rehearse : k.apply;
+  const Job job = {rows_.data(),      hypers_.data(),  steps_.data(),   chunks_.data(),          unscale_,
+                   chunk_sum_.data(), chunk_sq_.data(), chunk_weight_sq_.data(), unit_mean_.data(), unit_sq_.data(),
+                   unit_weight_sq_.data(), unit_direction_.data()};
+
+  int64_t elements = 0;
+  for (size_t i = 0; i < todo.size() && elements < threads * kWorthAThread; ++i) elements += chunks_[size_t(todo[i])].count;
+  threads = int(std::clamp<int64_t>(elements / kWorthAThread, 1, std::max(1, threads)));
+  while (scratch_.size() < size_t(threads)) scratch_.emplace_back(new char[size_t(kScratchBytes)]);
+
+  // Neighbouring chunks are small for small tensors: take several at a time.
+  const int64_t count = int64_t(todo.size()), grain = std::max<int64_t>(1, std::min<int64_t>(8, count / (8 * threads)));
+  std::atomic<int64_t> next{0};
+  parallel(threads, [&](int worker) {
+    for (int64_t begin; (begin = next.fetch_add(grain, std::memory_order_relaxed)) < count;) {
+      for (int64_t i = begin; i < std::min(count, begin + grain); ++i) kernel(job, todo[size_t(i)], scratch_[size_t(worker)].get());
+    }
+  });
+}
+
+double Table::row_total(size_t row, const std::vector<double>& values) const {
+  double total = 0;
+  for (size_t c = first_chunk_[row]; c < first_chunk_[row + 1]; ++c) total += values[c];
+  return total;
+}
+
+// Turns the chunks' sums into unit means where a unit, or a tensor centred whole, takes several chunks.
+void Table::spread_means(std::vector<double>& unit_means, Phase phase) {
+  for (size_t i = 0; i < rows_.size(); ++i) {
+    const Row& row = rows_[i];
+    if (!wants(phase, row) || !row.numel) continue;
+    double* means = unit_means.data() + steps_[i].unit0;
+    const int64_t units = row.numel / row.length;
+    if (row.whole) {
+      std::fill(means, means + units, row_total(i, chunk_sum_) / double(row.numel));
+      continue;
+    }
+    std::fill(means, means + units, 0.0);
+    for (size_t c = first_chunk_[i]; c < first_chunk_[i + 1]; ++c) means[chunks_[c].begin / row.length] += chunk_sum_[c];
+    for (int64_t u = 0; u < units; ++u) means[u] /= double(row.length);
+  }
+}
+
+void Table::collect_squares(double* sums) {
+  for (size_t i = 0; i < rows_.size(); ++i) {
+    const Row& row = rows_[i];
+    const Hyper& h = hypers_[size_t(row.group)];
+    sums[i] = wants(kSquares, row) ? row_total(i, chunk_sq_) : 0.0;
+    if (h.scope != Scope::unit || !has_long_units(row)) continue;
+    for (int64_t u = 0; u < row.numel / row.length; ++u) {
+      unit_sq_[size_t(steps_[i].unit0 + u)] = unit_weight_sq_[size_t(steps_[i].unit0 + u)] = 0;
+    }
+    for (size_t c = first_chunk_[i]; c < first_chunk_[i + 1]; ++c) {
+      const size_t unit = size_t(steps_[i].unit0 + chunks_[c].begin / row.length);
+      unit_sq_[unit] += chunk_sq_[c];
+      unit_weight_sq_[unit] += chunk_weight_sq_[c];
+    }
+  }
+}
+
+bool Table::needs_stats() {
+  plan();
+  return !todo_[kSum].empty() || !todo_[kSquares].empty();
+}
+
+void Table::stats(double unscale, double* sums, int threads) {
+  plan();
+  unscale_ = unscale;
+  for (RowStep& s : steps_) s.means_known = s.norms_known = s.directions_known = false;
+  if (!todo_[kSum].empty()) {
+    run(kSum, threads);
+    spread_means(unit_mean_, kSum);
+    for (size_t i = 0; i < rows_.size(); ++i) steps_[i].means_known = wants(kSum, rows_[i]);
+  }
+  run(kSquares, threads);
+  collect_squares(sums);
+  for (size_t i = 0; i < rows_.size(); ++i) {
+    const Hyper& h = hypers_[size_t(rows_[i].group)];
+    const bool measured = wants(kSquares, rows_[i]);
+    steps_[i].means_known |= measured && rows_[i].centre && h.centralize_at == Centre::gradient;
+    steps_[i].norms_known = measured && h.scope == Scope::unit && has_long_units(rows_[i]);
+  }
+}
+
+bool Table::may_step(const double* sums) const {
+  for (size_t i = 0; i < rows_.size(); ++i) {
+    if (hypers_[size_t(rows_[i].group)].skip_nonfinite && !std::isfinite(sums[i])) return false;
+  }
+  return true;
+}
+
+void Table::prepare_rows(const double* sums) {
+  double global = 0;
+  std::vector<double> group(hypers_.size(), 0);
+  for (size_t i = 0; i < rows_.size(); ++i) {
+    const size_t g = size_t(rows_[i].group);
+    if (hypers_[g].scope == Scope::global) global += sums[i];
+    if (hypers_[g].scope == Scope::group) group[g] += sums[i];
+  }
+  for (size_t i = 0; i < rows_.size(); ++i) {
+    const size_t g = size_t(rows_[i].group);
+    const Hyper& h = hypers_[g];
+    RowStep& now = steps_[i];
+    const double squares = h.scope == Scope::global ? global : h.scope == Scope::group ? group[g] : sums[i];
+    now.factor = wide(h.scope) ? math::perturb_factor(h.perturb, std::sqrt(squares)) : 1.0;
+    now.step = read_step(rows_[i]) + 1;
+    now.sigma = h.noise > 0 ? math::noise_sigma(h.noise, h.noise_decay, now.step - 1) : 0.0;
+  }
+}
+
+void Table::finish_rows(double* sums) {
+  for (size_t i = 0; i < rows_.size(); ++i) {
+    Row& row = rows_[i];
+    write_step(row, steps_[i].step);
+    row.first = false;
+    if (hypers_[size_t(row.group)].scope == Scope::unit) sums[i] = row_total(i, chunk_sq_);
+  }
+}
+
+bool Table::apply(double unscale, double* sums, int threads) {
+  plan();
+  unscale_ = unscale;
+  if (!may_step(sums)) return false;
+  prepare_rows(sums);
+  if (!todo_[kRehearse].empty()) {
+    run(kRehearse, threads);
+    spread_means(unit_direction_, kRehearse);
+    for (size_t i = 0; i < rows_.size(); ++i) steps_[i].directions_known = wants(kRehearse, rows_[i]);
+  }
+  run(kApply, threads);
+  finish_rows(sums);
+  return true;
+}
+
+}  // namespace gradfused::cpu

@@ -1,0 +1,62 @@
+// One optimizer's table of tensors and the order of a step: what is summed, combined and applied, in which passes.
+#pragma once
+
+#include <cstddef>
+#include <memory>
+#include <utility>
+#include <vector>
+
+#include "cpu/kernels.h"
+
+namespace gradfused::cpu {
+
+class Table {
+ public:
+  explicit Table(std::vector<Hyper> hypers) : hypers_(std::move(hypers)) {}
+
+  // Rows are added before the first step; the sizes and strides are copied.
+  void add(Row row);
+  Row& row(size_t i) { return rows_[i]; }
+  Hyper& hyper(size_t i) { return hypers_.at(i); }
+  size_t rows() const { return rows_.size(); }
+
+  // Whether stats() has anything to do.
+  bool needs_stats();
+
+  // Writes the unscaled sum of squares of each row's gradient, as stage 1 leaves it, to sums[row]: 0 where no option needs it. What
+  // apply() needs of units too long for one chunk is measured here too. Rows without elements count as measured.
+  void stats(double unscale, double* sums, int threads);
+
+  // The rest of the step. `sums` come from stats(), perhaps added up over processes; where norms are by unit they are written.
+  // Returns false, having changed nothing, when a sum is not finite in a group that skips such steps.
+  bool apply(double unscale, double* sums, int threads);
+
+ private:
+  enum Phase { kSum, kSquares, kRehearse, kApply, kPhases };
+
+  void adopt(Operand& operand);
+  void plan();
+  void add_chunks(int32_t row);
+  bool wants(Phase phase, const Row& row) const;
+  void run(Phase phase, int threads);
+  double row_total(size_t row, const std::vector<double>& chunk_values) const;
+  void spread_means(std::vector<double>& unit_means, Phase phase);
+  void collect_squares(double* sums);
+  bool may_step(const double* sums) const;
+  void prepare_rows(const double* sums);
+  void finish_rows(double* sums);
+
+  std::vector<Hyper> hypers_;
+  std::vector<Row> rows_;
+  std::vector<std::unique_ptr<int64_t[]>> shapes_;
+  bool planned_ = false;
+  std::vector<RowStep> steps_;
+  std::vector<Chunk> chunks_;
+  std::vector<size_t> first_chunk_;         // of each row, and the end
+  std::vector<int64_t> todo_[kPhases];      // chunks of each phase
+  std::vector<double> chunk_sum_, chunk_sq_, chunk_weight_sq_, unit_mean_, unit_sq_, unit_weight_sq_, unit_direction_;
+  double unscale_ = 1;
+  std::vector<std::unique_ptr<char[]>> scratch_;
+};
+
+}  // namespace gradfused::cpu

@@ -1,0 +1,66 @@
+// What the engine asks of an instruction set's kernels.
+#pragma once
+
+#include "table.h"
+
+namespace gradfused::cpu {
+
+// Units up to this length are worked on whole, in a core's own cache; longer ones are cut into segments whose sums are combined first.
+constexpr int64_t kUnitMax = 16384;
+// Elements a thread takes at a time: the grain of the schedule and of partial sums, whatever the number of threads.
+constexpr int64_t kChunk = 65536;
+// Elements that go through the stages together: gradients, states and scratch stay in the L1 cache in between.
+constexpr int64_t kBlock = 1024;
+
+// A thread's private memory: buffers for the operands of one block, of float64 at most.
+constexpr int64_t kBuffers = 4 + kMaxStates;
+constexpr int64_t kScratchBytes = kBuffers * kUnitMax * int64_t{sizeof(double)};
+
+// A run of elements of one row: whole units, or a segment of a long one.
+struct Chunk {
+  int32_t row;
+  int64_t begin, count;
+};
+
+// What a row needs besides its operands, worked out anew for each step.
+struct RowStep {
+  double step = 0;         // this step's number, from 1
+  double factor = 1;       // s(n) of a scope wider than the unit
+  double sigma = 0;        // noise
+  bool means_known = false, norms_known = false, directions_known = false;  // of its units, in Job
+  int64_t unit0 = 0;       // its first unit's place in Job's arrays
+};
+
+// One step's work, shared by all threads. Sums are float64 and each has one writer.
+struct Job {
+  const Row* rows;
+  const Hyper* hypers;
+  const RowStep* steps;
+  const Chunk* chunks;
+  double unscale;       // 1 / grad_scale
+  double *chunk_sum;    // a slot a chunk
+  double *chunk_sq;     // centred sum of squares of the unscaled gradient
+  double *chunk_weight_sq;
+  double *unit_mean, *unit_sq, *unit_weight_sq, *unit_direction;
+};
+
+struct Kernels {
+  const char* isa;
+  // chunk_sum <- sum of the unscaled gradient
+  void (*sum)(const Job&, int64_t chunk, char* scratch);
+  // chunk_sq, and unit_mean where units are whole
+  void (*squares)(const Job&, int64_t chunk, char* scratch);
+  // chunk_sum <- sum of the update (or of the decayed gradient, whichever is to be centred), changing nothing
+  void (*rehearse)(const Job&, int64_t chunk, char* scratch);
+  // the step
+  void (*apply)(const Job&, int64_t chunk, char* scratch);
+  // every stream in place with no math: the memory roof; `nothing` is 0
+  void (*roof)(float* const* written, int writes, const float* const* read, int reads, int64_t begin, int64_t end,
+               float nothing);
+};
+
+const Kernels& kernels_generic();
+const Kernels& kernels_avx2();
+const Kernels& kernels_avx512();
+
+}  // namespace gradfused::cpu

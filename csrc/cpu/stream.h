@@ -1,0 +1,84 @@
+// An operand as a plain array of the type the kernels compute in: in place where it is one already, through a buffer where its
+// dtype or layout differs. The only place that knows of strides and dtypes.
+#pragma once
+
+#include "cpu/convert.h"
+#include "table.h"
+
+namespace gradfused::cpu {
+namespace {
+
+template <class T> constexpr DType dtype_of() { return sizeof(T) == sizeof(float) ? DType::float32 : DType::float64; }
+
+inline int64_t itemsize(DType d) { return d == DType::float64 ? 8 : d == DType::float32 ? 4 : 2; }
+
+template <class T> bool in_place(const Operand& x) { return x.dims == 0 && x.dtype == dtype_of<T>(); }
+
+// Calls run(offset in elements, stride, length) for each innermost run of the elements [begin, begin + n).
+template <class F> void for_each_run(const Operand& x, int64_t begin, int64_t n, F run) {
+  const int last = x.dims - 1;
+  int64_t inner = begin % x.sizes[last], outer = begin / x.sizes[last];
+  while (n > 0) {
+    int64_t offset = inner * x.strides[last], rest = outer;
+    for (int d = last - 1; d >= 0; --d) {
+      offset += rest % x.sizes[d] * x.strides[d];
+      rest /= x.sizes[d];
+    }
+    const int64_t length = n < x.sizes[last] - inner ? n : x.sizes[last] - inner;
+    run(offset, x.strides[last], length);
+    n -= length;
+    inner = 0;
+    ++outer;
+  }
+}
+
+template <class S, class T> void load_as(const Operand& x, int64_t begin, int64_t n, T* to) {
+  const S* from = reinterpret_cast<const S*>(x.data);
+  if (x.dims == 0) return widen_run(from + begin, to, n);
+  for_each_run(x, begin, n, [&](int64_t offset, int64_t stride, int64_t length) {
+    for (int64_t i = 0; i < length; ++i) to[i] = T(widen(from[offset + i * stride]));
+    to += length;
+  });
+}
+
+inline void put(float x, BFloat16& to) { to = narrow_bfloat16(x); }
+inline void put(float x, Half& to) { to = narrow_half(x); }
+inline void put(float x, float& to) { to = x; }
+inline void put(float x, double& to) { to = x; }
+inline void put(double x, double& to) { to = x; }
+template <class S> void put(double x, S& to) { put(float(x), to); }
+
+template <class S, class T> void store_as(const Operand& x, int64_t begin, int64_t n, const T* from) {
+  S* to = reinterpret_cast<S*>(x.data);
+  if (x.dims == 0) return narrow_run(from, to + begin, n);
+  for_each_run(x, begin, n, [&](int64_t offset, int64_t stride, int64_t length) {
+    for (int64_t i = 0; i < length; ++i) put(from[i], to[offset + i * stride]);
+    from += length;
+  });
+}
+
+// The elements [begin, begin + n), in memory of their own or copied into `buffer`.
+template <class T> T* open(const Operand& x, int64_t begin, int64_t n, T* buffer) {
+  if (in_place<T>(x)) return reinterpret_cast<T*>(x.data) + begin;
+  switch (x.dtype) {
+    case DType::float32: load_as<float>(x, begin, n, buffer); break;
+    case DType::float64: load_as<double>(x, begin, n, buffer); break;
+    case DType::float16: load_as<Half>(x, begin, n, buffer); break;
+    case DType::bfloat16: load_as<BFloat16>(x, begin, n, buffer); break;
+  }
+  return buffer;
+}
+
+// Writes back what open() copied.
+template <class T> void close(const Operand& x, int64_t begin, int64_t n, const T* values) {
+  if (in_place<T>(x)) return;
+  switch (x.dtype) {
+    case DType::float32: return store_as<float>(x, begin, n, values);
+    case DType::float64: return store_as<double>(x, begin, n, values);
+    case DType::float16: return store_as<Half>(x, begin, n, values);
+    case DType::bfloat16: return store_as<BFloat16>(x, begin, n, values);
+  }
+}
+
+}  // namespace
+}  // namespace gradfused::cpu

@@ -1,0 +1,107 @@
+#include "cpu/watch.h"
+
+#include <algorithm>
+
+namespace py = pybind11;
+
+namespace gradfused::cpu {
+namespace {
+
+py::object call(const py::object& method, const py::object& self) {
+  PyObject* args[] = {self.ptr()};
+  PyObject* result = PyObject_Vectorcall(method.ptr(), args, 1, nullptr);
+  if (!result) throw py::error_already_set();
+  return py::reinterpret_steal<py::object>(result);
+}
+
+}  // namespace
+
+Watch::Watch(py::object tensor, py::list groups, py::dict state)
+    : grad_(tensor.attr("grad")),
+      data_ptr_(tensor.attr("data_ptr")),
+      stride_(tensor.attr("stride")),
+      is_contiguous_(tensor.attr("is_contiguous")),
+      dtype_(tensor.attr("dtype")),
+      shape_(tensor.attr("shape")) {
+  for (py::handle group : groups) {
+    for (py::handle p : py::list(group["params"])) params_.push_back(py::reinterpret_borrow<py::object>(p));
+  }
+  idle_ = params_;
+  for (auto item : state) states_.emplace_back(item.first.ptr(), item.second.ptr());
+}
+
+void Watch::add(py::object param, py::dict state, py::list keys) {
+  const py::object grad = attribute(grad_, param);
+  Watched row{param, call(stride_, grad), attribute(shape_, grad), attribute(dtype_, grad), address(param), is_contiguous(grad), state, {}};
+  for (py::handle key : keys) {
+    const py::object tensor = state[key];
+    row.kept.push_back({py::reinterpret_borrow<py::object>(key), tensor, address(tensor)});
+  }
+  rows_.push_back(std::move(row));
+  idle_.erase(std::remove_if(idle_.begin(), idle_.end(), [&](const py::object& p) { return p.is(param); }), idle_.end());
+}
+
+// A getter called without the attribute's look-up.
+py::object Watch::attribute(const py::object& descriptor, const py::object& tensor) const {
+  PyObject* result = Py_TYPE(descriptor.ptr())
+                         ->tp_descr_get(descriptor.ptr(), tensor.ptr(), reinterpret_cast<PyObject*>(Py_TYPE(tensor.ptr())));
+  if (!result) throw py::error_already_set();
+  return py::reinterpret_steal<py::object>(result);
+}
+
+uintptr_t Watch::address(const py::object& tensor) const { return uintptr_t(PyLong_AsUnsignedLongLong(call(data_ptr_, tensor).ptr())); }
+
+bool Watch::is_contiguous(const py::object& tensor) const { return call(is_contiguous_, tensor).ptr() == Py_True; }
+
+bool Watch::same_parameters(const py::list& groups) const {
+  size_t i = 0;
+  for (py::handle group : groups) {
+    const py::list params = group["params"];
+    for (py::handle p : params) {
+      if (i == params_.size() || !p.is(params_[i++])) return false;
+    }
+  }
+  return i == params_.size();
+}
+
+bool Watch::same_states(const py::dict& state) const {
+  if (size_t(PyDict_GET_SIZE(state.ptr())) != states_.size()) return false;
+  auto known = states_.begin();
+  PyObject *key, *value;
+  for (Py_ssize_t at = 0; PyDict_Next(state.ptr(), &at, &key, &value); ++known) {
+    if (known->first != key || known->second != value) return false;
+  }
+  return true;
+}
+
+bool Watch::same_state(const Watched& row) const {
+  for (const Kept& k : row.kept) {
+    if (PyDict_GetItemWithError(row.state.ptr(), k.key.ptr()) != k.tensor.ptr() || address(k.tensor) != k.address) return false;
+  }
+  return true;
+}
+
+bool Watch::same_gradient(const Watched& row, const py::object& grad, Operand& known) const {
+  if (row.contiguous ? !is_contiguous(grad) : !call(stride_, grad).equal(row.stride)) return false;
+  const uintptr_t now = address(grad);
+  if (now == reinterpret_cast<uintptr_t>(known.data)) return true;
+  if (!attribute(dtype_, grad).is(row.dtype) || !attribute(shape_, grad).equal(row.shape)) return false;
+  known.data = reinterpret_cast<char*>(now);
+  return true;
+}
+
+bool Watch::refresh(py::list groups, py::dict state, Table& table) const {
+  if (!same_parameters(groups) || !same_states(state)) return false;
+  for (const py::object& p : idle_) {
+    if (!attribute(grad_, p).is_none()) return false;
+  }
+  for (size_t i = 0; i < rows_.size(); ++i) {
+    const Watched& row = rows_[i];
+    const py::object grad = attribute(grad_, row.param);
+    if (grad.is_none() || address(row.param) != row.address || !same_state(row)) return false;
+    if (!same_gradient(row, grad, table.row(i).grad)) return false;
+  }
+  return true;
+}
+
+}  // namespace gradfused::cpu

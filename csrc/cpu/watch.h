@@ -1,0 +1,55 @@
+// Notices what changed since a table was built, for all its tensors in one call.
+#pragma once
+
+#include <pybind11/pybind11.h>
+
+#include <utility>
+#include <vector>
+
+#include "cpu/engine.h"
+
+namespace gradfused::cpu {
+
+// A steady step must not spend more on finding out that nothing changed than on the work itself, so this asks the tensors without
+// Python code for each. It knows Python objects, not torch: how to ask comes from the caller.
+class Watch {
+ public:
+  // `tensor` is torch's tensor type, whose grad, data_ptr, stride, is_contiguous, dtype and shape are used; `groups` and `state` the
+  // optimizer's, of which every parameter and every state dict is remembered.
+  Watch(pybind11::object tensor, pybind11::list groups, pybind11::dict state);
+
+  // The next row of the table is this parameter, with these tensors in its state.
+  void add(pybind11::object param, pybind11::dict state, pybind11::list keys);
+
+  // True if the table still describes the optimizer; gradients that moved, but kept their layout, are taken over into it. False
+  // asks for a new table.
+  bool refresh(pybind11::list groups, pybind11::dict state, Table& table) const;
+
+ private:
+  struct Kept {
+    pybind11::object key, tensor;
+    uintptr_t address;
+  };
+  struct Watched {
+    pybind11::object param, stride, shape, dtype;
+    uintptr_t address;
+    bool contiguous;
+    pybind11::dict state;
+    std::vector<Kept> kept;
+  };
+
+  pybind11::object attribute(const pybind11::object& descriptor, const pybind11::object& tensor) const;
+  uintptr_t address(const pybind11::object& tensor) const;
+  bool is_contiguous(const pybind11::object& tensor) const;
+  bool same_parameters(const pybind11::list& groups) const;
+  bool same_states(const pybind11::dict& state) const;
+  bool same_state(const Watched& row) const;
+  bool same_gradient(const Watched& row, const pybind11::object& grad, Operand& known) const;
+
+  pybind11::object grad_, data_ptr_, stride_, is_contiguous_, dtype_, shape_;
+  std::vector<pybind11::object> params_, idle_;
+  std::vector<std::pair<PyObject*, PyObject*>> states_;
+  std::vector<Watched> rows_;
+};
+
+}  // namespace gradfused::cpu
