@@ -1,0 +1,71 @@
+"""Backends and the choice among them: ``cuda``, ``triton``, ``cpu`` and ``reference``."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Sequence
+from functools import cache
+
+from torch import Tensor
+
+from . import cpu, reference
+from .base import Availability, BackendTable, Row, Settings
+
+__all__ = ["NAMES", "Availability", "BackendTable", "Row", "Settings", "availability", "choose"]
+
+NAMES = ("auto", "cuda", "cpu", "triton", "reference")
+_TABLES: dict[str, type[BackendTable]] = {"cpu": cpu.Table, "reference": reference.Table}
+_log = logging.getLogger("gradfused")
+
+
+def availability() -> dict[str, Availability]:
+    """Every backend with whether it runs here, and why not."""
+    missing = "this version of gradfused has no {} kernels yet: use backend='reference' on a GPU"
+    return {
+        "cpu": cpu.availability(),
+        "cuda": Availability("cuda", missing.format("CUDA")),
+        "triton": Availability("triton", missing.format("Triton")),
+        "reference": Availability("reference"),
+    }
+
+
+def _refusal(name: str, params: Sequence[Tensor]) -> str | None:
+    reason = availability()[name].reason
+    if reason is None and name == "cpu":
+        reason = next(filter(None, map(cpu.refusal, params)), None)
+    return reason
+
+
+@cache
+def _log_fallback(name: str, reason: str) -> None:
+    _log.warning("backend '%s' is not used, the slower reference is: it %s", name, reason)
+
+
+def choose(request: str, params: Sequence[Tensor]) -> type[BackendTable]:
+    """The table type to use for ``params``.
+
+    ``"auto"`` asks the environment variable GRADFUSED_BACKEND, then takes the fastest backend that can run; leaving a
+    faster one out is logged once.
+
+    Raises:
+        ValueError: The name is not a backend's.
+        RuntimeError: The backend was asked for by name and cannot run.
+    """
+    source = "backend"
+    if request == "auto" and os.environ.get("GRADFUSED_BACKEND"):
+        source, request = "GRADFUSED_BACKEND", os.environ["GRADFUSED_BACKEND"]
+    if request not in NAMES:
+        raise ValueError(f"{source}: expected one of {', '.join(NAMES)}, got {request!r}")
+    if request != "auto":
+        reason = _refusal(request, params)
+        if reason is not None:
+            raise RuntimeError(f"{source}='{request}' cannot run: {reason}; backend='auto' takes what can")
+        return _TABLES[request]
+    on_cpu = all(p.device.type == "cpu" for p in params)
+    for name in ("cpu",) if on_cpu else ("cuda", "triton"):
+        reason = _refusal(name, params)
+        if reason is None:
+            return _TABLES[name]
+        _log_fallback(name, reason)
+    return _TABLES["reference"]

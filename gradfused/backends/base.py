@@ -1,0 +1,122 @@
+"""What every backend is given and what it must do."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+WIDE_SCOPES = ("global", "group", "param")
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """One parameter group's options as numbers: validated, defaults filled in, nothing left to interpret."""
+
+    # the rule's
+    lr: float = 0.0
+    weight_decay: float = 0.0
+    momentum: float = 0.0
+    dampening: float = 0.0
+    beta1: float = 0.0
+    beta2: float = 0.0
+    eps: float = 0.0
+    nesterov: bool = False
+    decoupled: bool = False
+    # the transforms'
+    centralize_at: str = "gradient"
+    scope: str = "none"  # whose norm decides: none, global, group, param or unit
+    perturb: tuple[float, float, float, float, float] = (1.0, 0.0, 0.0, 0.0, 1.0)  # a, b, e, lo, hi of s(n)
+    agc: bool = False
+    radius: float = 1.0
+    clip_value: float = float("inf")
+    noise: float = 0.0
+    noise_decay: float = 0.0
+    seed: int = 0
+    sign: float = 1.0  # of reverse and maximize together
+    skip_nonfinite: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """A parameter with a gradient and its optimizer state: what a step works on.
+
+    Attributes:
+        state: The rule's state tensors in its order, shaped like the parameter.
+        step: 0-dim float tensor on the CPU that counts steps taken, or None where nothing needs it.
+        group: Index into the settings.
+        number: The parameter's number in the optimizer; part of the noise counter.
+        unit: Elements in a unit; the whole tensor where units have no meaning.
+        centre: Centralisation applies.
+        whole: It applies to the whole tensor although ``unit`` is shorter.
+        first: The state holds nothing yet.
+    """
+
+    name: str
+    rule: str
+    param: Tensor
+    grad: Tensor
+    state: dict[str, Tensor]
+    step: Tensor | None
+    group: int
+    number: int
+    unit: int
+    centre: bool
+    whole: bool
+    first: bool
+
+
+class BackendTable(ABC):
+    """Rows made ready for one backend. A step is ``stats`` if a norm is wanted, then ``apply``."""
+
+    def __init__(self, rows: Sequence[Row], settings: Sequence[Settings]) -> None:
+        self.rows = list(rows)
+        self.settings = list(settings)
+        device = rows[0].param.device if rows else torch.device("cpu")
+        #: Sum of squares of each row's gradient as centralisation leaves it, (rows,), float64.
+        self.sums: Tensor = torch.zeros(len(self.rows), dtype=torch.float64, device=device)
+
+    def configure(self, settings: Sequence[Settings]) -> None:
+        """Take over new numbers. What decides the shape of the table may not have changed."""
+        self.settings = list(settings)
+
+    def refresh(self, groups: list[dict[str, Any]], state: dict[Any, Any]) -> bool:
+        """Whether the table still describes the optimizer; moved gradients are taken over.
+
+        The default asks for a new table before every step.
+        """
+        return False
+
+    @property
+    def needs_stats(self) -> bool:
+        """Whether ``stats`` must run before ``apply``."""
+        return any(s.scope in WIDE_SCOPES or s.skip_nonfinite for s in self.settings)
+
+    def watch(self, groups: list[dict[str, Any]], state: dict[Any, Any]) -> None:  # noqa: B027 (optional)
+        """Remember the optimizer as it is, for ``refresh``."""
+
+    @abstractmethod
+    def stats(self, unscale: float) -> None:
+        """Fill ``sums`` from the gradients times ``unscale``. Changes nothing else."""
+
+    @abstractmethod
+    def apply(self, unscale: float) -> bool:
+        """Take the step. False, with nothing changed, if a sum is not finite where that skips the step."""
+
+
+@dataclass(frozen=True)
+class Availability:
+    """Whether a backend can run here, and why not."""
+
+    name: str
+    reason: str | None = None
+    details: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def usable(self) -> bool:
+        """True if the backend runs on this installation."""
+        return self.reason is None

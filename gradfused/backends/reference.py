@@ -1,0 +1,226 @@
+"""The step in plain PyTorch, stage by stage: the oracle of the tests, and what runs where nothing else can.
+
+It computes in float32, or in float64 for float64 parameters, on any device and layout. Give it float64 copies of parameters and
+gradients and it is exact to float64.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from .base import WIDE_SCOPES, BackendTable, Row, Settings
+
+# ---- stage 1 to 5: the gradient
+
+
+def compute_dtype(param: Tensor) -> torch.dtype:
+    """float64 for float64 parameters, else float32."""
+    return torch.float64 if param.dtype == torch.float64 else torch.float32
+
+
+def unit_view(x: Tensor, row: Row) -> Tensor:
+    """``x`` as (units, unit length)."""
+    units = 1 if row.unit == x.numel() else x.shape[0]
+    return x.reshape(units, -1)
+
+
+def centred(x: Tensor, row: Row) -> Tensor:
+    """``x`` minus its mean over the unit, or over the whole tensor. The mean is taken in float64."""
+    flat = x.reshape(1, -1) if row.whole else unit_view(x, row)
+    mean = flat.double().mean(dim=1, keepdim=True).to(x.dtype)
+    return (flat - mean).view_as(x)
+
+
+def unscaled(row: Row, settings: Settings, unscale: float) -> Tensor:
+    """Stages 0 and 1."""
+    g = row.grad.to(compute_dtype(row.param)) * unscale
+    return centred(g, row) if row.centre and settings.centralize_at == "gradient" else g
+
+
+def clamped(x: Tensor, lo: float, hi: float) -> Tensor:
+    """Clamp that lets NaN through."""
+    return torch.clamp(x, lo, hi)
+
+
+def factor_of(norm: Tensor, settings: Settings) -> Tensor:
+    """s(n) = clamp(a + b / (n + e), lo, hi)."""
+    a, b, e, lo, hi = settings.perturb
+    return clamped(a + b / (norm + e), lo, hi)
+
+
+def agc_factor(norm: Tensor, weight_norm: Tensor, radius: float) -> Tensor:
+    """min(1, radius * max(||w||, 1e-3) / max(n, 1e-6)) (Brock et al. 2021)."""
+    return clamped(radius * clamped(weight_norm, 1e-3, math.inf) / clamped(norm, 1e-6, math.inf), 0.0, 1.0)
+
+
+def unit_norm(x: Tensor, row: Row) -> Tensor:
+    """(units, 1) norms, in float64."""
+    return unit_view(x, row).double().square().sum(dim=1, keepdim=True).sqrt()
+
+
+def perturbed(g: Tensor, row: Row, settings: Settings, norm: Tensor | None) -> Tensor:
+    """Stage 2 and ``clip_value``. ``norm`` is the wide scope's."""
+    if settings.scope == "unit":
+        n = unit_norm(g, row)
+        weight_norm = unit_norm(row.param.to(g.dtype), row)
+        s = agc_factor(n, weight_norm, settings.radius) if settings.agc else factor_of(n, settings)
+        g = (unit_view(g, row) * s.to(g.dtype)).view_as(g)
+    elif norm is not None:
+        g = g * factor_of(norm, settings).to(device=g.device, dtype=g.dtype)
+    return clamped(g, -settings.clip_value, settings.clip_value) if settings.clip_value < math.inf else g
+
+
+# ---- stage 3: noise
+
+_M0, _M1, _W0, _W1, _LOW = 0xD2511F53, 0xCD9E8D57, 0x9E3779B9, 0xBB67AE85, 0xFFFFFFFF
+
+
+def philox(seed: int, quads: Tensor, parameter: int, step: int) -> list[Tensor]:
+    """Philox4x32-10 (Salmon et al. 2011): four words for each counter (quad low, quad high, parameter, step)."""
+    c0, c1 = quads & _LOW, (quads >> 32) & _LOW
+    c2, c3 = torch.full_like(quads, parameter & _LOW), torch.full_like(quads, step & _LOW)
+    k0, k1 = seed & _LOW, (seed >> 32) & _LOW
+    for _ in range(10):
+        a, b = c0 * _M0, c2 * _M1  # wraps in int64; the 64 bits are the right ones
+        c0, c1, c2, c3 = ((b >> 32) & _LOW) ^ c1 ^ k0, b & _LOW, ((a >> 32) & _LOW) ^ c3 ^ k1, a & _LOW
+        k0, k1 = (k0 + _W0) & _LOW, (k1 + _W1) & _LOW
+    return [c0, c1, c2, c3]
+
+
+def normal_noise(shape: torch.Size, seed: int, parameter: int, step: int, device: torch.device) -> Tensor:
+    """Standard normal values in float64, a function of seed, parameter, step and row-major position alone."""
+    numel = shape.numel()
+    quads = torch.arange((numel + 3) // 4, dtype=torch.int64, device=device)
+    u = [((x >> 8).double() + 0.5) * 2.0**-24 for x in philox(seed, quads, parameter, step)]
+    pairs = []
+    for a, b in ((u[0], u[1]), (u[2], u[3])):
+        r, angle = torch.sqrt(-2.0 * torch.log(a)), 2.0 * math.pi * b
+        pairs += [r * torch.cos(angle), r * torch.sin(angle)]
+    return torch.stack(pairs, dim=1).flatten()[:numel].view(shape)
+
+
+def with_noise(g: Tensor, row: Row, settings: Settings, taken: float) -> Tensor:
+    """g + sigma_t xi with sigma_t^2 = noise / (1 + t)^decay (Neelakantan et al. 2015); t counts steps taken."""
+    sigma = math.sqrt(settings.noise / (1.0 + taken) ** settings.noise_decay)
+    xi = normal_noise(g.shape, settings.seed, row.number, int(taken), g.device)
+    return g + sigma * xi.to(g.dtype)
+
+
+# ---- stage 7: the rules. Each moves the state and returns (direction, shrink, step); p becomes shrink * p - step * direction
+
+State = dict[str, Tensor]
+Direction = tuple[Tensor, float, float]
+
+
+def sgd(g: Tensor, state: State, s: Settings, step: float, first: bool) -> Direction:
+    """torch.optim.SGD without momentum."""
+    return g, 1.0, s.lr
+
+
+def sgd_momentum(g: Tensor, state: State, s: Settings, step: float, first: bool) -> Direction:
+    """torch.optim.SGD with momentum (Sutskever et al. 2013)."""
+    buffer = g.clone() if first else state["momentum_buffer"] * s.momentum + g * (1.0 - s.dampening)
+    state["momentum_buffer"] = buffer
+    return (g + buffer * s.momentum if s.nesterov else buffer), 1.0, s.lr
+
+
+def _adam(g: Tensor, state: State, s: Settings, step: float, second_moment: str) -> Direction:
+    state["exp_avg"] = state["exp_avg"] + (g - state["exp_avg"]) * (1.0 - s.beta1)
+    state["exp_avg_sq"] = state["exp_avg_sq"] * s.beta2 + (1.0 - s.beta2) * g * g
+    if second_moment != "exp_avg_sq":
+        state[second_moment] = torch.maximum(state[second_moment], state["exp_avg_sq"])
+    correction1, correction2 = 1.0 - s.beta1**step, 1.0 - s.beta2**step
+    direction = state["exp_avg"] / (state[second_moment].sqrt() / math.sqrt(correction2) + s.eps)
+    shrink = 1.0 - s.lr * s.weight_decay if s.decoupled else 1.0
+    return direction, shrink, s.lr / correction1
+
+
+def adam(g: Tensor, state: State, s: Settings, step: float, first: bool) -> Direction:
+    """torch.optim.Adam and AdamW (Kingma & Ba 2015; Loshchilov & Hutter 2019)."""
+    return _adam(g, state, s, step, "exp_avg_sq")
+
+
+def adam_amsgrad(g: Tensor, state: State, s: Settings, step: float, first: bool) -> Direction:
+    """The same with amsgrad=True (Reddi et al. 2018)."""
+    return _adam(g, state, s, step, "max_exp_avg_sq")
+
+
+RULES: dict[str, Callable[[Tensor, State, Settings, float, bool], Direction]] = {
+    "sgd": sgd,
+    "sgd_momentum": sgd_momentum,
+    "adam": adam,
+    "adam_amsgrad": adam_amsgrad,
+}
+
+
+class Table(BackendTable):
+    """Rows for the reference: nothing is prepared."""
+
+    @torch.no_grad()
+    def stats(self, unscale: float) -> None:
+        """See BackendTable."""
+        for i, row in enumerate(self.rows):
+            settings = self.settings[row.group]
+            if row.param.numel() and (settings.scope in WIDE_SCOPES or settings.skip_nonfinite):
+                self.sums[i] = unscaled(row, settings, unscale).double().square().sum()
+
+    def _norm(self, index: int) -> Tensor | None:
+        """The norm of the scope that a row belongs to, if that is wider than a unit."""
+        row, scope = self.rows[index], self.settings[self.rows[index].group].scope
+        if scope not in WIDE_SCOPES:
+            return None
+        if scope == "param":
+            return self.sums[index].sqrt()
+        shared = [
+            i
+            for i, other in enumerate(self.rows)
+            if self.settings[other.group].scope == scope and (scope == "global" or other.group == row.group)
+        ]
+        return self.sums[shared].sum().sqrt()
+
+    def _finite(self) -> bool:
+        guarded = [i for i, row in enumerate(self.rows) if self.settings[row.group].skip_nonfinite]
+        return bool(torch.isfinite(self.sums[guarded]).all())
+
+    @torch.no_grad()
+    def apply(self, unscale: float) -> bool:
+        """See BackendTable."""
+        if not self._finite():
+            return False
+        norms = [self._norm(i) for i in range(len(self.rows))]
+        for i, row in enumerate(self.rows):
+            self._apply_row(i, row, self.settings[row.group], unscale, norms[i])
+        return True
+
+    def _apply_row(self, index: int, row: Row, s: Settings, unscale: float, norm: Tensor | None) -> None:
+        dtype = compute_dtype(row.param)
+        taken = 0.0 if row.step is None else float(row.step)
+        if row.step is not None:
+            row.step.fill_(taken + 1.0)
+        if row.param.numel() == 0:
+            return
+        p = row.param.to(dtype)
+        state = {key: value.to(dtype) for key, value in row.state.items()}
+
+        g = unscaled(row, s, unscale)
+        if s.scope == "unit":
+            self.sums[index] = g.double().square().sum()
+        g = perturbed(g, row, s, norm)
+        if s.noise > 0:
+            g = with_noise(g, row, s, taken)
+        g = g * s.sign
+        if s.weight_decay != 0 and not s.decoupled:
+            g = g + s.weight_decay * p
+        if row.centre and s.centralize_at == "decayed":
+            g = centred(g, row)
+        direction, shrink, step_size = RULES[row.rule](g, state, s, taken + 1.0, row.first)
+        if row.centre and s.centralize_at == "update":
+            direction = centred(direction, row)
+
+        row.param.copy_(p * shrink - step_size * direction)
+        for key, value in state.items():
+            row.state[key].copy_(value)

@@ -1,0 +1,244 @@
+"""What all gradfused optimizers share: options, the step, state dicts."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable, Iterable
+from typing import Any, overload
+
+import torch
+from torch import Tensor
+from torch._compile import _disable_dynamo
+
+from .. import options
+from ..backends import Settings
+from ..table import GroupPlan, StepTable, check_disjoint, check_parameter, parameter_name
+
+Params = Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]]
+_NOT_OPTIONS = frozenset(("params", "param_names"))
+
+
+def _values(group: dict[str, Any]) -> list[Any]:
+    """A group's options as plain values that can be compared: a tensor may have changed in place."""
+    return [
+        v.tolist() if isinstance(v, Tensor) else tuple(map(options.as_float, v)) if isinstance(v, (tuple, list)) else v
+        for k, v in group.items()
+        if k not in _NOT_OPTIONS
+    ]
+
+
+class Optimizer(torch.optim.Optimizer):
+    """A torch optimizer whose step applies a gradient recipe and the update rule in one pass over memory.
+
+    Subclasses say what their rule is called, which state it keeps and which numbers it takes.
+    """
+
+    # GradScaler: unscaling and the overflow check happen inside the step.
+    _step_supports_amp_scaling = True
+
+    def __init__(self, params: Params, defaults: dict[str, Any], recipe: dict[str, Any]) -> None:
+        options.refuse_unknown(recipe, options.DEFAULTS, type(self).__name__)
+        self._begin()
+        super().__init__(params, defaults | options.DEFAULTS | recipe)
+        self._check_memory()
+
+    def _begin(self) -> None:
+        """What is not part of the saved state."""
+        self._table: StepTable | None = None
+        self._plans: list[tuple[list[Any], GroupPlan]] = []
+        self.skipped_steps = 0
+
+    # ---- the rule
+
+    @abstractmethod
+    def _rule(self, group: dict[str, Any]) -> tuple[str, tuple[str, ...]]:
+        """The rule's name in csrc/rules.def and the keys of its state, in its order."""
+
+    @abstractmethod
+    def _numbers(self, group: dict[str, Any]) -> dict[str, Any]:
+        """The rule's validated options as fields of Settings."""
+
+    _counts_steps = True  # the rule reads the step's number
+
+    def _plan(self, group: dict[str, Any]) -> GroupPlan:
+        """Interprets and validates one group's options."""
+        if group.get("differentiable"):
+            raise ValueError("differentiable=True: a fused step cannot be differentiated; use torch.optim for that")
+        recipe = options.interpret(group)
+        settings = Settings(**self._numbers(group), **recipe)
+        rule, states = self._rule(group)
+        counts = self._counts_steps or settings.noise > 0
+        return GroupPlan(rule, states, counts, options.centre_kind(group), group["backend"], settings)
+
+    def _current_plans(self) -> list[GroupPlan]:
+        """Every group's plan, interpreted again only where an option changed."""
+        del self._plans[len(self.param_groups) :]
+        for i, group in enumerate(self.param_groups):
+            values = _values(group)
+            if i == len(self._plans):
+                self._plans.append((values, self._plan(group)))
+            elif self._plans[i][0] != values:
+                self._plans[i] = (values, self._plan(group))
+        return [plan for _, plan in self._plans]
+
+    # ---- groups
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group, as in torch.optim; every keyword of the optimizer may be given for it.
+
+        Raises:
+            TypeError: A parameter is complex, sparse or not floating, or an option is misspelt or of the wrong type.
+            ValueError: An option is out of range or contradicts another, or parameters overlap in memory.
+        """
+        super().add_param_group(param_group)
+        try:
+            group, index = self.param_groups[-1], len(self.param_groups) - 1
+            options.refuse_misspelt(group, [*self.defaults, "params", "param_names"])
+            self._plan(group)
+            for i, p in enumerate(group["params"]):
+                check_parameter(parameter_name(self.param_groups, index, i), p)
+            if index < len(self._plans):
+                self._check_memory()
+        except BaseException:
+            self.param_groups.pop()
+            raise
+
+    def _check_memory(self) -> None:
+        named = {
+            id(p): (f"parameter {parameter_name(self.param_groups, g, i)}", p)
+            for g, group in enumerate(self.param_groups)
+            for i, p in enumerate(group["params"])
+            if not p.is_meta
+        }
+        check_disjoint(list(named.values()))
+
+    # ---- the step
+
+    @overload
+    def step(self, closure: None = None) -> None: ...
+    @overload
+    def step(self, closure: Callable[[], float]) -> float: ...
+
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+        """Take one step on every parameter that has a gradient. Gradients are read, never written.
+
+        Args:
+            closure: Reevaluates the model and returns the loss.
+
+        Raises:
+            TypeError, ValueError: A gradient, parameter, state or option cannot be used; nothing has changed.
+            RuntimeError: The backend that was asked for cannot run; nothing has changed.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        self._take_step()
+        return loss
+
+    @_disable_dynamo
+    def _take_step(self) -> None:
+        found_inf, grad_scale = getattr(self, "found_inf", None), getattr(self, "grad_scale", None)
+        if found_inf is not None and found_inf.item():
+            return
+        plans = self._current_plans()
+        table = self._table
+        if table is None or not table.still_describes(self.param_groups, self.state, plans):
+            table = self._table = StepTable(self.param_groups, self.state, plans)
+        if not table.params:
+            return
+        unscale = 1.0 if grad_scale is None else 1.0 / float(grad_scale)
+        if table.measures:
+            table.table.stats(unscale)
+        if table.table.apply(unscale):
+            table.keep_state()
+            torch.autograd.graph.increment_version(table.params)
+            return
+        self.skipped_steps += 1
+        if table.take_back_state():
+            self._table = None
+
+    # ---- what a step saw
+
+    @property
+    def grad_norm(self) -> Tensor | None:
+        """Norm of the last step's gradients as centralisation left them, unscaled: 0-dim, float64.
+
+        Over every parameter in a group whose recipe takes a norm; None before the first step or if no group does.
+        """
+        return None if self._table is None else self._table.norm()
+
+    def grad_norms(self) -> dict[str, Tensor]:
+        """The same by parameter: its name, or its place where the optimizer was given none."""
+        return {} if self._table is None else self._table.norms()
+
+    # ---- saving and loading
+
+    def __getstate__(self) -> dict[str, Any]:
+        return super().__getstate__() | {"skipped_steps": self.skipped_steps}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Also called by load_state_dict: what was cached describes the old state."""
+        skipped = state.get("skipped_steps", getattr(self, "skipped_steps", 0))
+        self._begin()
+        super().__setstate__(state)
+        self.skipped_steps = skipped
+        for group in self.param_groups:
+            for name, default in self.defaults.items():
+                group.setdefault(name, default)
+
+    @_disable_dynamo
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a state dict of this optimizer or of its ``torch.optim`` twin.
+
+        Options that the saved groups lack keep their present values, so a recipe survives a checkpoint of torch's.
+
+        Raises:
+            ValueError: The state is another optimizer's, or its shapes are not these parameters'; nothing has changed.
+        """
+        state_dict = state_dict.copy()
+        saved = [dict(group) for group in state_dict["param_groups"]]
+        for group, mine in zip(saved, self.param_groups, strict=False):
+            self._check_saved_group(group)
+            for name, value in mine.items():
+                if name not in _NOT_OPTIONS:
+                    group.setdefault(name, value)
+            self._plan(group)
+        state_dict["param_groups"] = saved
+        self._check_saved_state(saved, state_dict["state"])
+        super().load_state_dict(state_dict)
+
+    def _check_saved_group(self, group: dict[str, Any]) -> None:
+        missing = [name for name in self._own_options if name not in group]
+        if missing:
+            raise ValueError(
+                f"state dict is not of {type(self).__name__}: its parameter group has no '{missing[0]}'; "
+                "load it into an optimizer of the kind that saved it"
+            )
+
+    @property
+    def _own_options(self) -> tuple[str, ...]:
+        """Options whose absence shows that a state dict is another optimizer's."""
+        return ("lr", "weight_decay")
+
+    _state_keys: frozenset[str] = frozenset()  # every key its state may have
+
+    def _check_saved_state(self, groups: list[dict[str, Any]], state: dict[int, dict[str, Any]]) -> None:
+        saved = [i for group in groups for i in group["params"]]
+        params = [
+            (parameter_name(self.param_groups, g, i), p)
+            for g, group in enumerate(self.param_groups)
+            for i, p in enumerate(group["params"])
+        ]
+        for index, (name, p) in zip(saved, params, strict=False):
+            for key, value in state.get(index, {}).items():
+                if key not in self._state_keys:
+                    raise ValueError(
+                        f"state dict is not of {type(self).__name__}: parameter {name} has state '{key}', "
+                        f"expected {', '.join(sorted(self._state_keys))}"
+                    )
+                if key != "step" and isinstance(value, Tensor) and value.shape != p.shape:
+                    raise ValueError(
+                        f"state '{key}' of parameter {name} has shape {tuple(value.shape)}, expected {tuple(p.shape)}: "
+                        "the state dict is of another model"
+                    )

@@ -1,0 +1,84 @@
+"""SGD."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+from typing_extensions import Unpack
+
+from ..options import Recipe, finite, number
+from .base import Optimizer, Params
+
+
+class SGD(Optimizer):
+    """Drop-in for ``torch.optim.SGD`` (momentum after Sutskever et al. 2013) with a gradient recipe fused into the step.
+
+    Args:
+        params: Parameters, named parameters, or parameter groups.
+        lr: Learning rate; a one-element tensor is read at each step.
+        momentum: Momentum factor.
+        dampening: Dampening of the momentum.
+        weight_decay: Coupled weight decay.
+        nesterov: Nesterov momentum; needs momentum and no dampening.
+        maximize: Ascend.
+        foreach, fused: Accepted and ignored: every step is fused.
+        differentiable: Must be False.
+        **recipe: See gradfused.options.Recipe.
+
+    Raises:
+        TypeError, ValueError: An option is unknown, out of range or contradicts another.
+    """
+
+    _state_keys = frozenset(("momentum_buffer", "step"))
+    _counts_steps = False
+
+    def __init__(
+        self,
+        params: Params,
+        lr: float | Tensor = 1e-3,
+        momentum: float = 0.0,
+        dampening: float = 0.0,
+        weight_decay: float | Tensor = 0.0,
+        nesterov: bool = False,
+        *,
+        maximize: bool = False,
+        foreach: bool | None = None,
+        differentiable: bool = False,
+        fused: bool | None = None,
+        **recipe: Unpack[Recipe],
+    ) -> None:
+        defaults = {
+            "lr": lr,
+            "momentum": momentum,
+            "dampening": dampening,
+            "weight_decay": weight_decay,
+            "nesterov": nesterov,
+            "maximize": maximize,
+            "foreach": foreach,
+            "differentiable": differentiable,
+            "fused": fused,
+        }
+        super().__init__(params, defaults, dict(recipe))
+
+    @property
+    def _own_options(self) -> tuple[str, ...]:
+        return ("lr", "momentum", "weight_decay")
+
+    def _rule(self, group: dict[str, Any]) -> tuple[str, tuple[str, ...]]:
+        return ("sgd_momentum", ("momentum_buffer",)) if group["momentum"] else ("sgd", ())
+
+    def _numbers(self, group: dict[str, Any]) -> dict[str, Any]:
+        momentum = finite("momentum", group["momentum"])
+        dampening = number("dampening", group["dampening"], low=-float("inf"))
+        if group["nesterov"] and (momentum == 0 or dampening != 0):
+            raise ValueError(
+                f"nesterov=True: expected momentum above 0 and no dampening, got momentum={momentum:g}, dampening={dampening:g}"
+            )
+        return {
+            "lr": finite("lr", group["lr"]),
+            "momentum": momentum,
+            "dampening": dampening,
+            "weight_decay": finite("weight_decay", group["weight_decay"]),
+            "nesterov": bool(group["nesterov"]),
+        }

@@ -1,0 +1,202 @@
+"""Every keyword of a recipe: its default, what it may be, and what it means to a kernel."""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Iterable, Mapping
+from typing import Any, TypedDict
+
+from torch import Tensor
+
+from .backends import NAMES as BACKENDS
+
+INF = math.inf
+
+
+class Recipe(TypedDict, total=False):
+    """What every gradfused optimizer takes after its ``torch.optim`` twin's arguments, by keyword; each may differ by group.
+
+    Attributes:
+        centralize: Subtract the gradient's mean (Gradient Centralization, Yong et al. 2020). True or ``"unit"``: over each
+            slice along dim 0 of parameters with 2 or more dims; ``"conv"``: the same with 4 or more dims only; ``"tensor"``:
+            over the whole of any parameter. Default False.
+        centralize_at: ``"gradient"`` (default), ``"decayed"``: after coupled weight decay, or ``"update"``: the direction that
+            the rule is about to apply.
+        clip_norm: Clip the global norm to this; short for ``perturb="clip", radius=clip_norm, norm_scope="global"``.
+        perturb: Scale by a function of the norm: ``"clip"``, ``"normalize"``, ``"amplify"``, ``"dampen"`` or ``"agc"`` (Brock
+            et al. 2021; needs ``norm_scope="unit"``). Default None.
+        radius: The size of the perturbation, in the unit of the norm (of ``"agc"``: a ratio to the weight's norm). Default 1.
+        norm_scope: What shares a norm: ``"global"`` (default), ``"group"``, ``"param"`` or ``"unit"``.
+        clip_value: Clamp each element to [-clip_value, clip_value] after perturbing. Default None.
+        noise: Variance of normal noise added at step 0 (Neelakantan et al. 2015). Default 0.
+        noise_decay: The variance at step t is ``noise / (1 + t) ** noise_decay``. Default 0.55.
+        seed: Key of the noise; the same seed draws the same noise on every backend. Default 0.
+        reverse: Multiply the gradient by ``-reverse``: adversarial training of a whole group. Default None.
+        nonfinite: ``"propagate"`` (default) or ``"skip"``: a step whose gradients hold inf or nan changes nothing.
+        backend: ``"auto"`` (default), ``"cuda"``, ``"cpu"``, ``"triton"`` or ``"reference"``.
+    """
+
+    centralize: bool | str
+    centralize_at: str
+    clip_norm: float | None
+    perturb: str | None
+    radius: float
+    norm_scope: str
+    clip_value: float | None
+    noise: float
+    noise_decay: float
+    seed: int
+    reverse: float | None
+    nonfinite: str
+    backend: str
+
+
+DEFAULTS: Recipe = {
+    "centralize": False,
+    "centralize_at": "gradient",
+    "clip_norm": None,
+    "perturb": None,
+    "radius": 1.0,
+    "norm_scope": "global",
+    "clip_value": None,
+    "noise": 0.0,
+    "noise_decay": 0.55,
+    "seed": 0,
+    "reverse": None,
+    "nonfinite": "propagate",
+    "backend": "auto",
+}
+
+_CHOICES: dict[str, tuple[object, ...]] = {
+    "centralize": (False, True, "unit", "conv", "tensor"),
+    "centralize_at": ("gradient", "decayed", "update"),
+    "perturb": (None, "clip", "normalize", "amplify", "dampen", "agc"),
+    "norm_scope": ("global", "group", "param", "unit"),
+    "nonfinite": ("propagate", "skip"),
+    "backend": BACKENDS,
+}
+
+
+def as_float(value: Any) -> Any:
+    """A one-element tensor as a number; anything else as it is."""
+    return value.item() if isinstance(value, Tensor) and value.numel() == 1 else value
+
+
+def number(name: str, value: Any, low: float = 0.0, high: float = INF, *, high_open: bool = False) -> float:
+    """``value`` as a float in [low, high], or in [low, high) if ``high_open``.
+
+    Raises:
+        TypeError: It is not a number.
+        ValueError: It is out of range or nan.
+    """
+    value = as_float(value)
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name}: expected a number, got {value!r}")
+    if not low <= value <= high or (high_open and value == high):
+        bound = f"below {high:g}" if high_open and high < INF else f"at most {high:g}"
+        limits = f"{low:g} or more" if high == INF else f"from {low:g} and {bound}"
+        raise ValueError(
+            f"{name}: expected {limits}{' and finite' if high_open and high == INF else ''}, got {value!r}"
+        )
+    return float(value)
+
+
+def finite(name: str, value: Any) -> float:
+    """``value`` as a float in [0, inf)."""
+    return number(name, value, high_open=True)
+
+
+def refuse_unknown(names: Iterable[str], known: Iterable[str], what: str) -> None:
+    """Raise TypeError for the first of ``names`` that is not known, with the known name it resembles."""
+    known = list(known)
+    for name in names:
+        if name not in known:
+            close = difflib.get_close_matches(name, known, n=1)
+            hint = f"; did you mean '{close[0]}'?" if close else f"; known are {', '.join(known)}"
+            raise TypeError(f"{what} got an unknown option '{name}'{hint}")
+
+
+def refuse_misspelt(group: Mapping[str, Any], known: Iterable[str]) -> None:
+    """Raise TypeError for a key of a group that resembles an option. Other keys of the user's own are left alone."""
+    known = list(known)
+    for name in group:
+        close = [] if name in known else difflib.get_close_matches(name, known, n=1, cutoff=0.85)
+        if close:
+            raise TypeError(f"parameter group has an unknown option '{name}'; did you mean '{close[0]}'?")
+
+
+def check_choices(group: Mapping[str, Any]) -> None:
+    """Raise ValueError unless every keyword that names something names something known."""
+    for name, allowed in _CHOICES.items():
+        value = group[name]
+        if not any(value is a or (isinstance(value, str) and value == a) for a in allowed):
+            raise ValueError(f"{name}: expected one of {', '.join(map(repr, allowed))}, got {value!r}")
+
+
+def _perturbation(group: Mapping[str, Any]) -> tuple[str | None, float, str]:
+    """(kind, radius, scope) with ``clip_norm`` spelt out."""
+    kind, scope = group["perturb"], group["norm_scope"]
+    if group["clip_norm"] is not None:
+        if kind is not None:
+            raise ValueError(
+                f"clip_norm={group['clip_norm']!r} and perturb={kind!r}: expected one of them; clip_norm is short for "
+                "perturb='clip', radius=clip_norm, norm_scope='global'"
+            )
+        if scope != "global":
+            raise ValueError(
+                f"clip_norm clips the global norm, got norm_scope={scope!r}: use perturb='clip', radius=..., norm_scope={scope!r}"
+            )
+        return "clip", number("clip_norm", group["clip_norm"]), "global"
+    if kind is None:
+        number("radius", group["radius"])
+        return None, 1.0, "none"
+    if kind == "agc" and scope != "unit":
+        raise ValueError(f"perturb='agc' compares the norms of units, got norm_scope={scope!r}: use norm_scope='unit'")
+    radius = number("radius", group["radius"]) if kind == "clip" else finite("radius", group["radius"])
+    return kind, radius, scope
+
+
+# a, b / radius, e, lo, hi of s(n) = clamp(a + b / (n + e), lo, hi)
+_FAMILY = {
+    "clip": (0.0, 1.0, 1e-6, 0.0, 1.0),
+    "normalize": (0.0, 1.0, 1e-12, 0.0, INF),
+    "amplify": (1.0, 1.0, 1e-12, 0.0, INF),
+    "dampen": (1.0, -1.0, 1e-12, 0.0, INF),
+}
+
+
+def interpret(group: Mapping[str, Any]) -> dict[str, Any]:
+    """A group's recipe as fields of Settings.
+
+    Raises:
+        TypeError: A value has the wrong type.
+        ValueError: A value is out of range, unknown, or contradicts another.
+    """
+    check_choices(group)
+    kind, radius, scope = _perturbation(group)
+    fields: dict[str, Any] = {"scope": scope, "radius": radius, "agc": kind == "agc"}
+    if kind in _FAMILY:
+        a, b, e, lo, hi = _FAMILY[kind]
+        fields["perturb"] = (a, b * radius, e, lo, hi)
+    sign = 1.0 if group["reverse"] is None else -finite("reverse", group["reverse"])
+    seed = group["seed"]
+    if isinstance(seed, bool) or not isinstance(seed, int):
+        raise TypeError(f"seed: expected an int, got {seed!r}")
+    if not 0 <= seed < 2**64:
+        raise ValueError(f"seed: expected 0 <= seed < 2**64, got {seed}")
+    return fields | {
+        "centralize_at": group["centralize_at"],
+        "clip_value": INF if group["clip_value"] is None else number("clip_value", group["clip_value"]),
+        "noise": finite("noise", group["noise"]),
+        "noise_decay": finite("noise_decay", group["noise_decay"]),
+        "seed": seed,
+        "sign": -sign if group["maximize"] else sign,
+        "skip_nonfinite": group["nonfinite"] == "skip",
+    }
+
+
+def centre_kind(group: Mapping[str, Any]) -> str:
+    """``"off"``, ``"unit"``, ``"conv"`` or ``"tensor"``."""
+    value = group["centralize"]
+    return "off" if value is False else "unit" if value is True else str(value)

@@ -1,0 +1,329 @@
+"""From an optimizer's groups to the rows of a step: grouping, checking, creating state, and knowing when to do it again."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .backends import BackendTable, Row, Settings, choose
+
+Group = dict[str, Any]
+State = dict[Tensor, dict[str, Any]]
+FLOATING = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+
+
+@dataclass(frozen=True, slots=True)
+class GroupPlan:
+    """A group's options, interpreted.
+
+    Attributes:
+        rule: The update rule's name.
+        states: Keys of the state tensors in the rule's order.
+        counts: Whether the parameters count their steps.
+        centre: ``"off"``, ``"unit"``, ``"conv"`` or ``"tensor"``.
+        backend: The backend asked for.
+        settings: The numbers.
+    """
+
+    rule: str
+    states: tuple[str, ...]
+    counts: bool
+    centre: str
+    backend: str
+    settings: Settings
+
+    @property
+    def measures(self) -> bool:
+        """Whether its gradients' norms are known after a step."""
+        return self.settings.scope != "none" or self.settings.skip_nonfinite
+
+    @property
+    def structure(self) -> tuple[object, ...]:
+        """What rows are made from: a table is kept while this stays."""
+        s = self.settings
+        return (
+            *(
+                self.rule,
+                self.states,
+                self.counts,
+                self.centre,
+                self.backend,
+                s.centralize_at,
+                s.scope,
+                s.agc,
+                s.skip_nonfinite,
+            ),
+            s.noise > 0,
+        )
+
+
+def parameter_name(groups: Sequence[Group], group: int, index: int) -> str:
+    """How messages call a parameter: its name if it was given one, else its place."""
+    names = groups[group].get("param_names")
+    return f"'{names[index]}'" if names else f"{index} of group {group}"
+
+
+def check_parameter(name: str, p: Tensor) -> None:
+    """Raise TypeError unless ``p`` is of a kind that any backend can step."""
+    if p.is_complex():
+        raise TypeError(
+            f"parameter {name} is complex ({p.dtype}), expected a real dtype: optimize torch.view_as_real of it"
+        )
+    if p.dtype not in FLOATING:
+        wanted = ", ".join(str(d).removeprefix("torch.") for d in FLOATING)
+        raise TypeError(f"parameter {name} has dtype {p.dtype}, expected one of {wanted}")
+    if p.layout != torch.strided:
+        raise TypeError(f"parameter {name} has layout {p.layout}, expected a dense tensor: call .to_dense()")
+
+
+def _check_gradient(name: str, p: Tensor, g: Tensor) -> None:
+    if g.layout != torch.strided:
+        raise TypeError(
+            f"gradient of parameter {name} is sparse ({g.layout}), expected a dense one: "
+            "use sparse=False or .to_dense()"
+        )
+    if g.is_complex():
+        raise TypeError(f"gradient of parameter {name} is complex ({g.dtype}), expected {p.dtype} or torch.float32")
+    if g.device != p.device:
+        raise ValueError(f"gradient of parameter {name} is on {g.device}, expected it on the parameter's {p.device}")
+    if g.shape != p.shape:
+        raise ValueError(
+            f"gradient of parameter {name} has shape {tuple(g.shape)}, expected the parameter's {tuple(p.shape)}"
+        )
+    if g.dtype not in (p.dtype, torch.float32):
+        raise TypeError(f"gradient of parameter {name} has dtype {g.dtype}, expected {p.dtype} or torch.float32")
+    if p.is_meta:
+        raise ValueError(
+            f"parameter {name} is on the meta device and has no values: materialise it first (module.to_empty)"
+        )
+    if p.is_neg() or g.is_neg():
+        raise ValueError(f"parameter {name} or its gradient is a lazy negation: assign .resolve_neg() of it")
+
+
+# ---- memory
+
+
+def _span(t: Tensor) -> tuple[int, int]:
+    """First byte and one past the last byte that ``t`` may touch."""
+    reach = sum((n - 1) * s for n, s in zip(t.shape, t.stride(), strict=True))
+    return t.data_ptr(), t.data_ptr() + (reach + 1) * t.element_size()
+
+
+def _touched(t: Tensor, start: int, items: int) -> Tensor:
+    """How often ``t`` touches each of ``items`` places from address ``start``."""
+    places = torch.arange(items).as_strided(t.shape, t.stride(), (t.data_ptr() - start) // t.element_size())
+    return torch.bincount(places.flatten(), minlength=items)
+
+
+def _is_plain(t: Tensor) -> bool:
+    """Dense in memory, so no element lies on another."""
+    first, last = _span(t)
+    return bool(t.numel() * t.element_size() == last - first and torch._debug_has_internal_overlap(t) != 1)
+
+
+def _share_elements(a: Tensor, b: Tensor) -> bool:
+    (a0, a1), (b0, b1) = _span(a), _span(b)
+    size = a.element_size()
+    if (_is_plain(a) and _is_plain(b)) or b.element_size() != size or (a0 - b0) % size:
+        return True  # the spans overlap and at least one fills its own
+    start, items = min(a0, b0), (max(a1, b1) - min(a0, b0)) // size
+    return bool(((_touched(a, start, items) > 0) & (_touched(b, start, items) > 0)).any())
+
+
+def check_disjoint(tensors: Sequence[tuple[str, Tensor]]) -> None:
+    """Raise ValueError if two of the tensors that a step writes, or two elements of one, share memory.
+
+    Views that interleave without touching, such as the columns of a matrix, are fine.
+    """
+    spans = sorted(((*_span(t), name, t) for name, t in tensors if t.numel()), key=lambda x: x[:2])
+    active: list[tuple[int, int, str, Tensor]] = []
+    for first, last, name, t in spans:
+        if not _is_plain(t) and bool((_touched(t, first, (last - first) // t.element_size()) > 1).any()):
+            raise ValueError(
+                f"{name} overlaps itself (shape {tuple(t.shape)}, strides {t.stride()}): pass a .clone() of it"
+            )
+        active = [x for x in active if x[1] > first]
+        for _, _, other_name, other in active:
+            if _share_elements(other, t):
+                raise ValueError(f"{other_name} and {name} overlap in memory: pass the tensor that holds both, once")
+        active.append((first, last, name, t))
+
+
+# ---- rows
+
+
+def _scalar_dtype() -> torch.dtype:
+    """torch counts steps in float32, or in float64 where that is the default."""
+    return torch.float64 if torch.get_default_dtype() == torch.float64 else torch.float32
+
+
+class _States:
+    """Reads and creates optimizer state; what it created can be taken back."""
+
+    def __init__(self, state: State) -> None:
+        self._state = state
+        self._undo: list[tuple[Tensor, str, Any]] = []
+
+    def set(self, p: Tensor, key: str, value: Tensor) -> Tensor:
+        self._undo.append((p, key, self._state[p].get(key) if p in self._state else None))
+        self._state[p][key] = value
+        return value
+
+    def tensor(self, name: str, p: Tensor, key: str) -> Tensor:
+        value = self._state[p].get(key) if p in self._state else None
+        if value is None:
+            return self.set(p, key, torch.zeros_like(p, memory_format=torch.preserve_format, requires_grad=False))
+        if (
+            not isinstance(value, Tensor)
+            or value.shape != p.shape
+            or value.device != p.device
+            or value.dtype not in FLOATING
+        ):
+            got = (
+                f"{value.dtype} of shape {tuple(value.shape)} on {value.device}"
+                if isinstance(value, Tensor)
+                else repr(value)
+            )
+            raise ValueError(
+                f"state '{key}' of parameter {name}: "
+                f"expected a floating tensor of shape {tuple(p.shape)} on {p.device}, got {got}"
+            )
+        return value
+
+    def step(self, name: str, p: Tensor) -> Tensor:
+        value = self._state[p].get("step") if p in self._state else None
+        if (
+            isinstance(value, Tensor)
+            and value.numel() == 1
+            and value.device.type == "cpu"
+            and value.dtype in FLOATING[:2]
+        ):
+            return value
+        if value is not None and not (
+            isinstance(value, (int, float)) or (isinstance(value, Tensor) and value.numel() == 1)
+        ):
+            raise ValueError(
+                f"state 'step' of parameter {name}: expected a number or a one-element tensor, got {value!r}"
+            )
+        return self.set(p, "step", torch.tensor(float(value or 0.0), dtype=_scalar_dtype()))
+
+    def take_back(self) -> None:
+        """Leave the state as it was found."""
+        for p, key, value in reversed(self._undo):
+            if value is None:
+                del self._state[p][key]
+                if not self._state[p]:
+                    del self._state[p]
+            else:
+                self._state[p][key] = value
+        self.keep()
+
+    def keep(self) -> None:
+        """What was created stays."""
+        self._undo.clear()
+
+
+def _unit_shape(p: Tensor, plan: GroupPlan) -> tuple[int, bool, bool]:
+    """(unit length, centre, whole) of a row."""
+    by_rows = p.numel() // p.shape[0] if p.dim() >= 2 and p.shape[0] else p.numel()
+    centre = {"off": False, "unit": p.dim() >= 2, "conv": p.dim() >= 4, "tensor": True}[plan.centre]
+    by_unit = plan.settings.scope == "unit"
+    unit = by_rows if by_unit or (centre and plan.centre != "tensor") else p.numel()
+    return unit, centre, centre and plan.centre == "tensor" and unit != p.numel()
+
+
+def _row(name: str, p: Tensor, plan: GroupPlan, group: int, number: int, states: _States) -> Row:
+    unit, centre, whole = _unit_shape(p, plan)
+    had_state = p in states._state and all(states._state[p].get(k) is not None for k in plan.states)
+    assert p.grad is not None
+    return Row(
+        name=name,
+        rule=plan.rule,
+        param=p,
+        grad=p.grad,
+        state={key: states.tensor(name, p, key) for key in plan.states},
+        step=states.step(name, p) if plan.counts else None,
+        group=group,
+        number=number,
+        unit=unit,
+        centre=centre,
+        whole=whole,
+        first=not had_state,
+    )
+
+
+def _with_gradient(groups: Sequence[Group]) -> Iterator[tuple[int, int, str, Tensor]]:
+    """(group, number in the optimizer, name, parameter) of each parameter to step; a repeated one counts once."""
+    seen: set[int] = set()
+    number = 0
+    for g, group in enumerate(groups):
+        for i, p in enumerate(group["params"]):
+            if p.grad is not None and id(p) not in seen:
+                seen.add(id(p))
+                yield g, number, parameter_name(groups, g, i), p
+            number += 1
+
+
+class StepTable:
+    """The tensors of one optimizer's steps, checked, with their state created, on a backend.
+
+    Raises on construction, with nothing changed, whatever a step could be refused for.
+    """
+
+    def __init__(self, groups: list[Group], state: State, plans: Sequence[GroupPlan]) -> None:
+        found = list(_with_gradient(groups))
+        for _, _, name, p in found:
+            check_parameter(name, p)
+            _check_gradient(name, p, p.grad)  # type: ignore[arg-type]
+        make = _backend(plans, [p for _, _, _, p in found])
+        self._states = _States(state)
+        try:
+            rows = [_row(name, p, plans[g], g, number, self._states) for g, number, name, p in found]
+            written = ((f"{what} of parameter {r.name}", t) for r in rows for what, t in r.state.items())
+            check_disjoint([*((f"parameter {r.name}", r.param) for r in rows), *written])
+            self.table = make(rows, [plan.settings for plan in plans])
+        except BaseException:
+            self._states.take_back()
+            raise
+        self.table.watch(groups, state)
+        self.structure = [plan.structure for plan in plans]
+        self.params = [row.param for row in rows]
+        self.measures = self.table.needs_stats
+        self._measured = [i for i, row in enumerate(rows) if plans[row.group].measures]
+
+    def still_describes(self, groups: list[Group], state: State, plans: Sequence[GroupPlan]) -> bool:
+        """Whether the next step can use this table; new numbers and moved gradients are taken over."""
+        if [plan.structure for plan in plans] != self.structure or not self.table.refresh(groups, state):
+            return False
+        self.table.configure([plan.settings for plan in plans])
+        return True
+
+    def keep_state(self) -> None:
+        """The step was taken: created state stays."""
+        self._states.keep()
+
+    def take_back_state(self) -> bool:
+        """The step was not taken: created state goes. True if there was any, so that this table is of no more use."""
+        created = bool(self._states._undo)
+        self._states.take_back()
+        return created
+
+    def norm(self) -> Tensor | None:
+        """Total norm over the parameters whose gradients were measured, 0-dim float64; None if none was."""
+        return self.table.sums[self._measured].sum().sqrt() if self._measured else None
+
+    def norms(self) -> dict[str, Tensor]:
+        """Norm of each measured gradient by parameter name."""
+        roots = self.table.sums.sqrt()
+        return {self.table.rows[i].name.strip("'"): roots[i] for i in self._measured}
+
+
+def _backend(plans: Sequence[GroupPlan], params: Sequence[Tensor]) -> type[BackendTable]:
+    requests = {plan.backend for plan in plans}
+    if len(requests) > 1:
+        raise ValueError(f"backend: expected the same in every parameter group, got {', '.join(sorted(requests))}")
+    return choose(next(iter(requests), "auto"), params)
