@@ -22,20 +22,28 @@ template <class T, class Term> double reduce(const T* __restrict x, int64_t n, T
   return lanes[0];
 }
 
-template <class T> double sum(const T* x, int64_t n) {
-  return reduce(x, n, [](T v) { return double(v); });
-}
+// Up to this length a unit is too short for lanes of its own: lanes then run over units.
+constexpr int64_t kShortUnit = 64;
+constexpr int kUnitsAbreast = 8;
 
-template <class T> double sum_scaled(const T* x, int64_t n, T scale) {
-  return reduce(x, n, [scale](T v) { return double(v * scale); });
-}
-
-// Of x * scale - mean.
-template <class T> double sum_of_squares(const T* x, int64_t n, T scale, T mean) {
-  return reduce(x, n, [scale, mean](T v) {
-    const double d = double(v * scale - mean);
-    return d * d;
-  });
+// totals[u] <- the sum of term(u, x[i]) over unit u, for units that lie one after another.
+template <class T, class Term> void reduce_units(const T* __restrict x, int64_t length, int64_t units, double* __restrict totals, Term term) {
+  int64_t u = 0;
+  if (length <= kShortUnit) {
+    for (; u + kUnitsAbreast <= units; u += kUnitsAbreast) {
+      double lanes[kUnitsAbreast] = {};
+      for (int64_t i = 0; i < length; ++i) {
+        for (int k = 0; k < kUnitsAbreast; ++k) lanes[k] += term(u + k, x[(u + k) * length + i]);
+      }
+      for (int k = 0; k < kUnitsAbreast; ++k) totals[u + k] = lanes[k];
+    }
+    for (; u < units; ++u) {
+      totals[u] = 0;
+      for (int64_t i = 0; i < length; ++i) totals[u] += term(u, x[u * length + i]);
+    }
+    return;
+  }
+  for (; u < units; ++u) totals[u] = reduce(x + u * length, length, [&](T v) { return term(u, v); });
 }
 
 }  // namespace

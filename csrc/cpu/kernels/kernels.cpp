@@ -22,6 +22,13 @@ template <class T> T* buffer(char* scratch, int which) { return reinterpret_cast
 
 inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
+// A block: elements [begin, begin + count) of a row as whole units of one length, or as a piece of a long one.
+struct Block {
+  int64_t begin, count;
+  int64_t units, length;  // within the block
+  int64_t unit0;          // the first one's place in Job's arrays
+};
+
 // What the kernels of one chunk look at.
 struct Place {
   const Job& job;
@@ -31,78 +38,102 @@ struct Place {
   const Hyper& hyper = job.hypers[row.group];
   const RowStep& now = job.steps[chunk.row];
   const bool centre_gradient = row.centre && hyper.centralize_at == Centre::gradient;
+  const bool by_unit = hyper.scope == Scope::unit;
+  // Statistics of units are wanted here and a unit fits.
+  const bool whole_units = row.length <= kUnitMax && (row.centre || by_unit);
 
-  int64_t unit_at(int64_t element) const { return now.unit0 + element / row.length; }
-
-  // Calls work(begin, n) block by block: whole units where their statistics are wanted and they are short.
   template <class F> void for_each_block(F work) const {
-    const bool whole_units = row.length <= kUnitMax && (row.centre || hyper.scope == Scope::unit);
-    const int64_t units = kBlock / row.length;
-    const int64_t block = whole_units ? (units > 1 ? units : 1) * row.length : kBlock;
+    const int64_t most = whole_units ? (row.length < kBlock ? kBlock / row.length : 1) * row.length : kBlock;
     const int64_t end = chunk.begin + chunk.count;
-    for (int64_t begin = chunk.begin; begin < end; begin += block) work(begin, smaller(block, end - begin));
-  }
-
-  // Calls work(offset in the block, n, unit) for each unit, or piece of one, of a block.
-  template <class F> void for_each_unit(int64_t begin, int64_t n, F work) const {
-    int64_t unit = unit_at(begin);
-    for (int64_t offset = 0; offset < n; offset += row.length, ++unit) work(offset, smaller(row.length, n - offset), unit);
+    for (int64_t begin = chunk.begin; begin < end; begin += most) {
+      const int64_t count = smaller(most, end - begin), length = whole_units ? row.length : count;
+      work(Block{begin, count, count / length, length, now.unit0 + begin / row.length});
+    }
   }
 };
 
-template <class T> T mean_of(const Place& at, const T* g, int64_t n, int64_t unit) {
-  if (!at.centre_gradient) return T(0);
-  if (at.now.means_known) return T(at.job.unit_mean[unit]);
-  return T(sum_scaled(g, n, T(at.job.unscale)) / double(n));
+// A number for each unit of a block.
+template <class T> struct PerUnit {
+  T at[kBlock];
+};
+
+// means <- stage 1's means; zero where the gradient is not centred.
+template <class T> void means_of(const Place& at, const Block& b, const T* g, PerUnit<T>& means) {
+  if (!at.centre_gradient) {
+    for (int64_t u = 0; u < b.units; ++u) means.at[u] = T(0);
+  } else if (at.now.means_known) {
+    for (int64_t u = 0; u < b.units; ++u) means.at[u] = T(at.job.unit_mean[b.unit0 + u]);
+  } else {
+    const T unscale = T(at.job.unscale);
+    PerUnit<double> sums;
+    reduce_units(g, b.length, b.units, sums.at, [unscale](int64_t, T v) { return double(v * unscale); });
+    for (int64_t u = 0; u < b.units; ++u) means.at[u] = T(sums.at[u] / double(b.length));
+  }
+}
+
+template <class T> double square(T x) { return double(x) * double(x); }
+
+// squares <- each unit's sum of squares of the centred gradient.
+template <class T> void squares_of(const Place& at, const Block& b, const T* g, const PerUnit<T>& means, PerUnit<double>& squares) {
+  const T unscale = T(at.job.unscale);
+  reduce_units(g, b.length, b.units, squares.at, [&means, unscale](int64_t u, T v) { return square(math::centred(v, unscale, means.at[u])); });
+}
+
+template <class T> void weight_squares_of(const Block& b, const T* p, PerUnit<double>& squares) {
+  reduce_units(p, b.length, b.units, squares.at, [](int64_t, T v) { return square(v); });
+}
+
+inline double total(const PerUnit<double>& values, int64_t units) {
+  double sum = 0;
+  for (int64_t u = 0; u < units; ++u) sum += values.at[u];
+  return sum;
 }
 
 template <class T> void sum_chunk(const Place& at, char* scratch) {
-  double total = 0;
-  at.for_each_block([&](int64_t begin, int64_t n) {
-    total += sum_scaled(open(at.row.grad, begin, n, buffer<T>(scratch, kRaw)), n, T(at.job.unscale));
+  const T unscale = T(at.job.unscale);
+  double sum = 0;
+  at.for_each_block([&](const Block& b) {
+    sum += reduce(open(at.row.grad, b.begin, b.count, buffer<T>(scratch, kRaw)), b.count, [unscale](T v) { return double(v * unscale); });
   });
-  at.job.chunk_sum[at.index] = total;
+  at.job.chunk_sum[at.index] = sum;
 }
 
 template <class T> void squares_chunk(const Place& at, char* scratch) {
   const bool weights = at.hyper.agc && at.row.length > kUnitMax;
-  double squares = 0, weight_squares = 0;
-  at.for_each_block([&](int64_t begin, int64_t n) {
-    const T* g = open(at.row.grad, begin, n, buffer<T>(scratch, kRaw));
-    at.for_each_unit(begin, n, [&](int64_t offset, int64_t length, int64_t unit) {
-      const T mean = mean_of(at, g + offset, length, unit);
-      if (at.centre_gradient && !at.now.means_known) at.job.unit_mean[unit] = double(mean);
-      squares += sum_of_squares(g + offset, length, T(at.job.unscale), mean);
-    });
-    if (weights) weight_squares += sum_of_squares(open(at.row.param, begin, n, buffer<T>(scratch, kParam)), n, T(1), T(0));
+  double sum = 0, weight_sum = 0;
+  at.for_each_block([&](const Block& b) {
+    const T* g = open(at.row.grad, b.begin, b.count, buffer<T>(scratch, kRaw));
+    PerUnit<T> means;
+    PerUnit<double> squares;
+    means_of(at, b, g, means);
+    if (at.centre_gradient && !at.now.means_known) {
+      for (int64_t u = 0; u < b.units; ++u) at.job.unit_mean[b.unit0 + u] = double(means.at[u]);
+    }
+    squares_of(at, b, g, means, squares);
+    sum += total(squares, b.units);
+    if (!weights) return;
+    weight_squares_of(b, open(at.row.param, b.begin, b.count, buffer<T>(scratch, kParam)), squares);
+    weight_sum += total(squares, b.units);
   });
-  at.job.chunk_sq[at.index] = squares;
-  if (weights) at.job.chunk_weight_sq[at.index] = weight_squares;
+  at.job.chunk_sq[at.index] = sum;
+  if (weights) at.job.chunk_weight_sq[at.index] = weight_sum;
 }
 
 // Stages 0 to 6. g may not overlap to.
 template <bool kNoisy, bool kDecayed, class T>
-void transform(const T* __restrict g, const float* __restrict noise, const T* __restrict p, T* __restrict to, int64_t n,
-               const math::Transform<T> t) {
-  for (int64_t i = 0; i < n; ++i) {
-    T x = math::perturbed(g[i], t);
-    if (kNoisy) x = x + t.sigma * T(noise[i]);
-    x = x * t.sign;
-    if (kDecayed) x = x + t.decay * p[i];
-    to[i] = x;
+void transform(const Block& b, const T* __restrict g, const float* __restrict noise, const T* __restrict p, T* __restrict to,
+               const PerUnit<T>& means, const PerUnit<T>& factors, math::Transform<T> t) {
+  for (int64_t u = 0; u < b.units; ++u) {
+    t.mean = means.at[u];
+    t.factor = factors.at[u];
+    for (int64_t i = u * b.length; i < (u + 1) * b.length; ++i) {
+      T x = math::perturbed(g[i], t);
+      if (kNoisy) x = x + t.sigma * T(noise[i]);
+      x = x * t.sign;
+      if (kDecayed) x = x + t.decay * p[i];
+      to[i] = x;
+    }
   }
-}
-
-template <class T>
-void transform(const T* g, const float* noise, const T* p, T* to, int64_t n, const math::Transform<T>& t) {
-  if (noise && t.decay != T(0)) return transform<true, true>(g, noise, p, to, n, t);
-  if (noise) return transform<true, false>(g, noise, p, to, n, t);
-  if (t.decay != T(0)) return transform<false, true>(g, noise, p, to, n, t);
-  transform<false, false>(g, noise, p, to, n, t);
-}
-
-template <class T> void subtract(T* x, int64_t n, T mean) {
-  for (int64_t i = 0; i < n; ++i) x[i] = x[i] - mean;
 }
 
 // g <- the direction the rule takes. The states move unless this is a rehearsal.
@@ -126,11 +157,12 @@ template <class T> void descend(T* __restrict p, const T* __restrict d, int64_t 
 // One chunk's walk through a step, with rule R in type T.
 template <class R, class T> class Stepper {
  public:
-  Stepper(const Place& at, char* scratch) : at_(at), scratch_(scratch), coef_(R::template coef<T>(at.hyper, at.now.step, at.row.first)) {
+  Stepper(const Place& at, char* scratch)
+      : at_(at), scratch_(scratch), coef_(R::template coef<T>(at.hyper, at.now.step, at.row.first)) {
     static_assert(R::states <= 3, "direct() names its states");
     t_.unscale = T(at.job.unscale);
     t_.mean = T(0);
-    t_.factor = T(at.now.factor);
+    t_.factor = T(1);
     t_.hi = T(at.hyper.clip_value);
     t_.lo = -t_.hi;
     t_.sigma = T(at.now.sigma);
@@ -139,77 +171,97 @@ template <class R, class T> class Stepper {
   }
 
   void apply() {
-    at_.for_each_block([&](int64_t begin, int64_t n) {
-      open_block(begin, n);
-      prepare(begin, n);
-      if (at_.row.centre && at_.hyper.centralize_at == Centre::decayed) centre(begin, n);
-      direct<R, false>(g_, s_[0], s_[1], s_[2], n, coef_);
-      if (at_.row.centre && at_.hyper.centralize_at == Centre::update) centre(begin, n);
-      descend(p_, g_, n, coef_.shrink, coef_.step);
-      close_block(begin, n);
+    at_.for_each_block([&](const Block& b) {
+      open_block(b);
+      prepare(b);
+      if (at_.row.centre && at_.hyper.centralize_at == Centre::decayed) centre(b);
+      direct<R, false>(g_, s_[0], s_[1], s_[2], b.count, coef_);
+      if (at_.row.centre && at_.hyper.centralize_at == Centre::update) centre(b);
+      descend(p_, g_, b.count, coef_.shrink, coef_.step);
+      close_block(b);
     });
-    if (at_.hyper.scope == Scope::unit && !at_.now.norms_known) at_.job.chunk_sq[at_.index] = squares_;
+    if (at_.by_unit && !at_.now.norms_known) at_.job.chunk_sq[at_.index] = squares_;
   }
 
   // The sum of what centre() would take the mean of, for units whose mean takes several chunks.
   void rehearse() {
-    double total = 0;
-    at_.for_each_block([&](int64_t begin, int64_t n) {
-      open_block(begin, n);
-      prepare(begin, n);
-      if (at_.hyper.centralize_at == Centre::update) direct<R, true>(g_, s_[0], s_[1], s_[2], n, coef_);
-      total += sum(g_, n);
+    double sum = 0;
+    at_.for_each_block([&](const Block& b) {
+      open_block(b);
+      prepare(b);
+      if (at_.hyper.centralize_at == Centre::update) direct<R, true>(g_, s_[0], s_[1], s_[2], b.count, coef_);
+      sum += reduce(g_, b.count, [](T v) { return double(v); });
     });
-    at_.job.chunk_sum[at_.index] = total;
+    at_.job.chunk_sum[at_.index] = sum;
   }
 
  private:
-  void open_block(int64_t begin, int64_t n) {
-    raw_ = open(at_.row.grad, begin, n, buffer<T>(scratch_, kRaw));
-    p_ = open(at_.row.param, begin, n, buffer<T>(scratch_, kParam));
-    for (int k = 0; k < R::states; ++k) s_[k] = open(at_.row.state[k], begin, n, buffer<T>(scratch_, kState + k));
+  void open_block(const Block& b) {
+    raw_ = open(at_.row.grad, b.begin, b.count, buffer<T>(scratch_, kRaw));
+    p_ = open(at_.row.param, b.begin, b.count, buffer<T>(scratch_, kParam));
+    for (int k = 0; k < R::states; ++k) s_[k] = open(at_.row.state[k], b.begin, b.count, buffer<T>(scratch_, kState + k));
   }
 
-  void close_block(int64_t begin, int64_t n) {
-    close(at_.row.param, begin, n, p_);
-    for (int k = 0; k < R::states; ++k) close(at_.row.state[k], begin, n, s_[k]);
+  void close_block(const Block& b) {
+    close(at_.row.param, b.begin, b.count, p_);
+    for (int k = 0; k < R::states; ++k) close(at_.row.state[k], b.begin, b.count, s_[k]);
   }
 
   // g_ <- the gradient as the rule sees it.
-  void prepare(int64_t begin, int64_t n) {
-    float* noise = nullptr;
-    if (t_.sigma != T(0)) {
-      noise = buffer<float>(scratch_ + kNoise * kUnitMax * sizeof(T), 0);
-      noise_run(at_.hyper.seed, begin, n, at_.row.parameter, uint32_t(at_.now.step - 1), noise);
+  void prepare(const Block& b) {
+    means_of(at_, b, raw_, means_);
+    set_factors(b);
+    const float* noise = nullptr;
+    if (t_.sigma != T(0)) noise = draw(b);
+    const bool decayed = t_.decay != T(0);
+    if (noise && decayed) return transform<true, true>(b, raw_, noise, p_, g_, means_, factors_, t_);
+    if (noise) return transform<true, false>(b, raw_, noise, p_, g_, means_, factors_, t_);
+    if (decayed) return transform<false, true>(b, raw_, noise, p_, g_, means_, factors_, t_);
+    transform<false, false>(b, raw_, noise, p_, g_, means_, factors_, t_);
+  }
+
+  const float* draw(const Block& b) {
+    float* noise = reinterpret_cast<float*>(buffer<T>(scratch_, kNoise));
+    noise_run(at_.hyper.seed, b.begin, b.count, at_.row.parameter, uint32_t(at_.now.step - 1), noise);
+    return noise;
+  }
+
+  void set_factors(const Block& b) {
+    if (!at_.by_unit) {
+      for (int64_t u = 0; u < b.units; ++u) factors_.at[u] = T(at_.now.factor);
+      return;
     }
-    if (!at_.centre_gradient && at_.hyper.scope != Scope::unit) return transform(raw_, noise, p_, g_, n, t_);
-    at_.for_each_unit(begin, n, [&](int64_t offset, int64_t length, int64_t unit) {
-      t_.mean = mean_of(at_, raw_ + offset, length, unit);
-      if (at_.hyper.scope == Scope::unit) t_.factor = T(unit_factor(offset, length, unit));
-      transform(raw_ + offset, noise ? noise + offset : nullptr, p_ + offset, g_ + offset, length, t_);
-    });
+    PerUnit<double> squares, weights;
+    if (at_.now.norms_known) {  // a piece of one long unit
+      squares.at[0] = at_.job.unit_sq[b.unit0];
+      weights.at[0] = at_.job.unit_weight_sq[b.unit0];
+    } else {
+      squares_of(at_, b, raw_, means_, squares);
+      if (at_.hyper.agc) weight_squares_of(b, p_, weights);
+    }
+    for (int64_t u = 0; u < b.units; ++u) {
+      squares_ += squares.at[u];
+      const double norm = sqrt(squares.at[u]);
+      factors_.at[u] = T(at_.hyper.agc ? math::agc_factor(at_.hyper.radius, sqrt(weights.at[u]), norm)
+                                       : math::perturb_factor(at_.hyper.perturb, norm));
+    }
   }
 
-  double unit_factor(int64_t offset, int64_t n, int64_t unit) {
-    const bool known = at_.now.norms_known;
-    const double squares = known ? at_.job.unit_sq[unit] : sum_of_squares(raw_ + offset, n, t_.unscale, t_.mean);
-    squares_ += squares;
-    if (!at_.hyper.agc) return math::perturb_factor(at_.hyper.perturb, sqrt(squares));
-    const double weights = known ? at_.job.unit_weight_sq[unit] : sum_of_squares(p_ + offset, n, T(1), T(0));
-    return math::agc_factor(at_.hyper.radius, sqrt(weights), sqrt(squares));
-  }
-
-  void centre(int64_t begin, int64_t n) {
-    at_.for_each_unit(begin, n, [&](int64_t offset, int64_t length, int64_t unit) {
-      const bool known = at_.now.directions_known;
-      subtract(g_ + offset, length, known ? T(at_.job.unit_direction[unit]) : T(sum(g_ + offset, length) / double(length)));
-    });
+  void centre(const Block& b) {
+    PerUnit<double> sums;
+    const bool known = at_.now.directions_known;
+    if (!known) reduce_units(g_, b.length, b.units, sums.at, [](int64_t, T v) { return double(v); });
+    for (int64_t u = 0; u < b.units; ++u) {
+      const T mean = T(known ? at_.job.unit_direction[b.unit0 + u] : sums.at[u] / double(b.length));
+      for (int64_t i = u * b.length; i < (u + 1) * b.length; ++i) g_[i] = g_[i] - mean;
+    }
   }
 
   const Place& at_;
   char* const scratch_;
   const typename R::template Coef<T> coef_;
   math::Transform<T> t_;
+  PerUnit<T> means_, factors_;
   T* const g_ = buffer<T>(scratch_, kGrad);
   T *raw_ = nullptr, *p_ = nullptr, *s_[kMaxStates] = {};
   double squares_ = 0;
