@@ -109,8 +109,11 @@ def _check_gradient(name: str, p: Tensor, g: Tensor) -> None:
 
 def _span(t: Tensor) -> tuple[int, int]:
     """First byte and one past the last byte that ``t`` may touch."""
+    first = t.data_ptr()
+    if t.is_contiguous():
+        return first, first + t.nbytes
     reach = sum((n - 1) * s for n, s in zip(t.shape, t.stride(), strict=True))
-    return t.data_ptr(), t.data_ptr() + (reach + 1) * t.element_size()
+    return first, first + (reach + 1) * t.element_size()
 
 
 def _touched(t: Tensor, start: int, items: int) -> Tensor:
@@ -121,8 +124,10 @@ def _touched(t: Tensor, start: int, items: int) -> Tensor:
 
 def _is_plain(t: Tensor) -> bool:
     """Dense in memory, so no element lies on another."""
+    if t.is_contiguous():
+        return True
     first, last = _span(t)
-    return bool(t.numel() * t.element_size() == last - first and torch._debug_has_internal_overlap(t) != 1)
+    return bool(t.nbytes == last - first and torch._debug_has_internal_overlap(t) != 1)
 
 
 def _share_elements(a: Tensor, b: Tensor) -> bool:
@@ -289,18 +294,21 @@ class StepTable:
         except BaseException:
             self._states.take_back()
             raise
-        self.table.watch(groups, state)
-        self.structure = [plan.structure for plan in plans]
+        self.table.watch(rows, groups, state)
+        self._plans = list(plans)
         self.params = [row.param for row in rows]
+        self._names = [row.name.strip("'") for row in rows]
         self.measures = self.table.needs_stats
         self._measured = [i for i, row in enumerate(rows) if plans[row.group].measures]
 
     def still_describes(self, groups: list[Group], state: State, plans: Sequence[GroupPlan]) -> bool:
         """Whether the next step can use this table; new numbers and moved gradients are taken over."""
-        if [plan.structure for plan in plans] != self.structure or not self.table.refresh(groups, state):
-            return False
-        self.table.configure([plan.settings for plan in plans])
-        return True
+        if plans != self._plans:
+            if [plan.structure for plan in plans] != [plan.structure for plan in self._plans]:
+                return False
+            self.table.configure([plan.settings for plan in plans])
+            self._plans = list(plans)
+        return self.table.refresh(groups, state)
 
     def keep_state(self) -> None:
         """The step was taken: created state stays."""
@@ -319,7 +327,7 @@ class StepTable:
     def norms(self) -> dict[str, Tensor]:
         """Norm of each measured gradient by parameter name."""
         roots = self.table.sums.sqrt()
-        return {self.table.rows[i].name.strip("'"): roots[i] for i in self._measured}
+        return {self._names[i]: roots[i] for i in self._measured}
 
 
 def _backend(plans: Sequence[GroupPlan], params: Sequence[Tensor]) -> type[BackendTable]:

@@ -71,18 +71,23 @@ class Row:
 
 
 class BackendTable(ABC):
-    """Rows made ready for one backend. A step is ``stats`` if a norm is wanted, then ``apply``."""
+    """Rows made ready for one backend. A step is ``stats`` if a norm is wanted, then ``apply``.
+
+    It may not keep gradients alive beyond the step: ``zero_grad`` has to free them.
+    """
 
     def __init__(self, rows: Sequence[Row], settings: Sequence[Settings]) -> None:
-        self.rows = list(rows)
         self.settings = list(settings)
         device = rows[0].param.device if rows else torch.device("cpu")
         #: Sum of squares of each row's gradient as centralisation leaves it, (rows,), float64.
-        self.sums: Tensor = torch.zeros(len(self.rows), dtype=torch.float64, device=device)
+        self.sums: Tensor = torch.zeros(len(rows), dtype=torch.float64, device=device)
 
     def configure(self, settings: Sequence[Settings]) -> None:
         """Take over new numbers. What decides the shape of the table may not have changed."""
         self.settings = list(settings)
+
+    def watch(self, rows: Sequence[Row], groups: list[dict[str, Any]], state: dict[Any, Any]) -> None:  # noqa: B027
+        """Remember the optimizer as it is, for ``refresh``. Optional."""
 
     def refresh(self, groups: list[dict[str, Any]], state: dict[Any, Any]) -> bool:
         """Whether the table still describes the optimizer; moved gradients are taken over.
@@ -95,9 +100,6 @@ class BackendTable(ABC):
     def needs_stats(self) -> bool:
         """Whether ``stats`` must run before ``apply``."""
         return any(s.scope in WIDE_SCOPES or s.skip_nonfinite for s in self.settings)
-
-    def watch(self, groups: list[dict[str, Any]], state: dict[Any, Any]) -> None:  # noqa: B027 (optional)
-        """Remember the optimizer as it is, for ``refresh``."""
 
     @abstractmethod
     def stats(self, unscale: float) -> None:

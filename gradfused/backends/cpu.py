@@ -70,21 +70,23 @@ def refusal(tensor: Tensor) -> str | None:
     return None
 
 
-def _iteration_order(row: Row, noisy: bool) -> list[int]:
+def _iteration_order(row: Row, noisy: bool) -> list[int] | None:
     """Dims, outermost first, in which a row's elements are numbered: as they lie in memory where that is allowed.
 
-    Units must be contiguous runs of the order, and noise is defined on row-major positions.
+    None stands for row-major order. Units must be contiguous runs of the order, and noise is defined on row-major positions.
     """
     p = row.param
+    if noisy or p.is_contiguous():
+        return None
     dims = [d for d in range(p.dim()) if p.shape[d] != 1]
     by_stride = sorted(dims, key=p.stride, reverse=True)
     expected = 1
     for d in reversed(by_stride):
         if p.stride(d) != expected:
-            return dims
+            return None
         expected *= p.shape[d]
     units_in_order = row.unit == p.numel() or by_stride[:1] == [0]
-    return by_stride if units_in_order and not noisy else dims
+    return by_stride if units_in_order else None
 
 
 def _walk(tensor: Tensor, order: list[int]) -> tuple[list[int], list[int]]:
@@ -102,7 +104,10 @@ def _walk(tensor: Tensor, order: list[int]) -> tuple[list[int], list[int]]:
     return ([], []) if strides in ([], [1]) else (sizes, strides)
 
 
-def _operand(tensor: Tensor, order: list[int]) -> _Operand:
+def _operand(tensor: Tensor, order: list[int] | None) -> _Operand:
+    if order is None and tensor.is_contiguous():
+        return tensor.data_ptr(), DTYPES[tensor.dtype], [], []
+    order = [d for d in range(tensor.dim()) if tensor.shape[d] != 1] if order is None else order
     return (tensor.data_ptr(), DTYPES[tensor.dtype], *_walk(tensor, order))
 
 
@@ -145,10 +150,9 @@ class Table(BackendTable):
                 self._configured[i] = new
         super().configure(settings)
 
-    def watch(self, groups: list[dict[str, Any]], state: dict[Any, Any]) -> None:
-        """Remember the optimizer as it is, for ``refresh``."""
+    def watch(self, rows: Sequence[Row], groups: list[dict[str, Any]], state: dict[Any, Any]) -> None:
         self._watch = native().Watch(torch._C.TensorBase, groups, state)
-        for row in self.rows:
+        for row in rows:
             keys = [*row.state, *(() if row.step is None else ("step",))]
             self._watch.add(row.param, state.get(row.param, {}), keys)
 

@@ -7,7 +7,7 @@ gradients and it is exact to float64.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -158,7 +158,11 @@ RULES: dict[str, Callable[[Tensor, State, Settings, float, bool], Direction]] = 
 
 
 class Table(BackendTable):
-    """Rows for the reference: nothing is prepared."""
+    """Rows for the reference: nothing is prepared, and they serve one step."""
+
+    def __init__(self, rows: Sequence[Row], settings: Sequence[Settings]) -> None:
+        super().__init__(rows, settings)
+        self.rows = list(rows)
 
     @torch.no_grad()
     def stats(self, unscale: float) -> None:
@@ -189,12 +193,16 @@ class Table(BackendTable):
     @torch.no_grad()
     def apply(self, unscale: float) -> bool:
         """See BackendTable."""
-        if not self._finite():
-            return False
+        finite = self._finite()
+        if finite:
+            self._apply_rows(unscale)
+        self.rows.clear()
+        return finite
+
+    def _apply_rows(self, unscale: float) -> None:
         norms = [self._norm(i) for i in range(len(self.rows))]
         for i, row in enumerate(self.rows):
             self._apply_row(i, row, self.settings[row.group], unscale, norms[i])
-        return True
 
     def _apply_row(self, index: int, row: Row, s: Settings, unscale: float, norm: Tensor | None) -> None:
         dtype = compute_dtype(row.param)

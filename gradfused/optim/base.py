@@ -16,6 +16,7 @@ from ..table import GroupPlan, StepTable, check_disjoint, check_parameter, param
 
 Params = Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]]
 _NOT_OPTIONS = frozenset(("params", "param_names"))
+_TABLES_KEPT = 4
 
 
 def _values(group: dict[str, Any]) -> list[Any]:
@@ -39,12 +40,14 @@ class Optimizer(torch.optim.Optimizer):
     def __init__(self, params: Params, defaults: dict[str, Any], recipe: dict[str, Any]) -> None:
         options.refuse_unknown(recipe, options.DEFAULTS, type(self).__name__)
         self._begin()
+        self._complete = False
         super().__init__(params, defaults | options.DEFAULTS | recipe)
         self._check_memory()
+        self._complete = True
 
     def _begin(self) -> None:
         """What is not part of the saved state."""
-        self._table: StepTable | None = None
+        self._tables: list[StepTable] = []  # the last one used comes first
         self._plans: list[tuple[list[Any], GroupPlan]] = []
         self.skipped_steps = 0
 
@@ -97,7 +100,7 @@ class Optimizer(torch.optim.Optimizer):
             self._plan(group)
             for i, p in enumerate(group["params"]):
                 check_parameter(parameter_name(self.param_groups, index, i), p)
-            if index < len(self._plans):
+            if self._complete:
                 self._check_memory()
         except BaseException:
             self.param_groups.pop()
@@ -142,9 +145,7 @@ class Optimizer(torch.optim.Optimizer):
         if found_inf is not None and found_inf.item():
             return
         plans = self._current_plans()
-        table = self._table
-        if table is None or not table.still_describes(self.param_groups, self.state, plans):
-            table = self._table = StepTable(self.param_groups, self.state, plans)
+        table = self._table_for(plans)
         if not table.params:
             return
         unscale = 1.0 if grad_scale is None else 1.0 / float(grad_scale)
@@ -156,7 +157,17 @@ class Optimizer(torch.optim.Optimizer):
             return
         self.skipped_steps += 1
         if table.take_back_state():
-            self._table = None
+            self._tables.clear()
+
+    def _table_for(self, plans: list[GroupPlan]) -> StepTable:
+        """The table that describes this step: the last one's, or one of a few kept for models whose gradients come and go."""
+        for i, table in enumerate(self._tables):
+            if table.still_describes(self.param_groups, self.state, plans):
+                self._tables.insert(0, self._tables.pop(i))
+                return table
+        table = StepTable(self.param_groups, self.state, plans)
+        self._tables = [table, *self._tables[: _TABLES_KEPT - 1]]
+        return table
 
     # ---- what a step saw
 
@@ -166,11 +177,11 @@ class Optimizer(torch.optim.Optimizer):
 
         Over every parameter in a group whose recipe takes a norm; None before the first step or if no group does.
         """
-        return None if self._table is None else self._table.norm()
+        return self._tables[0].norm() if self._tables else None
 
     def grad_norms(self) -> dict[str, Tensor]:
         """The same by parameter: its name, or its place where the optimizer was given none."""
-        return {} if self._table is None else self._table.norms()
+        return self._tables[0].norms() if self._tables else {}
 
     # ---- saving and loading
 
@@ -183,6 +194,7 @@ class Optimizer(torch.optim.Optimizer):
         self._begin()
         super().__setstate__(state)
         self.skipped_steps = skipped
+        self._complete = True
         for group in self.param_groups:
             for name, default in self.defaults.items():
                 group.setdefault(name, default)
