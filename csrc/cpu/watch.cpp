@@ -1,7 +1,5 @@
 #include "cpu/watch.h"
 
-#include <algorithm>
-
 namespace py = pybind11;
 
 namespace gradfused::cpu {
@@ -26,7 +24,7 @@ Watch::Watch(py::object tensor, py::list groups, py::dict state)
   for (py::handle group : groups) {
     for (py::handle p : py::list(group["params"])) params_.push_back(py::reinterpret_borrow<py::object>(p));
   }
-  idle_ = params_;
+  for (const py::object& p : params_) has_row_[p.ptr()] = false;
   for (auto item : state) states_.emplace_back(item.first.ptr(), item.second.ptr());
 }
 
@@ -38,7 +36,7 @@ void Watch::add(py::object param, py::dict state, py::list keys) {
     row.kept.push_back({py::reinterpret_borrow<py::object>(key), tensor, address(tensor)});
   }
   rows_.push_back(std::move(row));
-  idle_.erase(std::remove_if(idle_.begin(), idle_.end(), [&](const py::object& p) { return p.is(param); }), idle_.end());
+  has_row_[param.ptr()] = true;
 }
 
 // A getter called without the attribute's look-up.
@@ -92,8 +90,10 @@ bool Watch::same_gradient(const Watched& row, const py::object& grad, Operand& k
 
 bool Watch::refresh(py::list groups, py::dict state, Table& table) const {
   if (!same_parameters(groups) || !same_states(state)) return false;
-  for (const py::object& p : idle_) {
-    if (!attribute(grad_, p).is_none()) return false;
+  if (rows_.size() < has_row_.size()) {
+    for (const py::object& p : params_) {
+      if (!has_row_.at(p.ptr()) && !attribute(grad_, p).is_none()) return false;
+    }
   }
   for (size_t i = 0; i < rows_.size(); ++i) {
     const Watched& row = rows_[i];

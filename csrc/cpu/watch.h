@@ -3,6 +3,7 @@
 
 #include <pybind11/pybind11.h>
 
+#include <unordered_map>
 #include <utility>
 #include <vector>
 
@@ -47,7 +48,8 @@ class Watch {
   bool same_gradient(const Watched& row, const pybind11::object& grad, Operand& known) const;
 
   pybind11::object grad_, data_ptr_, stride_, is_contiguous_, dtype_, shape_;
-  std::vector<pybind11::object> params_, idle_;
+  std::vector<pybind11::object> params_;
+  std::unordered_map<PyObject*, bool> has_row_;  // of each parameter
   std::vector<std::pair<PyObject*, PyObject*>> states_;
   std::vector<Watched> rows_;
 };

@@ -21,17 +21,17 @@ _log = logging.getLogger("gradfused")
 
 def availability() -> dict[str, Availability]:
     """Every backend with whether it runs here, and why not."""
-    missing = "this version of gradfused has no {} kernels yet: use backend='reference' on a GPU"
+    missing = "has no kernels in this version of gradfused: use backend='reference' on a GPU"
     return {
         "cpu": cpu.availability(),
-        "cuda": Availability("cuda", missing.format("CUDA")),
-        "triton": Availability("triton", missing.format("Triton")),
+        "cuda": Availability("cuda", missing),
+        "triton": Availability("triton", missing),
         "reference": Availability("reference"),
     }
 
 
-def _refusal(name: str, params: Sequence[Tensor]) -> str | None:
-    reason = availability()[name].reason
+def _refusal(backend: Availability, params: Sequence[Tensor]) -> str | None:
+    reason, name = backend.reason, backend.name
     if reason is None and name == "cpu":
         reason = next(filter(None, map(cpu.refusal, params)), None)
     return reason
@@ -39,7 +39,7 @@ def _refusal(name: str, params: Sequence[Tensor]) -> str | None:
 
 @cache
 def _log_fallback(name: str, reason: str) -> None:
-    _log.warning("backend '%s' is not used, the slower reference is: it %s", name, reason)
+    _log.warning("using the slower reference backend: '%s' %s", name, reason)
 
 
 def choose(request: str, params: Sequence[Tensor]) -> type[BackendTable]:
@@ -50,21 +50,24 @@ def choose(request: str, params: Sequence[Tensor]) -> type[BackendTable]:
 
     Raises:
         ValueError: The name is not a backend's.
-        RuntimeError: The backend was asked for by name and cannot run.
+        RuntimeError: The backend was asked for by name and cannot run, or the environment asks for what it lacks.
     """
+    available = availability()
     source = "backend"
     if request == "auto" and os.environ.get("GRADFUSED_BACKEND"):
         source, request = "GRADFUSED_BACKEND", os.environ["GRADFUSED_BACKEND"]
     if request not in NAMES:
         raise ValueError(f"{source}: expected one of {', '.join(NAMES)}, got {request!r}")
+    if available["cpu"].mistake and request in ("auto", "cpu"):
+        raise RuntimeError(f"backend 'cpu' cannot run: {available['cpu'].reason}")
     if request != "auto":
-        reason = _refusal(request, params)
+        reason = _refusal(available[request], params)
         if reason is not None:
             raise RuntimeError(f"{source}='{request}' cannot run: {reason}; backend='auto' takes what can")
         return _TABLES[request]
     on_cpu = all(p.device.type == "cpu" for p in params)
     for name in ("cpu",) if on_cpu else ("cuda", "triton"):
-        reason = _refusal(name, params)
+        reason = _refusal(available[name], params)
         if reason is None:
             return _TABLES[name]
         _log_fallback(name, reason)

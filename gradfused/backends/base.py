@@ -112,10 +112,15 @@ class BackendTable(ABC):
 
 @dataclass(frozen=True)
 class Availability:
-    """Whether a backend can run here, and why not."""
+    """Whether a backend can run here, and why not.
+
+    Attributes:
+        mistake: The reason is a setting of the user's: falling back would hide it.
+    """
 
     name: str
     reason: str | None = None
+    mistake: bool = False
     details: dict[str, str] = field(default_factory=dict)
 
     @property

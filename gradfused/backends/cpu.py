@@ -20,7 +20,7 @@ try:
 except ImportError as error:  # a source tree that was never built, or a wheel for another platform
     _native = None
     _error = (
-        f"the compiled module gradfused._cpu cannot be loaded ({error}): install a wheel, "
+        f"cannot load the compiled module gradfused._cpu ({error}): install a wheel, "
         "or build from source with a C++17 compiler (pip install -e . when working in a checkout)"
     )
 
@@ -50,8 +50,8 @@ def availability() -> Availability:
     try:
         isa = _native.isa()
     except ValueError as error:  # GRADFUSED_CPU_ISA names one that this machine lacks
-        return Availability("cpu", str(error))
-    return Availability("cpu", None, {"isa": isa, "isas": ", ".join(_native.isas())})
+        return Availability("cpu", str(error), mistake=True)
+    return Availability("cpu", details={"isa": isa, "isas": ", ".join(_native.isas())})
 
 
 def isa() -> str:
