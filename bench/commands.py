@@ -1,0 +1,191 @@
+"""What the command line can do: list, train, and the benchmark proper."""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from itertools import product
+from math import sqrt
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from . import report
+from .environment import describe
+from .models import MODELS
+from .peers import PEERS, chosen_peers
+from .recipes import RECIPES, RULES
+from .results import OURS, CaseResult, Results
+from .runner import Plan, measure, threads_agree
+from .targets import evaluate
+from .timing import Budget
+from .workload import Case, Workload
+
+CHECK_SHARE = 0.25  # of a case's progress: about what checking takes
+
+
+def screen() -> Console:
+    """Where tables go; a file or a pipe gets lines wide enough for them."""
+    return Console(width=None if sys.stdout.isatty() else 120)
+
+
+def progress_bar() -> Progress:
+    """A progress bar on stderr, so that stdout holds results alone."""
+    return Progress(
+        TextColumn("{task.percentage:3.0f} %"),
+        BarColumn(bar_width=24),
+        TimeElapsedColumn(),
+        TextColumn("{task.description}"),
+        console=Console(stderr=True),
+        transient=True,
+    )
+
+
+def show_list(args: argparse.Namespace) -> int:
+    """Prints what there is to choose from."""
+    console = screen()
+    console.print(list_table("--models", ((m.name, m.about, shape_line(m.name)) for m in MODELS.values())))
+    console.print(list_table("--recipes", ((r.name, r.about, "") for r in RECIPES.values())))
+    console.print(list_table("--optimizers", ((r.name, rule_line(r.name), "") for r in RULES.values())))
+    console.print(list_table("--peers", ((p.name, p.about, presence(p.name)) for p in PEERS.values())))
+    return 0
+
+
+def list_table(title: str, rows: Iterator[tuple[str, str, str]]) -> Table:
+    """The choices of one option."""
+    table = Table(title=title, title_justify="left", title_style="bold", show_header=False)
+    for row in rows:
+        table.add_row(*filter(None, row))
+    return table
+
+
+def shape_line(name: str) -> str:
+    """The size of a model."""
+    model = MODELS[name]
+    return f"{len(model.shapes)} tensors, {model.elements:,} elements"
+
+
+def rule_line(name: str) -> str:
+    """What an update rule is in torch's terms."""
+    rule = RULES[name]
+    options = "".join(f", {key}={value}" for key, value in rule.options.items())
+    moved = rule.bytes_per_element(RECIPES["plain"], 4)
+    return f"torch.optim.{rule.class_name}{options}: {moved} bytes an element in float32"
+
+
+def presence(name: str) -> str:
+    """Whether a peer is here."""
+    peer = PEERS[name]
+    return peer.absent() or ("here, only if named" if peer.opt_in else "here")
+
+
+def train(args: argparse.Namespace) -> int:
+    """Trains, prints the comparison and writes it."""
+    from .train import compare
+
+    recipes = args.recipes or ["plain", "clip"]
+    with progress_bar() as bar:
+        task = bar.add_task("", total=1.0)
+        rows = compare(
+            recipes,
+            args.seeds,
+            args.device,
+            lambda what, done, total: bar.update(task, description=what, completed=done / total),
+        )
+    results = Results(describe(args.device), train=rows)
+    console = screen()
+    console.print(report.train_table(rows))
+    report.print_closing(console, results)
+    write_files(args, results)
+    return 0
+
+
+def bench(args: argparse.Namespace) -> int:
+    """Measures, prints and writes; returns 1 where gradfused itself was not timed."""
+    console, results = screen(), Results(describe(args.device))
+    cases = cases_of(args)
+    with progress_bar() as bar:
+        task = bar.add_task("", total=float(len(cases)))
+        for result in measured(args, cases, bar, task):
+            results.cases.append(result)
+            report.print_case(console, result)
+        bar.update(task, description="comparing threads")
+        results.same_on_any_threads = threads_agree(thread_cases(results.cases))
+    results.targets = evaluate(results)
+    report.print_closing(console, results)
+    write_files(args, results)
+    return 0 if all(result.ms(OURS) is not None for result in results.cases) else 1
+
+
+def cases_of(args: argparse.Namespace) -> list[Case]:
+    """Every case that was asked for, those of one workload side by side."""
+    recipes = args.recipes or ["plain", "centralize", "clip"]
+    return [
+        Case(MODELS[model], RECIPES[recipe], RULES[rule], getattr(torch, dtype), args.device)
+        for model, rule, dtype, recipe in product(args.models, args.optimizers, args.dtype, recipes)
+    ]
+
+
+def measured(args: argparse.Namespace, cases: Sequence[Case], bar: Progress, task: TaskID) -> Iterator[CaseResult]:
+    """Measures the cases one by one; those of one model, rule and dtype share their tensors."""
+    peers, held, workload = chosen_peers(args.peers), None, None
+    for index, case in enumerate(cases):
+        key = replace(case, recipe=RECIPES["plain"])
+        if workload is None or key != held:
+            del workload  # before the next is made: never two at a time
+            gc.collect()
+            held = key
+            workload = Workload(case.model.shapes, case.rule, case.dtype, case.device)
+
+        def on_progress(what: str, part: float, done: int = index, case: Case = case) -> None:
+            share = CHECK_SHARE + (1 - CHECK_SHARE) * part if part else 0.0
+            description = f"{case.model.name}, {case.recipe.name}: {what}"
+            bar.update(task, completed=done + share, description=description)
+
+        yield measure(case, workload, Plan(peers, budget_of(args, case, cases)), on_progress)
+
+
+def budget_of(args: argparse.Namespace, case: Case, cases: Sequence[Case]) -> Budget:
+    """A case's part of the time: by the square root of its size, so that all get some."""
+    share = sqrt(case.model.elements) / sum(sqrt(other.model.elements) for other in cases)
+    return Budget(seconds=args.budget * share, rounds=args.steps)
+
+
+def thread_cases(results: Sequence[CaseResult]) -> list[Case]:
+    """One case a model, the one with most transforms on, where gradfused was timed."""
+    chosen: dict[str, Case] = {}
+    for result in results:
+        if result.ms(OURS) is not None:
+            best = chosen.setdefault(result.case.model.name, result.case)
+            if len(active(result.case)) >= len(active(best)):
+                chosen[result.case.model.name] = result.case
+    return list(chosen.values())
+
+
+def active(case: Case) -> list[str]:
+    """The transforms that are on."""
+    recipe = case.recipe
+    switches = {
+        "centralize": recipe.centralize,
+        "clip": recipe.clip is not None,
+        "noise": recipe.noise > 0,
+        "reverse": recipe.reverse is not None,
+    }
+    return [name for name, on in switches.items() if on]
+
+
+def write_files(args: argparse.Namespace, results: Results) -> None:
+    """Writes what was asked for."""
+    if args.json:
+        results.write_json(args.json)
+    if args.csv:
+        results.write_csv(args.csv)
+    if args.plot:
+        from .plot import write_plot
+
+        write_plot(results, args.plot)

@@ -1,0 +1,108 @@
+"""What a peer is to the benchmark, and how it takes over the tensors that all peers share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.util import find_spec
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from .eager import NoiseSource, Transforms
+from .workload import Case, Workload
+
+Step = Callable[[], object]
+Build = Callable[[Case, Workload, NoiseSource], Step]
+
+
+@dataclass(frozen=True)
+class Peer:
+    """One way of taking a step.
+
+    Attributes:
+        name: What `--peers` and the tables call it.
+        about: One line for `--list`.
+        build: Makes the step of a case on a workload's tensors.
+        absent: Why this machine lacks it, or None.
+        unable: Why it cannot do a case, or None.
+        opt_in: Runs only where `--peers` names it.
+        copies: Memory of its temporaries, in multiples of the parameters' size.
+    """
+
+    name: str
+    about: str
+    build: Build
+    absent: Callable[[], str | None] = lambda: None
+    unable: Callable[[Case], str | None] = lambda case: None
+    opt_in: bool = False
+    copies: float = 0.0
+
+    def reason_against(self, case: Case) -> str | None:
+        """Why it will not be measured on a case, or None if it can."""
+        return self.absent() or self.unable(case)
+
+
+def needs(module: str, package: str) -> Callable[[], str | None]:
+    """The `absent` of a peer that is another package; does not import it."""
+
+    def absent() -> str | None:
+        return None if find_spec(module) else f"not installed (pip install --no-deps {package})"
+
+    return absent
+
+
+def share_state(optimizer: Optimizer, workload: Workload) -> None:
+    """Has an optimizer with torch's state keys use the workload's state, from step 0.
+
+    Raises:
+        RuntimeError: The optimizer copied the state: memory would grow with every variant.
+    """
+    if not workload.state:
+        return
+    state = {index: state_of(workload, index) for index in range(len(workload.params))}
+    optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
+    for key, slab in workload.state.items():
+        held = optimizer.state[workload.params[0]][key]
+        if held.data_ptr() != slab.tensors[0].data_ptr():
+            raise RuntimeError(f"the optimizer copied {key!r} when it loaded the state")
+
+
+def state_of(workload: Workload, index: int) -> dict[str, Tensor]:
+    """One parameter's entry in a state dict; torch's SGD alone counts no steps."""
+    tensors = {key: slab.tensors[index] for key, slab in workload.state.items()}
+    return tensors if "momentum_buffer" in tensors else {"step": torch.zeros(()), **tensors}
+
+
+def transform_then_step(transforms: Transforms, optimizer: Optimizer) -> Step:
+    """The eager way: transform the gradients, then step."""
+
+    def step() -> None:
+        transforms.advance()
+        transforms.apply()
+        optimizer.step()
+
+    return step if not transforms.recipe.plain else optimizer.step
+
+
+def few_large(workload: Workload) -> bool:
+    """Whether tensors are so large that a loop over them beats torch's multi-tensor operations.
+
+    On a CPU those loop too, but trip through memory twice where a loop finds the tensor in cache.
+    """
+    weights = workload.weights.flat
+    return weights.device.type == "cpu" and weights.numel() > len(workload.params) << 16
+
+
+def rule_options(case: Case) -> dict[str, object]:
+    """A case's hyperparameters, in torch's names."""
+    options = {"lr": case.lr, "weight_decay": case.weight_decay, **case.rule.options}
+    if case.dtype == torch.float16 and "eps" in options:
+        options["eps"] = 1e-3  # 1e-8 is 0 there, and so is many a second moment: 0 / 0 for everyone
+    return options
+
+
+def grads_of(workload: Workload) -> list[Tensor]:
+    """The gradients that the workload's parameters hold."""
+    return [param.grad for param in workload.params if param.grad is not None]

@@ -1,0 +1,189 @@
+"""Peers from other packages: used where installed, named with a reason where not."""
+
+from __future__ import annotations
+
+import logging
+import os
+import warnings
+from importlib import import_module
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch.optim import Optimizer
+
+from .eager import NoiseSource, Transforms
+from .peer import (
+    Peer,
+    Step,
+    few_large,
+    grads_of,
+    needs,
+    rule_options,
+    share_state,
+    transform_then_step,
+)
+from .recipes import Recipe
+from .workload import Case, Workload
+
+
+def eager_then(optimizer: Optimizer, case: Case, workload: Workload, source: NoiseSource) -> Step:
+    """An optimizer after whichever eager transforms are faster."""
+    foreach = not few_large(workload)
+    return transform_then_step(Transforms(case.recipe, workload.params, source, foreach=foreach), optimizer)
+
+
+def adam_only(case: Case) -> str | None:
+    """For peers that have Adam and AdamW without amsgrad."""
+    if case.rule.name in ("adam", "adamw"):
+        return None
+    return f"has no {case.rule.name}"
+
+
+def cuda_only(case: Case) -> str | None:
+    """For peers whose kernels run on CUDA alone."""
+    return None if case.device.type == "cuda" else "runs on CUDA only"
+
+
+def build_optimi(case: Case, workload: Workload, source: NoiseSource) -> Step:
+    """torch-optimi: Triton on CUDA, else its multi-tensor implementation.
+
+    Kahan summation, its default in low precision, stays off: it is another job than the others do.
+    """
+    kind = getattr(import_module("optimi"), case.rule.class_name)
+    triton = case.device.type == "cuda"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # of foreach
+        optimizer = kind(workload.params, **rule_options(case), foreach=None if triton else True, kahan_sum=False)
+    if not triton:  # whose kernels want placeholders that only its own initialisation makes
+        share_optimi_state(optimizer, workload)
+    return eager_then(optimizer, case, workload, source)
+
+
+def share_optimi_state(optimizer: Optimizer, workload: Workload) -> None:
+    """Has optimi use the workload's state; its SGD calls the momentum buffer `exp_avg`."""
+    names = {"momentum_buffer": "exp_avg"}
+    for index, param in enumerate(workload.params):
+        tensors = {names.get(k, k): slab.tensors[index] for k, slab in workload.state.items()}
+        optimizer.state[param].update({"kahan_comp": None, "exp_avg": None, **tensors})
+
+
+def optimi_unable(case: Case) -> str | None:
+    """optimi lacks one of torch's options."""
+    return "has no amsgrad" if case.rule.options.get("amsgrad") else None
+
+
+def build_pytorch_optimizer(case: Case, workload: Workload, source: NoiseSource) -> Step:
+    """pytorch_optimizer: its batched centralisation before the AdamW it re-exports from torch."""
+    package = import_module("pytorch_optimizer")
+    centralize = import_module("pytorch_optimizer.optimizer.gradient_centralization").centralize_gradient
+    kind = getattr(package, case.rule.class_name)
+    optimizer = kind(workload.params, **rule_options(case), fused=True)
+    share_state(optimizer, workload)
+    rest = Recipe("rest", "", clip=case.recipe.clip, noise=case.recipe.noise, reverse=case.recipe.reverse)
+    transforms = Transforms(rest, workload.params, source, foreach=not few_large(workload))
+
+    @torch.no_grad()
+    def step() -> None:
+        transforms.advance()
+        centralize(grads_of(workload))
+        transforms.apply()
+        optimizer.step()
+
+    return step
+
+
+def pytorch_optimizer_unable(case: Case) -> str | None:
+    """Only its centralisation is its own."""
+    if case.recipe.centralize:
+        return None
+    return f"its {case.rule.class_name} is torch.optim's own: see torch-fused"
+
+
+def quiet_deepspeed() -> ModuleType:
+    """Imports DeepSpeed's CPU Adam without its log on our screen."""
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else it warns that it found no GPU
+    adam = import_module("deepspeed.ops.adam")
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)  # its import sets another level
+    return adam
+
+
+def build_deepspeed(case: Case, workload: Workload, source: NoiseSource) -> Step:
+    """DeepSpeedCPUAdam, with state in the parameters' dtype like everyone's."""
+    options: dict[str, Any] = rule_options(case)
+    optimizer = quiet_deepspeed().DeepSpeedCPUAdam(
+        workload.params,
+        **options,
+        adamw_mode=case.rule.class_name == "AdamW",
+        fp32_optimizer_states=False,
+    )
+    for index, param in enumerate(workload.params):
+        slabs = {key: slab.tensors[index] for key, slab in workload.state.items()}
+        optimizer.state[param].update(slabs, step=0)
+    return eager_then(optimizer, case, workload, source)
+
+
+def deepspeed_unable(case: Case) -> str | None:
+    """Its kernels know no float64 and no CUDA."""
+    if case.device.type != "cpu":
+        return "runs on CPUs only"
+    if case.dtype == torch.float64:
+        return "has no float64"
+    return adam_only(case)
+
+
+def build_apex(case: Case, workload: Workload, source: NoiseSource) -> Step:
+    """apex's FusedAdam, on state that it allocates itself."""
+    kind = import_module("apex.optimizers").FusedAdam
+    mode = case.rule.class_name == "AdamW"
+    optimizer = kind(workload.params, **rule_options(case), adam_w_mode=mode)
+    return eager_then(optimizer, case, workload, source)
+
+
+def build_bitsandbytes(case: Case, workload: Workload, source: NoiseSource) -> Step:
+    """bitsandbytes's 32-bit Adam and AdamW, on state that they allocate themselves."""
+    kind = getattr(import_module("bitsandbytes.optim"), f"{case.rule.class_name}32bit")
+    return eager_then(kind(workload.params, **rule_options(case)), case, workload, source)
+
+
+OTHER_PEERS = (
+    Peer(
+        "optimi",
+        "torch-optimi after eager transforms",
+        build_optimi,
+        absent=needs("optimi", "torch-optimi"),
+        unable=optimi_unable,
+        copies=2,
+    ),
+    Peer(
+        "pytorch_optimizer",
+        "pytorch_optimizer's centralize_gradient, then torch's fused step, which it re-exports",
+        build_pytorch_optimizer,
+        absent=needs("pytorch_optimizer", "pytorch_optimizer"),
+        unable=pytorch_optimizer_unable,
+        copies=2,
+    ),
+    Peer(
+        "deepspeed-cpuadam",
+        "DeepSpeedCPUAdam after eager transforms; compiles itself on first use",
+        build_deepspeed,
+        absent=needs("deepspeed", "deepspeed"),
+        unable=deepspeed_unable,
+    ),
+    Peer(
+        "apex",
+        "apex's FusedAdam after eager transforms",
+        build_apex,
+        absent=needs("apex", "apex, from its repository"),
+        unable=lambda case: cuda_only(case) or adam_only(case),
+        copies=2,
+    ),
+    Peer(
+        "bitsandbytes",
+        "bitsandbytes's 32-bit AdamW after eager transforms",
+        build_bitsandbytes,
+        absent=needs("bitsandbytes", "bitsandbytes"),
+        unable=lambda case: cuda_only(case) or adam_only(case),
+        copies=2,
+    ),
+)

@@ -1,0 +1,156 @@
+"""A bar chart of a run, with the roof as a line, fit for a slide."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .report import environment_line, milliseconds
+from .results import OURS, ROOF, YARDSTICKS, CaseResult, Record, Results
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+OUR_COLOUR, ROOF_COLOUR = "#d9480f", "#212529"
+# Peers stay quiet next to ours: one hue for torch, others apart from it.
+PEER_COLOURS = {
+    "torch-loop": "#d0dff0",
+    "torch-foreach": "#98bade",
+    "torch-fused": "#5d8fc0",
+    "torch-fused-gradscale": "#2f5f94",
+    "torch-compile": "#173a5e",
+    "optimi": "#c7c9cc",
+    "pytorch_optimizer": "#9a9ea3",
+    "deepspeed-cpuadam": "#6c7177",
+    "apex": "#a3b899",
+    "bitsandbytes": "#7f9a72",
+}
+BAR = 0.8  # width of a group of bars, where groups are 1 apart
+
+
+def write_plot(results: Results, path: Path) -> None:
+    """Draws milliseconds a step: a panel a model, a group a recipe, a bar a variant.
+
+    Args:
+        results: Of a run with at least one case.
+        path: Of the image; its suffix chooses the format.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    panels = panels_of(results.cases)
+    columns = min(3, len(panels))
+    rows = -(-len(panels) // columns)
+    width = max(9.0, 5.4 * columns)
+    figure, axes = plt.subplots(rows, columns, figsize=(width, 5.6 * rows + 1.9), squeeze=False)
+    figure.set_layout_engine("constrained", w_pad=0.12, h_pad=0.1, wspace=0.03)
+    flat = list(axes.flat)
+    for axis, cases in zip(flat, panels, strict=False):
+        draw_panel(axis, cases)
+    for axis in flat[len(panels) :]:
+        axis.set_visible(False)
+    finish(figure, flat, results)
+    figure.savefig(path, dpi=160)
+    plt.close(figure)
+
+
+def panels_of(cases: Sequence[CaseResult]) -> list[list[CaseResult]]:
+    """Cases that differ in their recipe alone share a panel."""
+    panels: dict[tuple[Any, ...], list[CaseResult]] = {}
+    for result in cases:
+        case = result.case
+        panels.setdefault((case.model.name, case.rule.name, case.dtype), []).append(result)
+    return list(panels.values())
+
+
+def draw_panel(axis: Axes, cases: Sequence[CaseResult]) -> None:
+    """Draws the groups of one model."""
+    for position, result in enumerate(cases):
+        draw_group(axis, position, result)
+    case = cases[0].case
+    axis.set_title(case.model.name, loc="left", fontsize=13, fontweight="bold")
+    axis.set_title(
+        f"{case.model.elements / 1e6:.3g}M elements, {len(case.model.shapes)} tensors",
+        loc="right",
+        fontsize=9,
+        color="#495057",
+    )
+    axis.set_xticks(range(len(cases)), [result.case.recipe.name for result in cases], fontsize=11)
+    axis.tick_params(axis="x", length=0)
+    axis.set_xlim(-0.55, len(cases) - 0.45)
+    axis.set_ylabel("ms a step")
+    axis.set_ylim(top=axis.get_ylim()[1] * 1.08)
+    axis.yaxis.grid(True, color="#e9ecef")
+    axis.set_axisbelow(True)
+    axis.spines[["top", "right"]].set_visible(False)
+
+
+def draw_group(axis: Axes, position: int, result: CaseResult) -> None:
+    """Draws the bars of one case, slowest first, and its roof."""
+    ours, roof = result.ms(OURS), result.ms(ROOF)
+    bars = [r for r in result.records if r.variant not in YARDSTICKS]
+    bars.sort(key=lambda record: (record.variant == OURS, -record.ms_median))
+    width = BAR / max(len(bars), 1)
+    for index, record in enumerate(bars):
+        x = position - BAR / 2 + (index + 0.5) * width
+        mine = record.variant == OURS
+        colour = OUR_COLOUR if mine else PEER_COLOURS.get(record.variant, "#adb5bd")
+        axis.bar(x, record.ms_median, 0.92 * width, color=colour, label=record.variant)
+        label = f"{milliseconds(record.ms_median)} ms" if mine else times(record, ours)
+        axis.annotate(
+            label,
+            (x, record.ms_median),
+            xytext=(0, 4),
+            textcoords="offset points",
+            ha="center",
+            va="bottom",
+            rotation=90,
+            fontsize=11 if mine else 9,
+            fontweight="bold" if mine else "normal",
+            color=OUR_COLOUR if mine else "#495057",
+        )
+    if roof:
+        ends = [position - BAR / 2 - 0.04, position + BAR / 2 + 0.04]
+        axis.plot(ends, [roof, roof], color=ROOF_COLOUR, lw=1.6, ls=(0, (3, 1.5)), label=ROOF)
+
+
+def times(record: Record, ours: float | None) -> str:
+    """How many times as long as gradfused, short enough to sit on a bar."""
+    if not ours:
+        return ""
+    ratio = record.ms_median / ours
+    return f"{ratio:.0f}x" if ratio >= 10 else f"{ratio:.1f}x"
+
+
+def finish(figure: Any, axes: Sequence[Axes], results: Results) -> None:
+    """Title, one legend for all panels, and the machine."""
+    handles: dict[str, Any] = {}
+    for axis in axes:
+        for handle, label in zip(*axis.get_legend_handles_labels(), strict=True):
+            handles.setdefault(label, handle)
+    order = [*PEER_COLOURS, OURS, ROOF]
+    names = sorted(handles, key=lambda name: order.index(name) if name in order else -1)
+    labels = ["roof: same memory traffic, no math" if name == ROOF else name for name in names]
+    case = results.cases[0].case
+    figure.suptitle(
+        f"One optimizer step, {case.rule.class_name}, {case.dtype_name}: lower is better\n\n",
+        x=0.012,
+        ha="left",
+        fontsize=15,
+        fontweight="bold",
+    )
+    width, height = figure.get_size_inches()
+    legend_of_bars = "on the bars: gradfused in ms, everyone else as a multiple of it"
+    for line, (text, size) in enumerate(((legend_of_bars, 11), (environment_line(results.environment), 9))):
+        figure.text(0.012, 1 - (0.53 + 0.22 * line) / height, text, fontsize=size, color="#495057")
+    figure.legend(
+        [handles[name] for name in names],
+        labels,
+        loc="outside lower left",
+        ncols=max(2, min(5, int(width / 2.9))),
+        frameon=False,
+        fontsize=11,
+    )

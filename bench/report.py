@@ -1,0 +1,150 @@
+"""The readable half of the output: tables on the screen."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from rich.console import Console, Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from .results import FUSED_PLAIN, OURS, ROOF, CaseResult, Record, Results, Skipped
+
+VERDICTS = {
+    True: Text("met", style="green"),
+    False: Text("not met", style="bold red"),
+    None: Text("disturbed", style="yellow"),
+}
+LABELS = {ROOF: "roof (no math)", FUSED_PLAIN: "torch-fused, no recipe"}
+
+
+def print_case(console: Console, result: CaseResult) -> None:
+    """Prints the table of one case, and who is missing from it."""
+    console.print()
+    console.print(Text(case_title(result), style="bold"))
+    console.print(case_table(result))
+    if result.disturbed:
+        console.print(Text(f"  {disturbance(result)}", style="bold red"))
+    for skip in result.skipped:
+        if not skip.everywhere:
+            console.print(Text(f"  {skip.variant}: {skip.reason}", style=skip_style(skip)))
+
+
+def disturbance(result: CaseResult) -> str:
+    """Why the figures of a case are not to be trusted."""
+    share = 100 * (result.others_share or 0.0)
+    return f"disturbed: other programs took {share:.0f} % of the processors; measure again on a quiet machine"
+
+
+def skip_style(skip: Skipped) -> str:
+    """Who is wrong or broken stands out from who was never able."""
+    return "bold red" if skip.reason.startswith(("wrong", "failed")) else "dim"
+
+
+def case_table(result: CaseResult) -> Table:
+    """The table of one case, slowest variant first."""
+    table = Table()
+    table.add_column("variant")
+    for heading in ("ms", "p20 - p80", f"x {OURS}", "GB/s", "% of roof", "time / roof"):
+        table.add_column(heading, justify="right")
+    roof_ms, ours = result.ms(ROOF) or 0.0, result.ms(OURS)
+    for record in sorted(result.records, key=lambda record: -record.ms_median):
+        table.add_row(*cells(record, roof_ms, ours), style=row_style(record))
+    return table
+
+
+def case_title(result: CaseResult) -> str:
+    """What a table is about."""
+    case = result.case
+    per_element = case.rule.bytes_per_element(case.recipe, case.dtype.itemsize)
+    return (
+        f"{case.model.name} | {case.recipe.name} | {case.rule.name} | {case.dtype_name} on "
+        f"{case.device.type} ({len(case.model.shapes)} tensors, "
+        f"{case.model.elements / 1e6:.1f}M elements, {per_element} bytes each)"
+    )
+
+
+def cells(record: Record, roof_ms: float, ours: float | None) -> list[str]:
+    """A record as text."""
+    return [
+        LABELS.get(record.variant, record.variant),
+        milliseconds(record.ms_median),
+        f"{milliseconds(record.ms_p20)} - {milliseconds(record.ms_p80)}",
+        f"{record.ms_median / ours:.2f}" if ours else "-",
+        f"{record.gbps:.1f}",
+        f"{100 * record.gbps / record.roof_gbps:.0f} %",
+        f"{record.ms_median / roof_ms:.2f}" if roof_ms else "-",
+    ]
+
+
+def milliseconds(value: float) -> str:
+    """Three significant digits where that helps."""
+    if value >= 100:
+        return f"{value:.0f}"
+    return f"{value:.1f}" if value >= 10 else f"{value:.2f}"
+
+
+def row_style(record: Record) -> str:
+    """gradfused stands out; what is there for scale steps back."""
+    return {OURS: "bold green", ROOF: "cyan", FUSED_PLAIN: "cyan"}.get(record.variant, "")
+
+
+def print_closing(console: Console, results: Results) -> None:
+    """Prints what holds for the whole run: the machine, who is missing, the targets."""
+    console.print()
+    if results.targets:
+        console.print(target_table(results.targets))
+    missing = {skip.variant: skip.reason for case in results.cases for skip in case.skipped if skip.everywhere}
+    for name, reason in missing.items():
+        console.print(Text(f"not here: {name}: {reason}", style="dim"))
+    console.print(Text(environment_line(results.environment), style="dim"))
+
+
+def target_table(rows: Iterable[dict[str, Any]]) -> Table:
+    """Targets, measured against set."""
+    table = Table(title="Targets", title_justify="left", title_style="bold")
+    table.add_column("case")
+    table.add_column("target")
+    table.add_column("set", justify="right")
+    table.add_column("measured", justify="right")
+    table.add_column("")
+    for row in rows:
+        measured = row["measured"]
+        text = f"{measured:.2f}" if isinstance(measured, float) else measured
+        table.add_row(row["case"], row["target"], row["limit"], text, VERDICTS[row["met"]])
+    return table
+
+
+def environment_line(environment: dict[str, Any]) -> str:
+    """The machine in one line."""
+    parts = [environment["cpu"], f"{environment['threads']} threads"]
+    parts += [environment["gpu"]] if "gpu" in environment else []
+    parts += [f"gradfused {environment['gradfused']} ({environment['isa'] or 'no native kernels'})"]
+    parts += [f"torch {environment['torch']}", f"Python {environment['python']}"]
+    return ", ".join(parts)
+
+
+def train_table(rows: Iterable[dict[str, Any]]) -> RenderableType:
+    """Training runs side by side."""
+    table = Table(title="A small CNN on scikit-learn's digits", title_justify="left", title_style="bold")
+    table.add_column("optimizer")
+    table.add_column("recipe")
+    for heading in ("seeds", "test accuracy", "training, s", "in the optimizer, s", "ms a step"):
+        table.add_column(heading, justify="right")
+    for row in rows:
+        style = "bold green" if row["variant"] == OURS else ""
+        table.add_row(
+            row["variant"],
+            row["recipe"],
+            str(row["seeds"]),
+            f"{100 * row['accuracy_mean']:.2f} +- {100 * row['accuracy_std']:.2f} %",
+            f"{row['seconds']:.2f}",
+            f"{row['optimizer_seconds']:.2f}",
+            f"{row['ms_step']:.3f}",
+            style=style,
+        )
+    return Group(
+        table,
+        Text("accuracy: mean and standard deviation; times: medians over the seeds", style="dim"),
+    )

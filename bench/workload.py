@@ -1,0 +1,153 @@
+"""Tensors that every variant of a case shares, and the case itself."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from .models import Model, Shape
+from .recipes import Recipe, Rule
+
+ALIGNMENT = 64  # bytes; that of torch's own CPU allocations
+CPU = torch.device("cpu")
+PATTERN = 1 << 16  # elements; small enough to stay in cache, so that a refresh only writes
+
+
+@dataclass(frozen=True)
+class Case:
+    """What is measured: every variant of one case runs interleaved.
+
+    Attributes:
+        model: Whose parameters are stepped.
+        recipe: The gradient transforms.
+        rule: The update rule.
+        dtype: Of parameters, gradients and state.
+        device: Where they live.
+        lr: Learning rate; small, so that weights stay sane over thousands of steps.
+        weight_decay: Always on: without it a wrong decay would go unnoticed.
+    """
+
+    model: Model
+    recipe: Recipe
+    rule: Rule
+    dtype: torch.dtype = torch.float32
+    device: torch.device = CPU
+    lr: float = 1e-5
+    weight_decay: float = 0.01
+
+    @property
+    def dtype_name(self) -> str:
+        """The dtype without its `torch.` prefix."""
+        return str(self.dtype).removeprefix("torch.")
+
+    @property
+    def bytes_moved(self) -> int:
+        """What DESIGN 3 allows one step to move."""
+        return self.model.elements * self.rule.bytes_per_element(self.recipe, self.dtype.itemsize)
+
+
+class Slab:
+    """Tensors of the given shapes in one allocation, each aligned, so that a roof can sweep it."""
+
+    def __init__(self, shapes: Sequence[Shape], dtype: torch.dtype, device: torch.device) -> None:
+        step = ALIGNMENT // dtype.itemsize
+        offsets = [0]
+        for shape in shapes:
+            offsets.append(offsets[-1] + -(-prod(shape) // step) * step)
+        self.flat = torch.zeros(offsets[-1], dtype=dtype, device=device)
+        self.tensors = [
+            self.flat[start : start + prod(shape)].view(shape) for start, shape in zip(offsets, shapes, strict=False)
+        ]
+
+    def tile(self, pattern: Tensor) -> None:
+        """Overwrites the slab with repetitions of a 1-D pattern."""
+        rows = self.flat.numel() // pattern.numel()
+        body = rows * pattern.numel()
+        self.flat[:body].view(rows, pattern.numel()).copy_(pattern)
+        self.flat[body:].copy_(pattern[: self.flat.numel() - body])
+
+
+class Workload:
+    """Parameters, gradients and optimizer state that the variants of a case take turns with.
+
+    Sharing them keeps a benchmark of many optimizers at the memory of one, and gives every variant
+    the same addresses.
+
+    Args:
+        shapes: Of the parameters.
+        rule: Says which state there is.
+        dtype: Of every tensor.
+        device: Of every tensor.
+    """
+
+    def __init__(self, shapes: Sequence[Shape], rule: Rule, dtype: torch.dtype, device: torch.device) -> None:
+        self.weights, self.grads = Slab(shapes, dtype, device), Slab(shapes, dtype, device)
+        self.state = {key: Slab(shapes, dtype, device) for key in rule.state}
+        self.params = [torch.nn.Parameter(tensor) for tensor in self.weights.tensors]
+        for param, grad in zip(self.params, self.grads.tensors, strict=True):
+            param.grad = grad
+        generator = torch.Generator(device).manual_seed(0)
+        noise = torch.randn(PATTERN, generator=generator, device=device)
+        # Neither centred, nor of norm below 1, nor near the dtype's denormals.
+        self.pattern = (0.01 * (noise + 0.5)).to(dtype)
+
+    @torch.no_grad()
+    def reset(self) -> None:
+        """Gives every tensor ordinary values."""
+        self.weights.tile(self.pattern * 10)
+        for key, slab in self.state.items():
+            slab.tile(self.pattern.square() if key.endswith("_sq") else self.pattern)
+        self.refresh()
+
+    @torch.no_grad()
+    def refresh(self) -> None:
+        """Restores the gradients, which eager transforms overwrite, as a backward pass would."""
+        self.grads.tile(self.pattern)
+
+    @torch.no_grad()
+    def clear_state(self) -> None:
+        """Zeroes the state: that of an optimizer before its first step."""
+        for slab in self.state.values():
+            slab.flat.zero_()
+
+
+def bytes_needed(elements: int, rule: Rule, dtype: torch.dtype, copies: float = 0.0) -> int:
+    """Memory of a workload and of a variant's temporaries.
+
+    Args:
+        elements: Of all parameters.
+        rule: Says how much state there is.
+        dtype: Of every tensor.
+        copies: Temporaries, in multiples of the parameters' size.
+    """
+    return int(elements * dtype.itemsize * (2 + len(rule.state) + copies))
+
+
+def bytes_available(device: torch.device) -> int:
+    """Memory that can be had on a device without swapping, as far as the system tells."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    meminfo = Path("/proc/meminfo")
+    if meminfo.exists():
+        fields = dict(line.split(":") for line in meminfo.read_text().splitlines())
+        available = int(fields["MemAvailable"].split()[0]) * 1024
+    else:
+        available = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return min(available, container_bytes())
+
+
+def container_bytes() -> int:
+    """What a container's memory limit leaves; huge where there is none."""
+    folder = Path("/sys/fs/cgroup")
+    try:
+        limit = (folder / "memory.max").read_text().strip()
+        used = int((folder / "memory.current").read_text())
+        return int(limit) - used
+    except (OSError, ValueError):  # no cgroup v2, or the limit reads "max"
+        return 1 << 62
