@@ -187,15 +187,16 @@ class _States:
             or value.shape != p.shape
             or value.device != p.device
             or value.dtype not in FLOATING
+            or value.layout != torch.strided
         ):
             got = (
-                f"{value.dtype} of shape {tuple(value.shape)} on {value.device}"
+                f"{value.dtype} of shape {tuple(value.shape)} and layout {value.layout} on {value.device}"
                 if isinstance(value, Tensor)
                 else repr(value)
             )
             raise ValueError(
                 f"state '{key}' of parameter {name}: "
-                f"expected a floating tensor of shape {tuple(p.shape)} on {p.device}, got {got}"
+                f"expected a dense floating tensor of shape {tuple(p.shape)} on {p.device}, got {got}"
             )
         return value
 
@@ -284,7 +285,7 @@ class StepTable:
         for _, _, name, p in found:
             check_parameter(name, p)
             _check_gradient(name, p, p.grad)  # type: ignore[arg-type]
-        make = _backend(plans, [p for _, _, _, p in found])
+        make = _backend(plans, [t for _, _, _, p in found for t in (p, p.grad) if t is not None])
         self._states = _States(state)
         try:
             rows = [_row(name, p, plans[g], g, number, self._states) for g, number, name, p in found]
@@ -330,8 +331,8 @@ class StepTable:
         return {self._names[i]: roots[i] for i in self._measured}
 
 
-def _backend(plans: Sequence[GroupPlan], params: Sequence[Tensor]) -> type[BackendTable]:
+def _backend(plans: Sequence[GroupPlan], tensors: Sequence[Tensor]) -> type[BackendTable]:
     requests = {plan.backend for plan in plans}
     if len(requests) > 1:
         raise ValueError(f"backend: expected the same in every parameter group, got {', '.join(sorted(requests))}")
-    return choose(next(iter(requests), "auto"), params)
+    return choose(next(iter(requests), "auto"), tensors)

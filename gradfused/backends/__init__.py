@@ -30,10 +30,10 @@ def availability() -> dict[str, Availability]:
     }
 
 
-def _refusal(backend: Availability, params: Sequence[Tensor]) -> str | None:
+def _refusal(backend: Availability, tensors: Sequence[Tensor]) -> str | None:
     reason, name = backend.reason, backend.name
     if reason is None and name == "cpu":
-        reason = next(filter(None, map(cpu.refusal, params)), None)
+        reason = next(filter(None, map(cpu.refusal, tensors)), None)
     return reason
 
 
@@ -42,8 +42,8 @@ def _log_fallback(name: str, reason: str) -> None:
     _log.warning("using the slower reference backend: '%s' %s", name, reason)
 
 
-def choose(request: str, params: Sequence[Tensor]) -> type[BackendTable]:
-    """The table type to use for ``params``.
+def choose(request: str, tensors: Sequence[Tensor]) -> type[BackendTable]:
+    """The table type to use for ``tensors``: parameters and gradients.
 
     ``"auto"`` asks the environment variable GRADFUSED_BACKEND, then takes the fastest backend that can run; leaving a
     faster one out is logged once.
@@ -61,13 +61,13 @@ def choose(request: str, params: Sequence[Tensor]) -> type[BackendTable]:
     if available["cpu"].mistake and request in ("auto", "cpu"):
         raise RuntimeError(f"backend 'cpu' cannot run: {available['cpu'].reason}")
     if request != "auto":
-        reason = _refusal(available[request], params)
+        reason = _refusal(available[request], tensors)
         if reason is not None:
             raise RuntimeError(f"{source}='{request}' cannot run: {reason}; backend='auto' takes what can")
         return _TABLES[request]
-    on_cpu = all(p.device.type == "cpu" for p in params)
+    on_cpu = all(t.device.type == "cpu" for t in tensors)
     for name in ("cpu",) if on_cpu else ("cuda", "triton"):
-        reason = _refusal(available[name], params)
+        reason = _refusal(available[name], tensors)
         if reason is None:
             return _TABLES[name]
         _log_fallback(name, reason)

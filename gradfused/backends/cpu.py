@@ -60,12 +60,12 @@ def isa() -> str:
 
 
 def refusal(tensor: Tensor) -> str | None:
-    """Why this backend cannot work on a parameter, or None if it can."""
+    """Why this backend cannot work on a parameter or gradient, or None if it can."""
     if tensor.device.type != "cpu":
         return f"works on CPU tensors, got one on {tensor.device}"
     if tensor.dtype not in DTYPES:
         return f"works on {', '.join(DTYPES.values())}, got {tensor.dtype}"
-    if torch.utils._python_dispatch.is_traceable_wrapper_subclass(tensor):
+    if tensor.numel() and tensor.data_ptr() == 0:  # wrappers such as DTensor run their operators on another tensor
         return f"reads plain tensors' memory, got a {type(tensor).__name__}"
     return None
 

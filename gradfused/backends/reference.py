@@ -95,7 +95,7 @@ def normal_noise(shape: torch.Size, seed: int, parameter: int, step: int, device
     """Standard normal values in float64, a function of seed, parameter, step and row-major position alone."""
     numel = shape.numel()
     quads = torch.arange((numel + 3) // 4, dtype=torch.int64, device=device)
-    u = [((x >> 8).double() + 0.5) * 2.0**-24 for x in philox(seed, quads, parameter, step)]
+    u = [((x >> 9).double() + 0.5) * 2.0**-23 for x in philox(seed, quads, parameter, step)]
     pairs = []
     for a, b in ((u[0], u[1]), (u[2], u[3])):
         r, angle = torch.sqrt(-2.0 * torch.log(a)), 2.0 * math.pi * b

@@ -67,7 +67,7 @@ class Adam(Optimizer):
 
     @property
     def _own_options(self) -> tuple[str, ...]:
-        return ("lr", "betas", "eps", "weight_decay")
+        return ("lr", "betas", "eps", "weight_decay", "amsgrad")
 
     def _rule(self, group: dict[str, Any]) -> tuple[str, tuple[str, ...]]:
         if group["amsgrad"]:

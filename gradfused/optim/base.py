@@ -48,6 +48,7 @@ class Optimizer(torch.optim.Optimizer):
     def _begin(self) -> None:
         """What is not part of the saved state."""
         self._tables: list[StepTable] = []  # the last one used comes first
+        self._seen: StepTable | None = None  # the last step's
         self._plans: list[tuple[list[Any], GroupPlan]] = []
         self.skipped_steps = 0
 
@@ -145,7 +146,7 @@ class Optimizer(torch.optim.Optimizer):
         if found_inf is not None and found_inf.item():
             return
         plans = self._current_plans()
-        table = self._table_for(plans)
+        table = self._seen = self._table_for(plans)
         if not table.params:
             return
         unscale = 1.0 if grad_scale is None else 1.0 / float(grad_scale)
@@ -177,11 +178,11 @@ class Optimizer(torch.optim.Optimizer):
 
         Over every parameter in a group whose recipe takes a norm; None before the first step or if no group does.
         """
-        return self._tables[0].norm() if self._tables else None
+        return None if self._seen is None else self._seen.norm()
 
     def grad_norms(self) -> dict[str, Tensor]:
         """The same by parameter: its name, or its place where the optimizer was given none."""
-        return self._tables[0].norms() if self._tables else {}
+        return {} if self._seen is None else self._seen.norms()
 
     # ---- saving and loading
 
@@ -208,7 +209,15 @@ class Optimizer(torch.optim.Optimizer):
         Raises:
             ValueError: The state is another optimizer's, or its shapes are not these parameters'; nothing has changed.
         """
-        state_dict = state_dict.copy()
+        # As the last of the hooks, this sees what theirs made of the state dict.
+        check = self.register_load_state_dict_pre_hook(lambda _, saved: self._checked(saved))
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            check.remove()
+
+    def _checked(self, state_dict: dict[str, Any]) -> dict[str, Any]:
+        """The state dict with options that it lacks filled in."""
         saved = [dict(group) for group in state_dict["param_groups"]]
         for group, mine in zip(saved, self.param_groups, strict=False):
             self._check_saved_group(group)
@@ -216,9 +225,8 @@ class Optimizer(torch.optim.Optimizer):
                 if name not in _NOT_OPTIONS:
                     group.setdefault(name, value)
             self._plan(group)
-        state_dict["param_groups"] = saved
         self._check_saved_state(saved, state_dict["state"])
-        super().load_state_dict(state_dict)
+        return state_dict | {"param_groups": saved}
 
     def _check_saved_group(self, group: dict[str, Any]) -> None:
         missing = [name for name in self._own_options if name not in group]

@@ -1,0 +1,386 @@
+"""What the tests run, declared as data: optimizers, recipes, layouts and dtypes, and the one class that runs them."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import gradfused
+
+Shape = tuple[int, ...]
+Options = Mapping[str, Any]
+
+STEPS = 20
+
+
+# ---- optimizers: weight decay is always on
+
+
+@dataclass(frozen=True)
+class Case:
+    """A variant of an optimizer, by the name it has in gradfused and in torch.optim."""
+
+    optimizer: str
+    options: Options
+
+
+CASES = {
+    "sgd": Case("SGD", {"lr": 0.1, "weight_decay": 0.05}),
+    "sgd-momentum": Case("SGD", {"lr": 0.03, "weight_decay": 0.05, "momentum": 0.9, "dampening": 0.3}),
+    "sgd-nesterov": Case("SGD", {"lr": 0.03, "weight_decay": 0.05, "momentum": 0.9, "nesterov": True}),
+    "sgd-maximize": Case("SGD", {"lr": 0.03, "weight_decay": 0.05, "momentum": 0.8, "maximize": True}),
+    "adam": Case("Adam", {"lr": 0.01, "weight_decay": 0.1}),
+    "adam-amsgrad": Case("Adam", {"lr": 0.01, "weight_decay": 0.1, "betas": (0.8, 0.9), "amsgrad": True}),
+    "adamw": Case("AdamW", {"lr": 0.01, "weight_decay": 0.1}),
+    "adamw-amsgrad": Case("AdamW", {"lr": 0.01, "weight_decay": 0.1, "betas": (0.8, 0.9), "amsgrad": True}),
+    "adamw-maximize": Case("AdamW", {"lr": 0.01, "weight_decay": 0.1, "maximize": True, "eps": 1e-6}),
+}
+
+
+# ---- recipes: every keyword, and every pair that meets in a kernel
+
+CENTRES = [
+    {"centralize": kind, "centralize_at": at}
+    for kind, at in itertools.product(("unit", "conv", "tensor"), ("gradient", "decayed", "update"))
+]
+PERTURBATIONS = [
+    {"perturb": kind, "radius": 0.5, "norm_scope": scope}
+    for kind, scope in itertools.product(
+        ("clip", "normalize", "amplify", "dampen"), ("global", "group", "param", "unit")
+    )
+] + [{"perturb": "agc", "radius": 0.05, "norm_scope": "unit"}]
+
+RECIPES: dict[str, Options] = {
+    "plain": {},
+    **{f"centralize-{r['centralize']}-{r['centralize_at']}": r for r in CENTRES},
+    **{f"{r['perturb']}-{r['norm_scope']}": r for r in PERTURBATIONS},
+    "clip-norm": {"clip_norm": 1.0},
+    "clip-norm-infinite": {"clip_norm": math.inf},
+    "clip-value": {"clip_value": 0.4},
+    "noise": {"noise": 0.3, "noise_decay": 0.55, "seed": 2**40 + 7},
+    "noise-constant": {"noise": 0.01, "noise_decay": 0.0, "seed": 3},
+    "reverse": {"reverse": 0.7},
+    "reverse-zero": {"reverse": 0.0},
+    "skip": {"nonfinite": "skip"},
+    "centralize-clip": {"centralize": True, "clip_norm": 1.0},
+    "centralize-normalize-unit": {"centralize": True, "perturb": "normalize", "norm_scope": "unit"},
+    "centralize-agc": {"centralize": "unit", "perturb": "agc", "radius": 0.05, "norm_scope": "unit"},
+    "tensor-clip-unit": {"centralize": "tensor", "perturb": "clip", "radius": 0.5, "norm_scope": "unit"},
+    "tensor-decayed-clip-unit": {
+        "centralize": "tensor",
+        "centralize_at": "decayed",
+        "perturb": "clip",
+        "radius": 0.5,
+        "norm_scope": "unit",
+    },
+    "tensor-update-agc": {
+        "centralize": "tensor",
+        "centralize_at": "update",
+        "perturb": "agc",
+        "radius": 0.05,
+        "norm_scope": "unit",
+    },
+    "full": {
+        "centralize": True,
+        "clip_norm": 1.0,
+        "clip_value": 0.1,
+        "noise": 0.1,
+        "seed": 5,
+        "reverse": 0.5,
+        "nonfinite": "skip",
+    },
+    "full-unit": {
+        "centralize": "unit",
+        "perturb": "dampen",
+        "radius": 0.5,
+        "norm_scope": "unit",
+        "clip_value": 0.6,
+        "noise": 0.1,
+        "reverse": 0.5,
+    },
+    "full-update": {
+        "centralize": "tensor",
+        "centralize_at": "update",
+        "perturb": "amplify",
+        "norm_scope": "param",
+        "clip_value": 0.6,
+        "noise": 0.1,
+        "reverse": 0.5,
+    },
+    "full-decayed": {
+        "centralize": "unit",
+        "centralize_at": "decayed",
+        "perturb": "clip",
+        "norm_scope": "group",
+        "noise": 0.1,
+        "nonfinite": "skip",
+    },
+}
+
+# One of every way through the kernels, for tests that multiply recipes with something else.
+FEW_RECIPES = ("plain", "centralize-clip", "centralize-agc", "tensor-decayed-clip-unit", "full", "full-update")
+FEW_CASES = ("sgd-momentum", "adam", "adamw-amsgrad")
+
+
+# ---- shapes
+
+# Units of one element, of a few, and one tensor longer than a block of the kernels.
+SHAPES: tuple[Shape, ...] = ((6, 5), (), (7,), (4, 3, 2, 2), (0, 3), (9, 130), (5, 1))
+SHAPE_SETS: dict[str, tuple[Shape, ...]] = {
+    "one": ((9, 4),),
+    "one-scalar": ((),),
+    "only-empty": ((0,),),
+    "empty-first": ((0,), (5, 3), (4,)),
+    "empty-middle": ((5, 3), (3, 0), (4,)),
+    "empty-last": ((5, 3), (4,), (0, 2, 2, 2)),
+    "fifty-five": tuple(((i % 5 + 1, i % 7 + 1), (i + 1,), (2, 3, 2, 1), (), (0,))[i % 5] for i in range(55)),
+}
+
+
+# ---- layouts: a tensor of NaN, to be filled; its storage may hold NaN around it
+
+Place = Callable[[Shape, torch.dtype], Tensor]
+
+
+def contiguous(shape: Shape, dtype: torch.dtype) -> Tensor:
+    return torch.full(shape, math.nan, dtype=dtype)
+
+
+def channels_last(shape: Shape, dtype: torch.dtype) -> Tensor:
+    x = contiguous(shape, dtype)
+    return x.contiguous(memory_format=torch.channels_last) if x.dim() == 4 else x
+
+
+def transposed(shape: Shape, dtype: torch.dtype) -> Tensor:
+    """Dense, dim 0 innermost."""
+    return contiguous(shape[::-1], dtype).permute(tuple(reversed(range(len(shape)))))
+
+
+def view(shape: Shape, dtype: torch.dtype) -> Tensor:
+    """Every second element along each dim."""
+    if not shape:
+        return contiguous((3,), dtype)[1]
+    return contiguous(tuple(2 * n + 1 for n in shape), dtype)[(slice(1, None, 2),) * len(shape)]
+
+
+def padded_rows(shape: Shape, dtype: torch.dtype) -> Tensor:
+    """Rows of a wider matrix."""
+    if not shape:
+        return view(shape, dtype)
+    return contiguous((*shape[:-1], shape[-1] + 3), dtype)[..., 1 : shape[-1] + 1]
+
+
+def misaligned(shape: Shape, dtype: torch.dtype) -> Tensor:
+    """Contiguous, one element past where the allocator aligned it."""
+    return contiguous((math.prod(shape) + 2,), dtype)[1:-1].view(shape)
+
+
+def expanded(shape: Shape, dtype: torch.dtype) -> Tensor:
+    """Stride 0 along dim 0: every row is the same memory."""
+    return contiguous((min(1, shape[0]), *shape[1:]), dtype).expand(shape) if shape else contiguous(shape, dtype)
+
+
+# Of the parameter, of the gradient.
+LAYOUTS: dict[str, tuple[Place, Place]] = {
+    "contiguous": (contiguous, contiguous),
+    "channels-last": (channels_last, channels_last),
+    "channels-last-parameter": (channels_last, contiguous),
+    "channels-last-gradient": (contiguous, channels_last),
+    "transposed": (transposed, transposed),
+    "transposed-parameter": (transposed, contiguous),
+    "transposed-gradient": (contiguous, transposed),
+    "view": (view, view),
+    "view-parameter": (view, contiguous),
+    "view-gradient": (contiguous, view),
+    "padded-rows": (padded_rows, padded_rows),
+    "misaligned": (misaligned, misaligned),
+    "misaligned-gradient": (transposed, misaligned),
+    "expanded-gradient": (contiguous, expanded),
+}
+
+
+def guards_intact(t: Tensor) -> bool:
+    """Whether whatever lies around the elements of ``t`` in its storage is NaN still."""
+    storage = torch.empty(0, dtype=t.dtype).set_(t.untyped_storage())
+    inside = torch.zeros(storage.numel(), dtype=torch.bool)
+    inside.as_strided(t.shape, t.stride(), t.storage_offset()).fill_(True)
+    return bool(storage[~inside].isnan().all())
+
+
+# ---- values
+
+
+@lru_cache(maxsize=512)
+def _small_values(shape: Shape, index: int, step: int) -> Tensor:
+    return _values(shape, index, step)
+
+
+def _values(shape: Shape, index: int, step: int) -> Tensor:
+    generator = torch.Generator().manual_seed(1009 * index + step + 1)
+    return torch.randn(shape, generator=generator) * (1.0 if step < 0 else 0.5 + 0.1 * (index % 3)) + 0.1
+
+
+def values(shape: Shape, index: int, step: int) -> Tensor:
+    """Gradient of parameter ``index`` at ``step``; step -1 is the parameter itself. Every caller must copy it."""
+    return (_small_values if math.prod(shape) < 4096 else _values)(shape, index, step)
+
+
+# ---- running
+
+DTYPES = {"float32": torch.float32, "float64": torch.float64, "float16": torch.float16, "bfloat16": torch.bfloat16}
+GRAD_DTYPE_MISSING = "this torch has no Tensor.grad_dtype: a gradient must have its parameter's dtype"
+
+
+def can_mix_dtypes() -> bool:
+    """Whether torch lets a gradient have another dtype than its parameter (from 2.10 on)."""
+    return hasattr(torch.Tensor, "grad_dtype")
+
+
+class Run:
+    """An optimizer over parameters with known values, and known gradients for each step.
+
+    Args:
+        case: The optimizer.
+        recipe: Its keywords.
+        shapes: One parameter each; the second half is a group of its own with half the learning rate.
+        backend: Which backend.
+        dtype: Of the parameters.
+        grad_dtype: Of the gradients, if another.
+        layout: Key of LAYOUTS.
+        exact: Compute in float64, on values that ``dtype`` and ``grad_dtype`` can hold.
+    """
+
+    def __init__(
+        self,
+        case: Case,
+        recipe: Options,
+        shapes: Sequence[Shape],
+        *,
+        backend: str = "cpu",
+        dtype: torch.dtype = torch.float32,
+        grad_dtype: torch.dtype | None = None,
+        layout: str = "contiguous",
+        exact: bool = False,
+    ) -> None:
+        self.shapes, self.taken = list(shapes), 0
+        self.dtype, self.grad_dtype = dtype, grad_dtype or dtype
+        self.repeats = layout == "expanded-gradient"
+        place_param, place_grad = (contiguous, contiguous) if exact else LAYOUTS[layout]
+        stored, grad_stored = (torch.float64, torch.float64) if exact else (self.dtype, self.grad_dtype)
+        self.params = [torch.nn.Parameter(place_param(s, stored)) for s in shapes]
+        self.grads = [place_grad(s, grad_stored) for s in shapes]
+        for i, (p, g) in enumerate(zip(self.params, self.grads, strict=True)):
+            p.data.copy_(values(p.shape, i, -1).to(self.dtype))
+            if g.dtype != p.dtype:
+                p.grad_dtype = g.dtype
+            p.grad = g
+        self.optimizer = self._make(case, dict(recipe) | {"backend": backend})
+
+    def _make(self, case: Case, recipe: Options) -> torch.optim.Optimizer:
+        half = (len(self.params) + 1) // 2
+        groups: list[dict[str, Any]] = [{"params": self.params[:half]}]
+        if self.params[half:]:
+            groups.append({"params": self.params[half:], "lr": case.options["lr"] / 2})
+        return getattr(gradfused, case.optimizer)(groups, **case.options, **recipe)
+
+    def fill(self) -> None:
+        """Write the next step's gradients, as a backward pass would."""
+        for i, (g, shape) in enumerate(zip(self.grads, self.shapes, strict=True)):
+            new = values(shape, i, self.taken).to(self.grad_dtype)
+            if self.repeats and shape and shape[0] > 0:
+                new = new[:1].expand(shape)
+                (g[:1] if g.stride(0) == 0 else g).copy_(new[:1] if g.stride(0) == 0 else new)
+            else:
+                g.copy_(new)
+
+    def step(self, count: int = 1) -> Run:
+        """Take steps, each on gradients of its own."""
+        for _ in range(count):
+            self.fill()
+            self.optimizer.step()
+            self.taken += 1
+        return self
+
+    def tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """(name, tensor) of each parameter and each of its state tensors."""
+        for i, p in enumerate(self.params):
+            yield f"parameter {i}", p.detach()
+            for key, value in self.optimizer.state.get(p, {}).items():
+                yield f"{key} of parameter {i}", value
+
+    def outcome(self) -> dict[str, Tensor]:
+        """Copies of parameters and state in float64, which holds every dtype exactly."""
+        return {name: t.double().clone(memory_format=torch.contiguous_format) for name, t in self.tensors()}
+
+    def guards_intact(self) -> bool:
+        return all(map(guards_intact, [p.detach() for p in self.params])) and all(
+            guards_intact(g) for g in self.grads if 0 not in g.stride() or g.numel() == 0
+        )
+
+
+@lru_cache(maxsize=96)
+def oracle(
+    case: str,
+    recipe: str,
+    shapes: tuple[Shape, ...] = SHAPES,
+    dtype: torch.dtype = torch.float32,
+    grad_dtype: torch.dtype | None = None,
+    layout: str = "contiguous",
+    steps: int = STEPS,
+) -> dict[str, Tensor]:
+    """The float64 oracle's outcome. Of the layouts only an expanded gradient changes it: kept apart by ``layout``."""
+    run = Run(
+        CASES[case],
+        RECIPES[recipe],
+        shapes,
+        backend="reference",
+        dtype=dtype,
+        grad_dtype=grad_dtype,
+        layout=layout,
+        exact=True,
+    )
+    return run.step(steps).outcome()
+
+
+# ---- comparing
+
+
+def errors(outcome: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Absolute error of each tensor; the same names must be there."""
+    assert outcome.keys() == expected.keys()
+    return {name: (outcome[name] - expected[name]).abs() for name in expected}
+
+
+def assert_close(
+    outcome: Mapping[str, Tensor],
+    expected: Mapping[str, Tensor],
+    rtol: float,
+    atol: float,
+    yardstick: Callable[[], Mapping[str, Tensor]] | None = None,
+) -> None:
+    """Each tensor within the tolerance, or within twice the largest error that ``yardstick``'s outcome has in it."""
+    measured: Mapping[str, Tensor] | None = None  # a run of its own: only where it is needed
+    for name, error in errors(outcome, expected).items():
+        excess = error - (atol + rtol * expected[name].abs())
+        if error.numel() == 0 or bool((excess <= 0).all()):
+            continue
+        worst = float(error.max())
+        assert yardstick is not None, f"{name}: off by {worst:.3e}, expected rtol {rtol:g}, atol {atol:g}"
+        measured = measured or yardstick()
+        theirs = float((measured[name] - expected[name]).abs().max())
+        assert worst <= 2 * theirs, f"{name}: off by {worst:.3e}, expected at most twice the yardstick's {theirs:.3e}"
+
+
+def assert_same_bits(left: Mapping[str, Tensor], right: Mapping[str, Tensor]) -> None:
+    """Equal to the last bit, NaN and the sign of zero included."""
+    assert left.keys() == right.keys()
+    for name in left:
+        same = torch.equal(left[name].double().view(torch.int64), right[name].double().view(torch.int64))
+        assert same, f"{name}: off by {float((left[name] - right[name]).abs().max()):.3e}"

@@ -1,0 +1,210 @@
+"""What imports what, in one direction (DESIGN 5), and names that must agree in several places."""
+
+from __future__ import annotations
+
+import ast
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import fields
+from importlib.util import resolve_name
+from pathlib import Path
+
+import pytest
+
+import gradfused
+from gradfused.backends import availability, cpu, reference
+from gradfused.backends.base import Settings
+
+ROOT = Path(__file__).resolve().parent.parent
+needs_native = pytest.mark.skipif(not availability()["cpu"].usable, reason=str(availability()["cpu"].reason))
+
+# ---- Python
+
+# Each layer imports from those before it and from itself; the longest prefix that fits says where a module belongs.
+LAYERS: list[tuple[str, ...]] = [
+    ("gradfused._version", "gradfused._cpu", "gradfused._cuda", "gradfused.triton_kernels"),
+    ("gradfused.backends.base",),
+    ("gradfused.backends.reference", "gradfused.backends.cpu", "gradfused.backends.cuda", "gradfused.backends.triton"),
+    ("gradfused.backends",),
+    ("gradfused.options", "gradfused.table"),
+    ("gradfused.optim", "gradfused.sam", "gradfused.nn"),
+    ("gradfused",),
+    ("gradfused.__main__",),
+]
+LAYER_OF = {prefix: i for i, layer in enumerate(LAYERS) for prefix in layer}
+
+
+def layer(module: str) -> int:
+    """Where a module belongs."""
+    fitting = [p for p in LAYER_OF if module == p or (p != "gradfused" and module.startswith(p + "."))]
+    assert fitting, f"{module} has no place among LAYERS"
+    return LAYER_OF[max(fitting, key=len)]
+
+
+def module_name(path: Path) -> str:
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+MODULES = {module_name(path): path for path in sorted((ROOT / "gradfused").rglob("*.py"))}
+
+
+def imports(module: str, path: Path) -> Iterator[str]:
+    """Absolute names of the modules that a module names in its import statements, anywhere in it."""
+    package = module if path.name == "__init__.py" else module.rpartition(".")[0]
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = resolve_name("." * node.level + (node.module or ""), package) if node.level else str(node.module)
+            inner = [f"{base}.{alias.name}" for alias in node.names]
+            yield from (name if name in MODULES or name in LAYER_OF else base for name in inner)
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_modules_import_only_what_stands_before_them(module: str) -> None:
+    for name in imports(module, MODULES[module]):
+        if name.split(".")[0] == "gradfused":
+            inside = module.startswith(name + ".") or name.startswith(module + ".")  # a package and its own modules
+            assert inside or layer(name) <= layer(module), f"{module} imports {name}, which is built upon it"
+
+
+@pytest.mark.parametrize("module", [m for m in MODULES if m != "gradfused.__main__"])
+def test_the_package_imports_no_benchmark_and_no_test(module: str) -> None:
+    roots = {".".join(name.split(".")[:2]) for name in imports(module, MODULES[module])}
+    assert not roots & {"bench", "tests", "cases", "examples", "gradfused.bench"}
+    assert {name.split(".")[0] for name in roots}.isdisjoint({"bench", "tests", "cases", "examples", "pytest"})
+
+
+@pytest.mark.parametrize("module", [m for m in MODULES if m.startswith("gradfused.backends")])
+def test_backends_know_no_optimizers(module: str) -> None:
+    above = ("gradfused.table", "gradfused.options", "gradfused.optim", "gradfused.sam", "gradfused.nn")
+    assert not [name for name in imports(module, MODULES[module]) if name.startswith(above)]
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "triton_kernels").rglob("*.py")), ids=str)
+def test_triton_kernels_import_nothing_of_the_package(path: Path) -> None:
+    assert not [name for name in imports("triton_kernels", path) if name.split(".")[0] == "gradfused"]
+
+
+def test_the_build_does_not_import_torch() -> None:
+    assert "torch" not in {name.split(".")[0] for name in imports("setup", ROOT / "setup.py")}
+
+
+def test_importing_the_package_imports_nothing_heavy() -> None:
+    """Neither the benchmark nor what only it needs."""
+    code = (
+        "import torch, sys; before = set(sys.modules); import gradfused; print(*(set(sys.modules) - before), sep='\\n')"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    new = {name.split(".")[0] for name in run.stdout.split()}
+    assert "gradfused" in new
+    assert not new & {"matplotlib", "rich", "sklearn", "pandas", "bench"}
+    assert "gradfused.bench" not in run.stdout.split()
+
+
+# ---- C++
+
+SOURCES = sorted(p for p in (ROOT / "csrc").rglob("*") if p.suffix in (".h", ".cpp", ".cu", ".cuh"))
+ids = [p.relative_to(ROOT).as_posix() for p in SOURCES]
+C_HEADERS = {"cstdint", "cstring", "cmath", "cstddef"}
+
+
+def includes(path: Path) -> list[str]:
+    return re.findall(r'^\s*#\s*include\s*[<"]([^>"]+)[>"]', path.read_text(), re.MULTILINE)
+
+
+def test_there_are_sources() -> None:
+    assert {"math", "cpu"} <= {p.parent.name for p in SOURCES}
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=ids)
+def test_sources_know_nothing_of_torch(path: Path) -> None:
+    assert not [name for name in includes(path) if re.match(r"(torch|ATen|c10|at)/", name)]
+
+
+@pytest.mark.parametrize("path", [p for p in SOURCES if p.parent.name == "math"], ids=lambda p: p.name)
+def test_math_includes_math_and_the_table_only(path: Path) -> None:
+    for name in includes(path):
+        assert name in C_HEADERS or name == "table.h" or name.startswith("math/"), f"{path.name} includes {name}"
+
+
+def test_the_table_includes_nothing_of_ours_but_the_rules() -> None:
+    assert set(includes(ROOT / "csrc/table.h")) <= C_HEADERS | {"rules.def"}
+
+
+def reached(path: Path) -> set[str]:
+    """Every header that a source sees."""
+    found: set[str] = set()
+    waiting = includes(path)
+    while waiting:
+        name = waiting.pop()
+        if name not in found:
+            found.add(name)
+            ours = ROOT / "csrc" / name
+            waiting += includes(ours) if ours.exists() else []
+    return found
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "csrc/cpu/kernels").glob("*.cpp")), ids=lambda p: p.name)
+def test_kernels_see_no_template_of_the_standard_library(path: Path) -> None:
+    """A copy of one compiled for AVX-512 could be what the linker keeps for everybody."""
+    allowed = C_HEADERS | {"immintrin.h", "arm_neon.h", "rules.def"}
+    ours = re.compile(r"(math|cpu)/[\w/]+\.h|table\.h")
+    strangers = {name for name in reached(path) if name not in allowed and not ours.fullmatch(name)}
+    assert not strangers
+    assert reached(path).isdisjoint({"cpu/engine.h", "cpu/threads.h", "cpu/isa.h", "cpu/watch.h"})
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=ids)
+def test_backends_in_cpp_do_not_know_each_other(path: Path) -> None:
+    other = {"cpu": "cuda/", "cuda": "cpu/"}.get(path.relative_to(ROOT / "csrc").parts[0])
+    assert other is None or not [name for name in includes(path) if name.startswith(other)]
+
+
+def test_only_bindings_know_python() -> None:
+    knowing = {p.name for p in SOURCES if any(n.startswith("pybind11") or n == "Python.h" for n in reached(p))}
+    assert knowing <= {"bindings.cpp", "watch.cpp", "watch.h"}
+
+
+# ---- names in several places
+
+
+def rules_in_cpp() -> list[str]:
+    return re.findall(r"^GRADFUSED_RULE\((\w+),", (ROOT / "csrc/rules.def").read_text(), re.MULTILINE)
+
+
+def test_every_rule_has_an_oracle() -> None:
+    assert rules_in_cpp()
+    assert set(rules_in_cpp()) == set(reference.RULES)
+
+
+@needs_native
+def test_every_rule_is_built() -> None:
+    assert cpu.native().rules() == rules_in_cpp()
+
+
+@needs_native
+def test_settings_are_what_a_kernel_reads() -> None:
+    names = {f.name for f in fields(Settings)}
+    properties = {name for name in dir(cpu.native().Hyper) if not name.startswith("_")}
+    assert names == properties
+
+
+@needs_native
+def test_native_and_package_are_of_one_version() -> None:
+    assert cpu.native().__version__ == gradfused.__version__
+
+
+@needs_native
+def test_the_stub_names_what_the_module_has() -> None:
+    tree = ast.parse((ROOT / "gradfused/_cpu.pyi").read_text())
+    declared = {n.name for n in tree.body if isinstance(n, (ast.FunctionDef, ast.ClassDef))}
+    declared |= {n.target.id for n in tree.body if isinstance(n, ast.AnnAssign) and isinstance(n.target, ast.Name)}
+    assert declared == {n for n in dir(cpu.native()) if not n.startswith("__")} | {"__version__"}
+
+
+def test_the_package_is_typed() -> None:
+    assert (Path(str(gradfused.__file__)).parent / "py.typed").exists()

@@ -1,0 +1,177 @@
+"""One training scenario run with our optimizer and with torch's, and what is compared afterwards."""
+
+from __future__ import annotations
+
+import copy
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import gradfused
+
+# Every rule, with every one of its own numbers away from its default.
+VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "sgd": ("SGD", {"lr": 0.05, "weight_decay": 0.01}),
+    "sgd_momentum": ("SGD", {"lr": 0.05, "momentum": 0.9, "dampening": 0.1, "weight_decay": 0.01}),
+    "adam": ("Adam", {"lr": 0.01, "betas": (0.8, 0.95), "eps": 1e-6, "weight_decay": 0.01}),
+    "adam_amsgrad": ("Adam", {"lr": 0.01, "betas": (0.8, 0.95), "eps": 1e-6, "amsgrad": True}),
+    "adamw": ("AdamW", {"lr": 0.01, "betas": (0.8, 0.95), "eps": 1e-6, "weight_decay": 0.1}),
+    "adamw_amsgrad": ("AdamW", {"lr": 0.01, "eps": 1e-6, "weight_decay": 0.1, "amsgrad": True}),
+}
+every_rule = pytest.mark.parametrize("variant", VARIANTS)
+BACKENDS = ("cpu", "reference")
+every_backend = pytest.mark.parametrize("backend", BACKENDS)
+TOLERANCE = {"rtol": 1.3e-6, "atol": 1e-5}
+
+Make = Callable[..., torch.optim.Optimizer]
+Scenario = Callable[[Make], tuple[nn.Module, torch.optim.Optimizer]]
+
+
+def small_model(dtype: torch.dtype = torch.float32) -> nn.Sequential:
+    """A convolution and a linear layer, always with the same weights, on one thread: waking a second one takes longer than a test."""
+    torch.set_num_threads(1)  # conftest puts it back
+    torch.manual_seed(0)
+    layers = OrderedDict(
+        conv=nn.Conv2d(2, 3, 3, padding=1), act=nn.Tanh(), flat=nn.Flatten(), head=nn.Linear(3 * 4 * 4, 5)
+    )
+    return nn.Sequential(layers).to(dtype)
+
+
+def batch(index: int) -> tuple[Tensor, Tensor]:
+    """Input and target number ``index``."""
+    generator = torch.Generator().manual_seed(1000 + index)
+    return torch.randn(4, 2, 4, 4, generator=generator), torch.randn(4, 5, generator=generator)
+
+
+def loss_of(model: nn.Module, index: int) -> Tensor:
+    x, y = batch(index)
+    dtype = next(model.parameters()).dtype
+    return nn.functional.mse_loss(model(x.to(dtype)), y.to(dtype))
+
+
+def train(
+    model: nn.Module,
+    opt: torch.optim.Optimizer,
+    steps: int,
+    start: int = 0,
+    before_step: Callable[[int], object] | None = None,
+) -> None:
+    """The usual loop over batches ``start`` to ``start + steps``."""
+    for index in range(start, start + steps):
+        opt.zero_grad()
+        loss_of(model, index).backward()
+        if before_step is not None:
+            before_step(index)
+        opt.step()
+
+
+def centralise(params: Any) -> None:
+    """Gradient centralisation as one writes it by hand."""
+    for p in params:
+        if p.grad is not None and p.dim() >= 2:
+            p.grad -= p.grad.mean(dim=tuple(range(1, p.dim())), keepdim=True)
+
+
+def parameters(opt: torch.optim.Optimizer) -> list[Tensor]:
+    return [p for group in opt.param_groups for p in group["params"]]
+
+
+def states(opt: torch.optim.Optimizer) -> list[dict[str, Any]]:
+    """Each parameter's state in the groups' order; empty where it has none."""
+    return [{k: v for k, v in opt.state.get(p, {}).items() if v is not None} for p in parameters(opt)]
+
+
+def assert_same_state(ours: list[dict[str, Any]], theirs: list[dict[str, Any]], **tolerance: float) -> None:
+    """The same keys everywhere, the same step counts, and values within ``tolerance``."""
+    assert [set(s) for s in ours] == [set(s) for s in theirs]
+    for mine, other in zip(ours, theirs, strict=True):
+        assert mine.get("step") == other.get("step")
+        for key, value in other.items():
+            torch.testing.assert_close(mine[key], value, msg=lambda m, key=key: f"{key}: {m}", **tolerance)
+
+
+def assert_same(
+    ours: torch.optim.Optimizer, theirs: torch.optim.Optimizer, tolerance: dict[str, float] | None = None
+) -> None:
+    """Weights and state agree."""
+    tolerance = TOLERANCE if tolerance is None else tolerance
+    for index, (p, q) in enumerate(zip(parameters(ours), parameters(theirs), strict=True)):
+        torch.testing.assert_close(p.detach(), q.detach(), msg=lambda m, i=index: f"parameter {i}: {m}", **tolerance)
+    assert_same_state(states(ours), states(theirs), **tolerance)
+
+
+def assert_twins(scenario: Scenario, variant: str, **recipe: Any) -> torch.optim.Optimizer:
+    """Run ``scenario`` with our optimizer and with torch's: weights and state must agree. Returns ours.
+
+    The scenario is given a function that makes the optimizer: ``make(params, **options)``; ``recipe`` goes to ours alone.
+    """
+    name, options = VARIANTS[variant]
+    before = [p.detach().clone() for p in small_model().parameters()]
+    _, ours = scenario(lambda params, **more: getattr(gradfused, name)(params, **(options | recipe | more)))
+    _, theirs = scenario(lambda params, **more: getattr(torch.optim, name)(params, **(options | more)))
+    assert any(p.shape != q.shape or not torch.equal(p, q) for p, q in zip(parameters(ours), before, strict=False))
+    assert_same(ours, theirs)
+    return ours
+
+
+# ---- nothing changed
+
+
+def _copied(value: Any) -> Any:
+    return value.detach().clone() if isinstance(value, Tensor) else copy.deepcopy(value)
+
+
+def snapshot(opt: torch.optim.Optimizer) -> list[Any]:
+    """Everything a step may change, and the gradients and options, which it may not."""
+    params = parameters(opt)
+    options = [{k: _copied(v) for k, v in g.items() if k not in ("params", "param_names")} for g in opt.param_groups]
+    return [
+        [id(p) for p in params],
+        options,
+        [_copied(p) for p in params],
+        [_copied(p.grad) for p in params],
+        [{k: _copied(v) for k, v in opt.state.get(p, {}).items()} for p in params],
+        sum(1 for value in opt.state.values() if value),
+        getattr(opt, "skipped_steps", 0),
+    ]
+
+
+def assert_identical(a: Any, b: Any) -> None:
+    """Equal to the last bit, through lists and dicts; nan equals nan."""
+    assert type(a) is type(b)
+    if isinstance(a, Tensor):
+        if not a.is_meta:
+            torch.testing.assert_close(a, b, rtol=0, atol=0, equal_nan=True)
+    elif isinstance(a, dict):
+        assert a.keys() == b.keys()
+        for key in a:
+            assert_identical(a[key], b[key])
+    elif isinstance(a, (list, tuple)):
+        assert len(a) == len(b)
+        for x, y in zip(a, b, strict=True):
+            assert_identical(x, y)
+    else:
+        assert a == b or (a != a and b != b)
+
+
+@contextmanager
+def unchanged(opt: torch.optim.Optimizer) -> Iterator[None]:
+    """The block changes no weight, gradient, state or option."""
+    before = snapshot(opt)
+    yield
+    assert_identical(before, snapshot(opt))
+
+
+@contextmanager
+def refuses(opt: torch.optim.Optimizer, error: type[Exception], *fragments: str) -> Iterator[None]:
+    """The block raises ``error``, with every fragment in its message, and changes nothing."""
+    with unchanged(opt):
+        with pytest.raises(error) as caught:
+            yield
+        for fragment in fragments:
+            assert fragment in str(caught.value)
