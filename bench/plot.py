@@ -78,7 +78,7 @@ def draw_panel(axis: Axes, cases: Sequence[CaseResult]) -> None:
         fontsize=9,
         color="#495057",
     )
-    axis.set_xticks(range(len(cases)), [result.case.recipe.name for result in cases], fontsize=11)
+    axis.set_xticks(range(len(cases)), [group_label(result) for result in cases], fontsize=11)
     axis.tick_params(axis="x", length=0)
     axis.set_xlim(-0.55, len(cases) - 0.45)
     axis.set_ylabel("ms a step")
@@ -86,6 +86,12 @@ def draw_panel(axis: Axes, cases: Sequence[CaseResult]) -> None:
     axis.yaxis.grid(True, color="#e9ecef")
     axis.set_axisbelow(True)
     axis.spines[["top", "right"]].set_visible(False)
+
+
+def group_label(result: CaseResult) -> str:
+    """The recipe's name, with a warning where the figures above it mean nothing."""
+    name = result.case.recipe.name
+    return f"{name}\n(disturbed)" if result.disturbed else name
 
 
 def draw_group(axis: Axes, position: int, result: CaseResult) -> None:

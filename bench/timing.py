@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 import torch
 
 MIN_ROUNDS = 9  # a slow variant, which sits out every second round, still gets 5 samples
+LEAST_ROUNDS = 5  # on a machine that turns out to be busy
 MAX_ROUNDS = 60
 SLOW, SLOW_MS = 3.0, 40.0  # times the fastest, and ms: such variants sit out every second round
 BURST_MS = 2.0  # a sample lasts at least about this long, in whole steps
@@ -67,7 +68,8 @@ class Budget:
     """How long a case may take.
 
     Attributes:
-        seconds: About what timing may take; `MIN_ROUNDS` are taken in any case.
+        seconds: About what timing may take; `MIN_ROUNDS` are taken in any case, or on a machine too
+            busy for them `LEAST_ROUNDS`.
         rounds: Exactly so many rounds for every variant, whatever they take.
     """
 
@@ -83,9 +85,11 @@ class Budget:
         fitting = int(self.seconds * 1e3 / max(cost, 1e-3))
         return min(MAX_ROUNDS, max(MIN_ROUNDS, fitting)), slow
 
-    def spent(self, elapsed: float) -> bool:
-        """Whether steps turned out so much slower than when warm that it is time to stop."""
-        return self.rounds is None and elapsed > 1.5 * self.seconds
+    def spent(self, rounds: int, elapsed: float) -> bool:
+        """Whether it is time to stop after so many rounds: steps were slower than when warm."""
+        if self.rounds is not None or rounds < LEAST_ROUNDS:
+            return False
+        return elapsed > (1.5 if rounds >= MIN_ROUNDS else 3.0) * self.seconds
 
 
 def slow_variants(warm: Mapping[str, float]) -> set[str]:
@@ -144,7 +148,7 @@ def interleave(
         samples = {name: Samples() for name in names}
         start = time.perf_counter()
         for number in range(total):
-            if number >= MIN_ROUNDS and budget.spent(time.perf_counter() - start):
+            if budget.spent(number, time.perf_counter() - start):
                 break
             refresh()
             for name in random.Random(number).sample(names, len(names)):

@@ -144,7 +144,9 @@ def check_disjoint(tensors: Sequence[tuple[str, Tensor]]) -> None:
 
     Views that interleave without touching, such as the columns of a matrix, are fine.
     """
-    spans = sorted(((*_span(t), name, t) for name, t in tensors if t.numel()), key=lambda x: x[:2])
+    # A wrapper such as DTensor has no memory of its own, and address 0.
+    with_memory = ((name, t) for name, t in tensors if t.numel() and t.data_ptr())
+    spans = sorted(((*_span(t), name, t) for name, t in with_memory), key=lambda x: x[:2])
     active: list[tuple[int, int, str, Tensor]] = []
     for first, last, name, t in spans:
         if not _is_plain(t) and bool((_touched(t, first, (last - first) // t.element_size()) > 1).any()):

@@ -6,6 +6,7 @@ import logging
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -151,7 +152,9 @@ def test_explicit_backend_that_cannot_run(name):
     model = small_model()
     opt = gradfused.AdamW(model.parameters(), backend=name)
     loss_of(model, 0).backward()
-    with refuses(opt, RuntimeError, f"backend='{name}' cannot run", "no kernels in this version of gradfused", "backend='auto'"):
+    with refuses(
+        opt, RuntimeError, f"backend='{name}' cannot run", "no kernels in this version of gradfused", "backend='auto'"
+    ):
         opt.step()
     assert not any(states(opt))
     opt.param_groups[0]["backend"] = "auto"
@@ -160,7 +163,7 @@ def test_explicit_backend_that_cannot_run(name):
 
 
 def test_explicit_cpu_on_another_device():
-    with pytest.raises(RuntimeError, match="backend='cpu' cannot run: .*works on CPU tensors, got one on meta"):
+    with pytest.raises(RuntimeError, match=r"backend='cpu' cannot run: .*works on CPU tensors, got one on meta"):
         choose("cpu", meta_params())
 
 
@@ -216,6 +219,20 @@ def test_auto_runs_gradients_without_memory_on_the_reference():
     p.grad = Wrapper(torch.ones(2))
     opt.step()
     assert torch.equal(p.detach(), torch.full((2,), -1.0))
+
+
+@pytest.mark.usefixtures("_fresh_log")
+def test_auto_runs_parameters_without_memory_on_the_reference():
+    """They all have address 0, which is no overlap."""
+    inner = [torch.zeros(3), torch.zeros(3)]
+    wrappers = [Wrapper(t) for t in inner]
+    opt = gradfused.SGD(wrappers, lr=1.0, momentum=0.5)
+    for scale in (1.0, 2.0):
+        for w in wrappers:
+            w.grad = torch.full((3,), scale)
+        opt.step()
+    for t in inner:
+        assert torch.equal(t, torch.full((3,), -3.5))
 
 
 def test_plain_subclasses_have_memory():
@@ -281,7 +298,7 @@ def test_environment_asks_for_what_cannot_run(name, monkeypatch):
 
 def test_environment_asks_for_what_does_not_exist(monkeypatch):
     monkeypatch.setenv("GRADFUSED_BACKEND", "tpu")
-    with pytest.raises(ValueError, match="GRADFUSED_BACKEND: expected one of auto, .*, got 'tpu'"):
+    with pytest.raises(ValueError, match=r"GRADFUSED_BACKEND: expected one of auto, .*, got 'tpu'"):
         choose("auto", cpu_params())
 
 
@@ -332,6 +349,20 @@ def test_isa_can_be_chosen_in_the_process():
     with pytest.raises(ValueError, match="got 'sse'"):
         native.use_isa("sse")
     assert cpu.isa() == native.isas()[-1]
+
+
+def test_an_isa_that_is_refused_stops_auto_too(monkeypatch):
+    """A mistake in the environment is no reason to go on slowly."""
+
+    def isa():
+        raise ValueError("GRADFUSED_CPU_ISA: this machine and build have generic, got 'mmx'")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(cpu, "_native", SimpleNamespace(isa=isa))
+        for name in ("auto", "cpu"):
+            with pytest.raises(RuntimeError, match=r"backend 'cpu' cannot run: GRADFUSED_CPU_ISA: .* got 'mmx'"):
+                choose(name, cpu_params())
+        assert choose("reference", cpu_params()) is reference.Table
 
 
 # ---- without OpenMP, and in another process

@@ -171,13 +171,15 @@ def test_parameter_of_another_dtype(dtype):
 
 def test_sparse_parameter():
     p = nn.Parameter(torch.eye(3).to_sparse())
-    with pytest.raises(TypeError, match=r"parameter 'w' has layout torch.sparse_coo, expected a dense tensor: call .to_dense"):
+    with pytest.raises(
+        TypeError, match=r"parameter 'w' has layout torch.sparse_coo, expected a dense tensor: call .to_dense"
+    ):
         gradfused.SGD([("w", p)])
 
 
 @every_backend
 def test_parameter_made_complex_between_steps(backend):
-    opt, (p, q) = named(torch.ones(2), torch.ones(3), backend=backend)
+    opt, (_, q) = named(torch.ones(2), torch.ones(3), backend=backend)
     opt.step()
     valid, grad = q.data, q.grad
     q.grad = None
@@ -218,7 +220,7 @@ def test_sparse_gradient(backend):
 
 @every_backend
 def test_gradient_that_becomes_sparse(backend):
-    opt, (p, q) = named(torch.ones(2), torch.ones(3, 2), backend=backend)
+    opt, (_, q) = named(torch.ones(2), torch.ones(3, 2), backend=backend)
     opt.step()
     dense = q.grad
     q.grad = None
@@ -234,7 +236,7 @@ def test_gradient_that_becomes_sparse(backend):
 @pytest.mark.parametrize("after_a_step", [False, True])
 @pytest.mark.parametrize("shape", [(6,), (3, 2), (2, 2), (4, 3), (0, 3)])
 def test_gradient_of_another_shape(shape, after_a_step, backend):
-    opt, (p, q) = named(torch.ones(2), torch.ones(2, 3), backend=backend)
+    opt, (_, q) = named(torch.ones(2), torch.ones(2, 3), backend=backend)
     if after_a_step:
         opt.step()
     valid = q.data
@@ -253,7 +255,7 @@ def test_gradient_on_another_device():
 
 @every_backend
 def test_gradient_of_another_dtype(backend):
-    opt, (p, q) = named(torch.ones(2), torch.ones(3), backend=backend)
+    opt, (_, q) = named(torch.ones(2), torch.ones(3), backend=backend)
     opt.step()
     valid = q.data
     q.data = torch.ones(3, dtype=torch.float16)
@@ -266,7 +268,7 @@ def test_gradient_of_another_dtype(backend):
 
 @every_backend
 def test_complex_gradient(backend):
-    opt, (p, q) = named(torch.ones(2), torch.ones(3), backend=backend)
+    opt, (_, q) = named(torch.ones(2), torch.ones(3), backend=backend)
     opt.step()
     q.grad.data = torch.ones(3, dtype=torch.complex64)
     with refuses(opt, TypeError, "gradient of parameter 'b' is complex"):
@@ -277,7 +279,7 @@ def test_complex_gradient(backend):
 
 @every_backend
 def test_lazily_negated_gradient(backend):
-    opt, (p, q) = named(torch.ones(2), torch.ones(3), backend=backend)
+    opt, (_, q) = named(torch.ones(2), torch.ones(3), backend=backend)
     q.grad = torch._neg_view(torch.ones(3))
     with refuses(opt, ValueError, "parameter 'b'", ".resolve_neg()"):
         opt.step()
@@ -307,7 +309,9 @@ def overlapping():
 def test_overlapping_parameters(name, later):
     a, b = (nn.Parameter(t) for t in overlapping()[name])
     if not later:
-        with pytest.raises(ValueError, match="parameter '.' and parameter '.' overlap in memory: pass the tensor that holds"):
+        with pytest.raises(
+            ValueError, match=r"parameter '.' and parameter '.' overlap in memory: pass the tensor that holds"
+        ):
             gradfused.SGD([("a", a), ("b", b)])
         return
     opt = gradfused.SGD([("a", a)])
@@ -361,7 +365,12 @@ def interleaved():
         "columns": (base.view(4, 6)[:, :3], base.view(4, 6)[:, 3:]),
         "every other": (base[::2], base[1::2]),
         "two of three": (base[::3], base[1::3]),
-        "quarters": (base.view(4, 6)[:2, :3], base.view(4, 6)[:2, 3:], base.view(4, 6)[2:, :3], base.view(4, 6)[2:, 3:]),
+        "quarters": (
+            base.view(4, 6)[:2, :3],
+            base.view(4, 6)[:2, 3:],
+            base.view(4, 6)[2:, :3],
+            base.view(4, 6)[2:, 3:],
+        ),
         "neighbours": (base[:6], base[6:12], base[12:]),
         "with an empty one": (base, base[3:3]),
     }
@@ -407,7 +416,11 @@ def test_odd_but_valid_tensors(backend):
 
 
 BROKEN = [
-    ("exp_avg", torch.zeros(7), ["state 'exp_avg' of parameter 'b'", "expected a dense floating tensor of shape (2, 3)", "(7,)"]),
+    (
+        "exp_avg",
+        torch.zeros(7),
+        ["state 'exp_avg' of parameter 'b'", "expected a dense floating tensor of shape (2, 3)", "(7,)"],
+    ),
     ("exp_avg", torch.zeros(3, 2), ["'exp_avg'", "(2, 3)", "(3, 2)"]),
     ("exp_avg_sq", 0.5, ["'exp_avg_sq' of parameter 'b'", "got 0.5"]),
     ("exp_avg_sq", [0.0] * 6, ["'exp_avg_sq'", "got [0.0"]),
@@ -423,7 +436,7 @@ BROKEN = [
 @every_backend
 @pytest.mark.parametrize(("key", "value", "fragments"), BROKEN, ids=[f"{k}-{i}" for i, (k, _, _) in enumerate(BROKEN)])
 def test_corrupted_state(key, value, fragments, backend):
-    opt, (p, q) = named(torch.ones(2), torch.ones(2, 3), backend=backend)
+    opt, (_, q) = named(torch.ones(2), torch.ones(2, 3), backend=backend)
     opt.step()
     valid = opt.state[q][key]
     opt.state[q][key] = value
@@ -437,7 +450,7 @@ def test_corrupted_state(key, value, fragments, backend):
 @every_backend
 def test_state_that_is_missing_in_part_is_made_again(backend):
     """As torch does for max_exp_avg_sq in old checkpoints: a key that is not there starts at zero."""
-    opt, (p, q) = named(torch.ones(2), torch.ones(2, 3), backend=backend)
+    opt, (_, q) = named(torch.ones(2), torch.ones(2, 3), backend=backend)
     opt.step()
     del opt.state[q]["exp_avg"]
     opt.step()
@@ -455,6 +468,23 @@ def test_state_made_before_the_refusal_is_taken_back(backend):
     assert p not in opt.state or not opt.state[p]
     opt.state.clear()
     recovers(opt)
+
+
+@every_backend
+def test_a_step_count_read_before_the_refusal_stays_as_it_was(backend):
+    """A plain number becomes a tensor in a step that is taken only."""
+    opt, (p, q) = named(torch.ones(2), torch.ones(2, 3), backend=backend)
+    opt.step()
+    opt.state[p]["step"] = 1
+    valid = opt.state[q].pop("exp_avg")
+    opt.state[q]["exp_avg"] = torch.zeros(5)
+    with refuses(opt, ValueError, "'exp_avg'", "(5,)"):
+        opt.step()
+    assert opt.state[p]["step"] == 1
+    assert isinstance(opt.state[p]["step"], int)
+    opt.state[q]["exp_avg"] = valid
+    recovers(opt)
+    assert [float(s["step"]) for s in states(opt)] == [2.0, 2.0]
 
 
 # ---- after a refusal

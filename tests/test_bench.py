@@ -366,7 +366,7 @@ def test_variants_take_turns_and_slow_ones_sit_out():
     rounds: list[int] = []
     samples = interleave(
         {"fast": fast, "slow": slow},
-        budget=Budget(seconds=1e-9),
+        budget=Budget(seconds=1e-3),
         clock=scripted_clock({fast: 50.0, slow: 500.0}, calls),
         on_round=lambda done, total: rounds.append(done),
     )
@@ -390,8 +390,11 @@ def test_budget_follows_the_time_there_is():
     assert Budget(seconds=1.0).plan({"a": 50.0})[0] == 20
     assert Budget(seconds=1.0).plan({"a": 1e4})[0] == timing.MIN_ROUNDS
     assert Budget(seconds=1e6).plan({"a": 50.0})[0] == timing.MAX_ROUNDS
-    assert Budget(seconds=1.0).spent(2.0)
-    assert not Budget(seconds=1.0, rounds=3).spent(2.0)
+    assert Budget(seconds=1.0).spent(9, 2.0)
+    assert not Budget(seconds=1.0).spent(5, 2.0)
+    assert Budget(seconds=1.0).spent(5, 4.0)
+    assert not Budget(seconds=1.0).spent(4, 99.0)
+    assert not Budget(seconds=1.0, rounds=30).spent(20, 99.0)
 
 
 def test_short_steps_are_timed_in_bursts():

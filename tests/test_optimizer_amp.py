@@ -5,10 +5,20 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import nn
-from twins import assert_same, every_backend, every_rule, loss_of, parameters, small_model, states, train, unchanged
+from twins import (
+    VARIANTS,
+    assert_same,
+    every_backend,
+    every_rule,
+    loss_of,
+    parameters,
+    small_model,
+    states,
+    train,
+    unchanged,
+)
 
 import gradfused
-from twins import VARIANTS
 
 INF, NAN = float("inf"), float("nan")
 
@@ -61,9 +71,9 @@ def test_clip_norm_and_grad_norm_are_of_the_unscaled_gradient(unscale, backend):
     opt = make("adamw", model, clip_norm=0.5, backend=backend)
     twin = make("adamw", twin_model, torch.optim)
     amp = scaler()
+    norms = []
     for index in range(3):
         scaled_step(model, opt, amp, index, unscale=unscale)
-        norms = []
         train(
             twin_model,
             twin,

@@ -184,8 +184,9 @@ def test_closure_by_keyword_returns_what_it_returns():
 def test_closure_that_raises_changes_nothing(variant):
     model, twin = small_model(), small_model()
     name, options = ("SGD", {"lr": 0.1, "momentum": 0.9}) if "sgd" in variant else ("AdamW", {"lr": 0.1})
-    opt, theirs = getattr(gradfused, name)(model.parameters(), **options), getattr(torch.optim, name)(
-        twin.parameters(), **options
+    opt, theirs = (
+        getattr(gradfused, name)(model.parameters(), **options),
+        getattr(torch.optim, name)(twin.parameters(), **options),
     )
 
     def closure():

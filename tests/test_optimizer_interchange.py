@@ -145,7 +145,9 @@ def test_adam_and_adamw_checkpoints_keep_their_own_decay():
         opt = make(gradfused, "adamw", other)
         opt.load_state_dict(copy.deepcopy(adam.state_dict()))
         twin = torch.optim.AdamW(plain.parameters(), **VARIANTS["adam"][1])
-        twin.load_state_dict(copy.deepcopy(adam.state_dict()) | {"param_groups": [twin.state_dict()["param_groups"][0]]})
+        twin.load_state_dict(
+            copy.deepcopy(adam.state_dict()) | {"param_groups": [twin.state_dict()["param_groups"][0]]}
+        )
         train(other, opt, 2)
         train(plain, twin, 2)
         assert_same(opt, twin)

@@ -1,4 +1,4 @@
-"""What changes between two steps is noticed: tensors, layouts, state and options. Nothing prepared for the old is used on the new."""
+"""What changes between two steps is noticed: tensors, layouts, state and options."""
 
 from __future__ import annotations
 
@@ -249,9 +249,8 @@ def test_state_changed_by_hand(variant, how, backend):
 def test_square_state_replaced_by_its_transposed_view(backend):
     def scenario(make):
         def transpose(p):
-            for key, value in opt_of[0].state[p].items():
-                if key != "step":
-                    value.data = value.data.t()
+            state = opt_of[0].state[p]
+            state |= {key: value.t() for key, value in state.items() if key != "step"}
 
         opt_of = []
 

@@ -222,8 +222,16 @@ def edited(opt, edit):
 @pytest.mark.parametrize(
     ("edit", "error", "fragments"),
     [
-        (lambda d: d["state"][3].update(exp_avg=torch.zeros(6)), ValueError, ["'exp_avg'", "3 of group 0", "(6,)", "(5,)"]),
-        (lambda d: d["state"][0].update(velocity=torch.zeros(1)), ValueError, ["'velocity'", "0 of group 0", "exp_avg_sq"]),
+        (
+            lambda d: d["state"][3].update(exp_avg=torch.zeros(6)),
+            ValueError,
+            ["'exp_avg'", "3 of group 0", "(6,)", "(5,)"],
+        ),
+        (
+            lambda d: d["state"][0].update(velocity=torch.zeros(1)),
+            ValueError,
+            ["'velocity'", "0 of group 0", "exp_avg_sq"],
+        ),
         (lambda d: d["param_groups"][0].update(lr=-1.0), ValueError, ["lr", "-1.0"]),
         (lambda d: d["param_groups"][0].update(betas=(0.9, 1.5)), ValueError, ["betas[1]", "1.5"]),
         (lambda d: d["param_groups"][0].update(norm_scope="world"), ValueError, ["norm_scope", "'world'"]),

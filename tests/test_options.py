@@ -51,7 +51,7 @@ def test_unknown_option(name, given, meant):
 
 
 def test_unknown_option_that_resembles_nothing_lists_what_is_known():
-    with pytest.raises(TypeError, match="unknown option 'qqq'; known are centralize, .*, backend"):
+    with pytest.raises(TypeError, match=r"unknown option 'qqq'; known are centralize, .*, backend"):
         gradfused.AdamW(one(), qqq=1)
 
 
@@ -60,7 +60,9 @@ def test_recipe_is_keyword_only():
         gradfused.AdamW(one(), 1e-3, (0.9, 0.999), 1e-8, 0.0, False, True)
 
 
-@pytest.mark.parametrize(("given", "meant"), [("weight_deacy", "weight_decay"), ("clipnorm", "clip_norm"), ("Lr", None)])
+@pytest.mark.parametrize(
+    ("given", "meant"), [("weight_deacy", "weight_decay"), ("clipnorm", "clip_norm"), ("Lr", None)]
+)
 def test_misspelt_group_key(given, meant):
     group = {"params": one(), given: 0.1}
     if meant is None:  # too short to guess; torch leaves such keys alone as well
@@ -139,7 +141,7 @@ def test_nesterov_needs_momentum_and_no_dampening(options_):
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_differentiable(name):
-    with pytest.raises(ValueError, match="differentiable=True: .*; use torch.optim"):
+    with pytest.raises(ValueError, match=r"differentiable=True: .*; use torch.optim"):
         getattr(gradfused, name)(one(), differentiable=True)
 
 
@@ -154,7 +156,9 @@ def test_clip_norm_with_perturb(perturb):
 
 @pytest.mark.parametrize("scope", ["group", "param", "unit"])
 def test_clip_norm_with_another_scope(scope):
-    with pytest.raises(ValueError, match=f"got norm_scope='{scope}': use perturb='clip', radius=.*, norm_scope='{scope}'"):
+    with pytest.raises(
+        ValueError, match=f"got norm_scope='{scope}': use perturb='clip', radius=.*, norm_scope='{scope}'"
+    ):
         gradfused.SGD(one(), clip_norm=1.0, norm_scope=scope)
 
 

@@ -33,7 +33,7 @@ Scenario = Callable[[Make], tuple[nn.Module, torch.optim.Optimizer]]
 
 
 def small_model(dtype: torch.dtype = torch.float32) -> nn.Sequential:
-    """A convolution and a linear layer, always with the same weights, on one thread: waking a second one takes longer than a test."""
+    """A convolution and a linear layer with ever the same weights; on one thread, as waking a second outlasts a test."""
     torch.set_num_threads(1)  # conftest puts it back
     torch.manual_seed(0)
     layers = OrderedDict(

@@ -22,7 +22,9 @@ Watch::Watch(py::object tensor, py::list groups, py::dict state)
       dtype_(tensor.attr("dtype")),
       shape_(tensor.attr("shape")) {
   for (py::handle group : groups) {
-    for (py::handle p : py::list(group["params"])) params_.push_back(py::reinterpret_borrow<py::object>(p));
+    const py::list params = group["params"];
+    group_sizes_.push_back(Py_ssize_t(params.size()));
+    for (py::handle p : params) params_.push_back(py::reinterpret_borrow<py::object>(p));
   }
   for (const py::object& p : params_) has_row_[p.ptr()] = false;
   for (auto item : state) states_.emplace_back(item.first.ptr(), item.second.ptr());
@@ -30,7 +32,7 @@ Watch::Watch(py::object tensor, py::list groups, py::dict state)
 
 void Watch::add(py::object param, py::dict state, py::list keys) {
   const py::object grad = attribute(grad_, param);
-  Watched row{param, call(stride_, grad), attribute(shape_, grad), attribute(dtype_, grad), address(param), is_contiguous(grad), state, {}};
+  Watched row{param, attribute(shape_, grad), attribute(dtype_, grad), address(param), layout(param), layout(grad), state, {}};
   for (py::handle key : keys) {
     const py::object tensor = state[key];
     row.kept.push_back({py::reinterpret_borrow<py::object>(key), tensor, address(tensor)});
@@ -51,15 +53,24 @@ uintptr_t Watch::address(const py::object& tensor) const { return uintptr_t(PyLo
 
 bool Watch::is_contiguous(const py::object& tensor) const { return call(is_contiguous_, tensor).ptr() == Py_True; }
 
+Watch::Layout Watch::layout(const py::object& tensor) const { return {is_contiguous(tensor), call(stride_, tensor)}; }
+
+bool Watch::same_layout(const Layout& known, const py::object& tensor) const {
+  return known.contiguous ? is_contiguous(tensor) : call(stride_, tensor).equal(known.stride);
+}
+
 bool Watch::same_parameters(const py::list& groups) const {
-  size_t i = 0;
+  if (groups.size() != group_sizes_.size()) return false;
+  auto known = params_.begin();
+  auto size = group_sizes_.begin();
   for (py::handle group : groups) {
     const py::list params = group["params"];
+    if (Py_ssize_t(params.size()) != *size++) return false;
     for (py::handle p : params) {
-      if (i == params_.size() || !p.is(params_[i++])) return false;
+      if (!p.is(*known++)) return false;
     }
   }
-  return i == params_.size();
+  return true;
 }
 
 bool Watch::same_states(const py::dict& state) const {
@@ -80,7 +91,7 @@ bool Watch::same_state(const Watched& row) const {
 }
 
 bool Watch::same_gradient(const Watched& row, const py::object& grad, Operand& known) const {
-  if (row.contiguous ? !is_contiguous(grad) : !call(stride_, grad).equal(row.stride)) return false;
+  if (!same_layout(row.grad_layout, grad)) return false;
   const uintptr_t now = address(grad);
   if (now == reinterpret_cast<uintptr_t>(known.data)) return true;
   if (!attribute(dtype_, grad).is(row.dtype) || !attribute(shape_, grad).equal(row.shape)) return false;
@@ -98,7 +109,9 @@ bool Watch::refresh(py::list groups, py::dict state, Table& table) const {
   for (size_t i = 0; i < rows_.size(); ++i) {
     const Watched& row = rows_[i];
     const py::object grad = attribute(grad_, row.param);
-    if (grad.is_none() || address(row.param) != row.address || !same_state(row)) return false;
+    if (grad.is_none() || address(row.param) != row.address) return false;
+    if (!attribute(shape_, row.param).equal(row.shape) || !same_layout(row.param_layout, row.param)) return false;
+    if (!same_state(row)) return false;
     if (!same_gradient(row, grad, table.row(i).grad)) return false;
   }
   return true;

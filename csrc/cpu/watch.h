@@ -31,10 +31,15 @@ class Watch {
     pybind11::object key, tensor;
     uintptr_t address;
   };
-  struct Watched {
-    pybind11::object param, stride, shape, dtype;
-    uintptr_t address;
+  // Whether a tensor is contiguous is cheaper to ask than its strides.
+  struct Layout {
     bool contiguous;
+    pybind11::object stride;
+  };
+  struct Watched {
+    pybind11::object param, shape, dtype;  // a gradient has the parameter's shape
+    uintptr_t address;
+    Layout param_layout, grad_layout;
     pybind11::dict state;
     std::vector<Kept> kept;
   };
@@ -42,6 +47,8 @@ class Watch {
   pybind11::object attribute(const pybind11::object& descriptor, const pybind11::object& tensor) const;
   uintptr_t address(const pybind11::object& tensor) const;
   bool is_contiguous(const pybind11::object& tensor) const;
+  Layout layout(const pybind11::object& tensor) const;
+  bool same_layout(const Layout& known, const pybind11::object& tensor) const;
   bool same_parameters(const pybind11::list& groups) const;
   bool same_states(const pybind11::dict& state) const;
   bool same_state(const Watched& row) const;
@@ -49,6 +56,7 @@ class Watch {
 
   pybind11::object grad_, data_ptr_, stride_, is_contiguous_, dtype_, shape_;
   std::vector<pybind11::object> params_;
+  std::vector<Py_ssize_t> group_sizes_;
   std::unordered_map<PyObject*, bool> has_row_;  // of each parameter
   std::vector<std::pair<PyObject*, PyObject*>> states_;
   std::vector<Watched> rows_;
