@@ -474,3 +474,13 @@ def test_choosing_changes_nothing():
     with unchanged(opt):
         choose("auto", list(model.parameters()))
         availability()
+
+
+def test_a_gradient_without_memory_is_noticed_between_steps():
+    p = torch.nn.Parameter(torch.zeros(4))
+    opt = gradfused.SGD([p], lr=1.0)
+    p.grad = torch.ones(4)
+    opt.step()
+    p.grad = Wrapper(torch.ones(4))
+    opt.step()
+    assert torch.equal(p.detach(), torch.full((4,), -2.0))

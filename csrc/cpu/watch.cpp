@@ -3,16 +3,28 @@
 namespace py = pybind11;
 
 namespace gradfused::cpu {
-namespace {
+Accessor::Accessor(py::object descriptor) : descriptor_(std::move(descriptor)), no_arguments_(py::tuple()) {
+  PyObject* d = descriptor_.ptr();
+  if (Py_TYPE(d) == &PyMethodDescr_Type) method_ = reinterpret_cast<PyMethodDescrObject*>(d)->d_method;
+  if (Py_TYPE(d) == &PyGetSetDescr_Type) getter_ = reinterpret_cast<PyGetSetDescrObject*>(d)->d_getset;
+}
 
-py::object call(const py::object& method, const py::object& self) {
-  PyObject* args[] = {self.ptr()};
-  PyObject* result = PyObject_Vectorcall(method.ptr(), args, 1, nullptr);
+py::object Accessor::operator()(const py::object& self) const {
+  PyObject* const tensor = self.ptr();
+  PyObject* result;
+  if (getter_) {
+    result = getter_->get(tensor, getter_->closure);
+  } else if (method_ && method_->ml_flags == METH_NOARGS) {
+    result = method_->ml_meth(tensor, nullptr);
+  } else if (method_ && method_->ml_flags == (METH_VARARGS | METH_KEYWORDS)) {
+    result = reinterpret_cast<PyCFunctionWithKeywords>(reinterpret_cast<void (*)()>(method_->ml_meth))(tensor, no_arguments_.ptr(), nullptr);
+  } else {
+    PyObject* args[] = {tensor};
+    result = PyObject_Vectorcall(descriptor_.ptr(), args, 1, nullptr);
+  }
   if (!result) throw py::error_already_set();
   return py::reinterpret_steal<py::object>(result);
 }
-
-}  // namespace
 
 Watch::Watch(py::object tensor, py::list groups, py::dict state)
     : grad_(tensor.attr("grad")),
@@ -31,8 +43,8 @@ Watch::Watch(py::object tensor, py::list groups, py::dict state)
 }
 
 void Watch::add(py::object param, py::dict state, py::list keys) {
-  const py::object grad = attribute(grad_, param);
-  Watched row{param, attribute(shape_, grad), attribute(dtype_, grad), address(param), layout(param), layout(grad), state, {}};
+  const py::object grad = grad_(param);
+  Watched row{param, shape_(grad), dtype_(grad), address(param), layout(param), layout(grad), state, {}};
   for (py::handle key : keys) {
     const py::object tensor = state[key];
     row.kept.push_back({py::reinterpret_borrow<py::object>(key), tensor, address(tensor)});
@@ -41,22 +53,14 @@ void Watch::add(py::object param, py::dict state, py::list keys) {
   has_row_[param.ptr()] = true;
 }
 
-// A getter called without the attribute's look-up.
-py::object Watch::attribute(const py::object& descriptor, const py::object& tensor) const {
-  PyObject* result = Py_TYPE(descriptor.ptr())
-                         ->tp_descr_get(descriptor.ptr(), tensor.ptr(), reinterpret_cast<PyObject*>(Py_TYPE(tensor.ptr())));
-  if (!result) throw py::error_already_set();
-  return py::reinterpret_steal<py::object>(result);
-}
+uintptr_t Watch::address(const py::object& tensor) const { return uintptr_t(PyLong_AsUnsignedLongLong(data_ptr_(tensor).ptr())); }
 
-uintptr_t Watch::address(const py::object& tensor) const { return uintptr_t(PyLong_AsUnsignedLongLong(call(data_ptr_, tensor).ptr())); }
+bool Watch::is_contiguous(const py::object& tensor) const { return is_contiguous_(tensor).ptr() == Py_True; }
 
-bool Watch::is_contiguous(const py::object& tensor) const { return call(is_contiguous_, tensor).ptr() == Py_True; }
-
-Watch::Layout Watch::layout(const py::object& tensor) const { return {is_contiguous(tensor), call(stride_, tensor)}; }
+Watch::Layout Watch::layout(const py::object& tensor) const { return {is_contiguous(tensor), stride_(tensor)}; }
 
 bool Watch::same_layout(const Layout& known, const py::object& tensor) const {
-  return known.contiguous ? is_contiguous(tensor) : call(stride_, tensor).equal(known.stride);
+  return known.contiguous ? is_contiguous(tensor) : stride_(tensor).equal(known.stride);
 }
 
 bool Watch::same_parameters(const py::list& groups) const {
@@ -94,7 +98,8 @@ bool Watch::same_gradient(const Watched& row, const py::object& grad, Operand& k
   if (!same_layout(row.grad_layout, grad)) return false;
   const uintptr_t now = address(grad);
   if (now == reinterpret_cast<uintptr_t>(known.data)) return true;
-  if (!attribute(dtype_, grad).is(row.dtype) || !attribute(shape_, grad).equal(row.shape)) return false;
+  if (now == 0) return false;  // no memory of its own: a wrapper, to be refused
+  if (!dtype_(grad).is(row.dtype) || !shape_(grad).equal(row.shape)) return false;
   known.data = reinterpret_cast<char*>(now);
   return true;
 }
@@ -103,14 +108,14 @@ bool Watch::refresh(py::list groups, py::dict state, Table& table) const {
   if (!same_parameters(groups) || !same_states(state)) return false;
   if (rows_.size() < has_row_.size()) {
     for (const py::object& p : params_) {
-      if (!has_row_.at(p.ptr()) && !attribute(grad_, p).is_none()) return false;
+      if (!has_row_.at(p.ptr()) && !grad_(p).is_none()) return false;
     }
   }
   for (size_t i = 0; i < rows_.size(); ++i) {
     const Watched& row = rows_[i];
-    const py::object grad = attribute(grad_, row.param);
+    const py::object grad = grad_(row.param);
     if (grad.is_none() || address(row.param) != row.address) return false;
-    if (!attribute(shape_, row.param).equal(row.shape) || !same_layout(row.param_layout, row.param)) return false;
+    if (!shape_(row.param).equal(row.shape) || !same_layout(row.param_layout, row.param)) return false;
     if (!same_state(row)) return false;
     if (!same_gradient(row, grad, table.row(i).grad)) return false;
   }

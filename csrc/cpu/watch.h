@@ -11,6 +11,18 @@
 
 namespace gradfused::cpu {
 
+// A method or getter of a C type, called without the look-up and argument handling that cost more than what torch does in it.
+class Accessor {
+ public:
+  explicit Accessor(pybind11::object descriptor);
+  pybind11::object operator()(const pybind11::object& self) const;
+
+ private:
+  pybind11::object descriptor_, no_arguments_;
+  PyMethodDef* method_ = nullptr;
+  PyGetSetDef* getter_ = nullptr;
+};
+
 // A steady step must not spend more on finding out that nothing changed than on the work itself, so this asks the tensors without
 // Python code for each. It knows Python objects, not torch: how to ask comes from the caller.
 class Watch {
@@ -44,7 +56,6 @@ class Watch {
     std::vector<Kept> kept;
   };
 
-  pybind11::object attribute(const pybind11::object& descriptor, const pybind11::object& tensor) const;
   uintptr_t address(const pybind11::object& tensor) const;
   bool is_contiguous(const pybind11::object& tensor) const;
   Layout layout(const pybind11::object& tensor) const;
@@ -54,7 +65,7 @@ class Watch {
   bool same_state(const Watched& row) const;
   bool same_gradient(const Watched& row, const pybind11::object& grad, Operand& known) const;
 
-  pybind11::object grad_, data_ptr_, stride_, is_contiguous_, dtype_, shape_;
+  const Accessor grad_, data_ptr_, stride_, is_contiguous_, dtype_, shape_;
   std::vector<pybind11::object> params_;
   std::vector<Py_ssize_t> group_sizes_;
   std::unordered_map<PyObject*, bool> has_row_;  // of each parameter

@@ -1,9 +1,8 @@
 // The kernels of one instruction set. This file is compiled once for each with GRADFUSED_ISA naming it, and runs only where the
 // machine has it; nothing here but kernels_<isa>() is visible outside.
 //
-// A chunk is walked in blocks that fit the L1 cache; a block goes through the stages of a step one after another, each a loop the
-// compiler vectorises. Going over a block several times costs nothing next to main memory, measured: one loop with everything in it
-// takes as long.
+// A chunk is walked in blocks that fit the L1 cache. Usually a block's statistics are taken first and one loop does the rest. Where
+// something must be known of a whole unit in between (a mean of what the rule makes of it), the stages are loops of their own.
 #include "cpu/kernels.h"
 
 #include "cpu/noise_run.h"
@@ -66,7 +65,7 @@ template <class T> void means_of(const Place& at, const Block& b, const T* g, Pe
   } else {
     const T unscale = T(at.job.unscale);
     PerUnit<double> sums;
-    reduce_units(g, b.length, b.units, sums.at, [unscale](int64_t, T v) { return double(v * unscale); });
+    reduce_units(g, b.length, b.units, sums.at, [unscale](int64_t, T v) { return v * unscale; });
     for (int64_t u = 0; u < b.units; ++u) means.at[u] = T(sums.at[u] / double(b.length));
   }
 }
@@ -93,7 +92,7 @@ template <class T> void sum_chunk(const Place& at, char* scratch) {
   const T unscale = T(at.job.unscale);
   double sum = 0;
   at.for_each_block([&](const Block& b) {
-    sum += reduce(open(at.row.grad, b.begin, b.count, buffer<T>(scratch, kRaw)), b.count, [unscale](T v) { return double(v * unscale); });
+    sum += reduce(open(at.row.grad, b.begin, b.count, buffer<T>(scratch, kRaw)), b.count, [unscale](T v) { return v * unscale; });
   });
   at.job.chunk_sum[at.index] = sum;
 }
@@ -136,22 +135,48 @@ void transform(const Block& b, const T* __restrict g, const float* __restrict no
   }
 }
 
+// One element's state in registers.
+template <class R, class T> struct Register {
+  T s[kMaxStates];
+  Register(const T* s0, const T* s1, const T* s2, int64_t i)
+      : s{R::states > 0 ? s0[i] : T(0), R::states > 1 ? s1[i] : T(0), R::states > 2 ? s2[i] : T(0)} {}
+  void store(T* s0, T* s1, T* s2, int64_t i) const {
+    if (R::states > 0) s0[i] = s[0];
+    if (R::states > 1) s1[i] = s[1];
+    if (R::states > 2) s2[i] = s[2];
+  }
+};
+
 // g <- the direction the rule takes. The states move unless this is a rehearsal.
 template <class R, bool kRehearse, class T>
 void direct(T* __restrict g, T* __restrict s0, T* __restrict s1, T* __restrict s2, int64_t n,
             const typename R::template Coef<T> c) {
   for (int64_t i = 0; i < n; ++i) {
-    T s[kMaxStates] = {R::states > 0 ? s0[i] : T(0), R::states > 1 ? s1[i] : T(0), R::states > 2 ? s2[i] : T(0)};
-    g[i] = R::direction(g[i], s, c);
-    if (kRehearse) continue;
-    if (R::states > 0) s0[i] = s[0];
-    if (R::states > 1) s1[i] = s[1];
-    if (R::states > 2) s2[i] = s[2];
+    Register<R, T> state(s0, s1, s2, i);
+    g[i] = R::direction(g[i], state.s, c);
+    if (!kRehearse) state.store(s0, s1, s2, i);
   }
 }
 
 template <class T> void descend(T* __restrict p, const T* __restrict d, int64_t n, T shrink, T step) {
   for (int64_t i = 0; i < n; ++i) p[i] = p[i] * shrink - step * d[i];
+}
+
+// transform(), direct() and descend() in one loop: all streams move together, which memory likes best.
+template <class R, bool kDecayed, class T>
+void step_units(const Block& b, const T* __restrict g, T* __restrict p, T* __restrict s0, T* __restrict s1, T* __restrict s2,
+                const PerUnit<T>& means, const PerUnit<T>& factors, math::Transform<T> t, const typename R::template Coef<T> c) {
+  for (int64_t u = 0; u < b.units; ++u) {
+    t.mean = means.at[u];
+    t.factor = factors.at[u];
+    for (int64_t i = u * b.length; i < (u + 1) * b.length; ++i) {
+      Register<R, T> state(s0, s1, s2, i);
+      T x = math::perturbed(g[i], t) * t.sign;
+      if (kDecayed) x = x + t.decay * p[i];
+      p[i] = p[i] * c.shrink - c.step * R::direction(x, state.s, c);
+      state.store(s0, s1, s2, i);
+    }
+  }
 }
 
 // One chunk's walk through a step, with rule R in type T.
@@ -171,13 +196,12 @@ template <class R, class T> class Stepper {
   }
 
   void apply() {
+    const bool in_one_loop = t_.sigma == T(0) && (!at_.row.centre || at_.centre_gradient);
     at_.for_each_block([&](const Block& b) {
       open_block(b);
-      prepare(b);
-      if (at_.row.centre && at_.hyper.centralize_at == Centre::decayed) centre(b);
-      direct<R, false>(g_, s_[0], s_[1], s_[2], b.count, coef_);
-      if (at_.row.centre && at_.hyper.centralize_at == Centre::update) centre(b);
-      descend(p_, g_, b.count, coef_.shrink, coef_.step);
+      measure(b);
+      // The loop's start-up is not worth it for short units.
+      in_one_loop && (b.units == 1 || b.length > kShortUnit) ? together(b) : stage_by_stage(b);
       close_block(b);
     });
     if (at_.by_unit && !at_.now.norms_known) at_.job.chunk_sq[at_.index] = squares_;
@@ -188,9 +212,10 @@ template <class R, class T> class Stepper {
     double sum = 0;
     at_.for_each_block([&](const Block& b) {
       open_block(b);
+      measure(b);
       prepare(b);
       if (at_.hyper.centralize_at == Centre::update) direct<R, true>(g_, s_[0], s_[1], s_[2], b.count, coef_);
-      sum += reduce(g_, b.count, [](T v) { return double(v); });
+      sum += reduce(g_, b.count, [](T v) { return v; });
     });
     at_.job.chunk_sum[at_.index] = sum;
   }
@@ -207,10 +232,26 @@ template <class R, class T> class Stepper {
     for (int k = 0; k < R::states; ++k) close(at_.row.state[k], b.begin, b.count, s_[k]);
   }
 
-  // g_ <- the gradient as the rule sees it.
-  void prepare(const Block& b) {
+  void measure(const Block& b) {
     means_of(at_, b, raw_, means_);
     set_factors(b);
+  }
+
+  void together(const Block& b) {
+    if (t_.decay != T(0)) return step_units<R, true>(b, raw_, p_, s_[0], s_[1], s_[2], means_, factors_, t_, coef_);
+    step_units<R, false>(b, raw_, p_, s_[0], s_[1], s_[2], means_, factors_, t_, coef_);
+  }
+
+  void stage_by_stage(const Block& b) {
+    prepare(b);
+    if (at_.row.centre && at_.hyper.centralize_at == Centre::decayed) centre(b);
+    direct<R, false>(g_, s_[0], s_[1], s_[2], b.count, coef_);
+    if (at_.row.centre && at_.hyper.centralize_at == Centre::update) centre(b);
+    descend(p_, g_, b.count, coef_.shrink, coef_.step);
+  }
+
+  // g_ <- the gradient as the rule sees it.
+  void prepare(const Block& b) {
     const float* noise = nullptr;
     if (t_.sigma != T(0)) noise = draw(b);
     const bool decayed = t_.decay != T(0);
@@ -250,7 +291,7 @@ template <class R, class T> class Stepper {
   void centre(const Block& b) {
     PerUnit<double> sums;
     const bool known = at_.now.directions_known;
-    if (!known) reduce_units(g_, b.length, b.units, sums.at, [](int64_t, T v) { return double(v); });
+    if (!known) reduce_units(g_, b.length, b.units, sums.at, [](int64_t, T v) { return v; });
     for (int64_t u = 0; u < b.units; ++u) {
       const T mean = T(known ? at_.job.unit_direction[b.unit0 + u] : sums.at[u] / double(b.length));
       for (int64_t i = u * b.length; i < (u + 1) * b.length; ++i) g_[i] = g_[i] - mean;
