@@ -54,9 +54,6 @@ inline Half narrow_half(float x) {
 inline double widen(double x) { return x; }
 inline float widen(float x) { return x; }
 
-template <class T> void widen_run(const BFloat16* __restrict from, T* __restrict to, int64_t n) {
-  for (int64_t i = 0; i < n; ++i) to[i] = T(widen(from[i]));
-}
 template <class S, class T> void widen_run(const S* __restrict from, T* __restrict to, int64_t n) {
   for (int64_t i = 0; i < n; ++i) to[i] = T(widen(from[i]));
 }

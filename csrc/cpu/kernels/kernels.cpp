@@ -70,16 +70,14 @@ template <class T> void means_of(const Place& at, const Block& b, const T* g, Pe
   }
 }
 
-template <class T> double square(T x) { return double(x) * double(x); }
-
 // squares <- each unit's sum of squares of the centred gradient.
 template <class T> void squares_of(const Place& at, const Block& b, const T* g, const PerUnit<T>& means, PerUnit<double>& squares) {
   const T unscale = T(at.job.unscale);
-  reduce_units(g, b.length, b.units, squares.at, [&means, unscale](int64_t u, T v) { return square(math::centred(v, unscale, means.at[u])); });
+  reduce_squares(g, b.length, b.units, squares.at, [&means, unscale](int64_t u, T v) { return math::centred(v, unscale, means.at[u]); });
 }
 
 template <class T> void weight_squares_of(const Block& b, const T* p, PerUnit<double>& squares) {
-  reduce_units(p, b.length, b.units, squares.at, [](int64_t, T v) { return square(v); });
+  reduce_squares(p, b.length, b.units, squares.at, [](int64_t, T v) { return v; });
 }
 
 inline double total(const PerUnit<double>& values, int64_t units) {
