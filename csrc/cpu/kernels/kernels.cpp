@@ -133,15 +133,16 @@ void transform(const Block& b, const T* __restrict g, const float* __restrict no
   }
 }
 
-// One element's state in registers.
+// One element's state in registers, whatever type S it is stored in.
 template <class R, class T> struct Register {
   T s[kMaxStates];
-  Register(const T* s0, const T* s1, const T* s2, int64_t i)
-      : s{R::states > 0 ? s0[i] : T(0), R::states > 1 ? s1[i] : T(0), R::states > 2 ? s2[i] : T(0)} {}
-  void store(T* s0, T* s1, T* s2, int64_t i) const {
-    if (R::states > 0) s0[i] = s[0];
-    if (R::states > 1) s1[i] = s[1];
-    if (R::states > 2) s2[i] = s[2];
+  template <class S>
+  Register(const S* s0, const S* s1, const S* s2, int64_t i)
+      : s{R::states > 0 ? T(widen(s0[i])) : T(0), R::states > 1 ? T(widen(s1[i])) : T(0), R::states > 2 ? T(widen(s2[i])) : T(0)} {}
+  template <class S> void store(S* s0, S* s1, S* s2, int64_t i) const {
+    if (R::states > 0) put(s[0], s0[i]);
+    if (R::states > 1) put(s[1], s1[i]);
+    if (R::states > 2) put(s[2], s2[i]);
   }
 };
 
@@ -161,17 +162,18 @@ template <class T> void descend(T* __restrict p, const T* __restrict d, int64_t 
 }
 
 // transform(), direct() and descend() in one loop: all streams move together, which memory likes best.
-template <class R, bool kDecayed, class T>
-void step_units(const Block& b, const T* __restrict g, T* __restrict p, T* __restrict s0, T* __restrict s1, T* __restrict s2,
+template <class R, bool kDecayed, class S, class T>
+void step_units(const Block& b, const S* __restrict g, S* __restrict p, S* __restrict s0, S* __restrict s1, S* __restrict s2,
                 const PerUnit<T>& means, const PerUnit<T>& factors, math::Transform<T> t, const typename R::template Coef<T> c) {
   for (int64_t u = 0; u < b.units; ++u) {
     t.mean = means.at[u];
     t.factor = factors.at[u];
     for (int64_t i = u * b.length; i < (u + 1) * b.length; ++i) {
       Register<R, T> state(s0, s1, s2, i);
-      T x = math::perturbed(g[i], t) * t.sign;
-      if (kDecayed) x = x + t.decay * p[i];
-      p[i] = p[i] * c.shrink - c.step * R::direction(x, state.s, c);
+      const T weight = T(widen(p[i]));
+      T x = math::perturbed(T(widen(g[i])), t) * t.sign;
+      if (kDecayed) x = x + t.decay * weight;
+      put(weight * c.shrink - c.step * R::direction(x, state.s, c), p[i]);
       state.store(s0, s1, s2, i);
     }
   }
@@ -195,6 +197,8 @@ template <class R, class T> class Stepper {
 
   void apply() {
     const bool in_one_loop = t_.sigma == T(0) && (!at_.row.centre || at_.centre_gradient);
+    // bfloat16 is widened in the loop: through buffers, each operand would be a stream alone.
+    if (in_one_loop && !at_.by_unit && sizeof(T) == sizeof(float) && stored_as(DType::bfloat16)) return apply_stored<BFloat16>();
     at_.for_each_block([&](const Block& b) {
       open_block(b);
       measure(b);
@@ -235,9 +239,30 @@ template <class R, class T> class Stepper {
     set_factors(b);
   }
 
-  void together(const Block& b) {
-    if (t_.decay != T(0)) return step_units<R, true>(b, raw_, p_, s_[0], s_[1], s_[2], means_, factors_, t_, coef_);
-    step_units<R, false>(b, raw_, p_, s_[0], s_[1], s_[2], means_, factors_, t_, coef_);
+  void together(const Block& b) { together(b, raw_, p_, s_[0], s_[1], s_[2]); }
+
+  template <class S> void together(const Block& b, const S* g, S* p, S* s0, S* s1, S* s2) {
+    if (t_.decay != T(0)) return step_units<R, true>(b, g, p, s0, s1, s2, means_, factors_, t_, coef_);
+    step_units<R, false>(b, g, p, s0, s1, s2, means_, factors_, t_, coef_);
+  }
+
+  // Every operand is a plain array of this type.
+  bool stored_as(DType dtype) const {
+    const auto is = [dtype](const Operand& x) { return x.dims == 0 && x.dtype == dtype; };
+    bool all = is(at_.row.param) && is(at_.row.grad);
+    for (int k = 0; k < R::states; ++k) all = all && is(at_.row.state[k]);
+    return all;
+  }
+
+  template <class S> void apply_stored() {
+    const auto array = [](const Operand& x, int64_t begin) { return reinterpret_cast<S*>(x.data) + begin; };
+    at_.for_each_block([&](const Block& b) {
+      if (at_.centre_gradient && !at_.now.means_known) raw_ = open(at_.row.grad, b.begin, b.count, buffer<T>(scratch_, kRaw));
+      measure(b);
+      S* s[kMaxStates] = {};
+      for (int k = 0; k < R::states; ++k) s[k] = array(at_.row.state[k], b.begin);
+      together<S>(b, array(at_.row.grad, b.begin), array(at_.row.param, b.begin), s[0], s[1], s[2]);
+    });
   }
 
   void stage_by_stage(const Block& b) {
