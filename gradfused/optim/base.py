@@ -237,9 +237,9 @@ class Optimizer(torch.optim.Optimizer):
             )
 
     @property
+    @abstractmethod
     def _own_options(self) -> tuple[str, ...]:
         """Options whose absence shows that a state dict is another optimizer's."""
-        return ("lr", "weight_decay")
 
     _state_keys: frozenset[str] = frozenset()  # every key its state may have
 
