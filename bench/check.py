@@ -16,8 +16,8 @@ from .eager import NoiseSource
 from .models import Model, Shape
 from .peer import Peer
 from .peers import PEERS
-from .recipes import NOISE_DECAY, SEED
-from .workload import Case, Workload
+from .recipes import NOISE_DECAY, SEED, Recipe
+from .workload import CPU, Case, Workload
 
 STEPS = 5
 SMALL, LARGE = 1 << 14, 1 << 18  # elements: of most cropped tensors, of the largest
@@ -65,31 +65,43 @@ def cropped_shapes(model: Model) -> list[Shape]:
     return [crop(shape, LARGE if shape == largest else SMALL) for shape in distinct]
 
 
-class OracleNoise(NoiseSource):
-    """The oracle's own noise, so that eager peers can be compared with it element by element.
+class NoiseTape:
+    """The oracle's own noise, step by step, drawn once for all who are compared with it.
 
     gradfused's noise depends on seed, position and step alone. A reference SGD with lr 1 on zero
     gradients steps by exactly that noise, which the public interface therefore hands out.
     """
 
-    def __init__(self, shapes: Shapes, case: Case) -> None:
-        self.recipe = case.recipe
-        self.params = [
-            torch.nn.Parameter(torch.zeros(shape, dtype=torch.float64, device=case.device)) for shape in shapes
-        ]
-        options: dict[str, Any] = {"noise": case.recipe.noise, "noise_decay": NOISE_DECAY, "seed": SEED}
+    def __init__(self, shapes: Shapes, recipe: Recipe) -> None:
+        self.recipe, self.steps = recipe, list[list[Tensor]]()
+        self.params = [torch.nn.Parameter(torch.zeros(shape, dtype=torch.float64)) for shape in shapes]
+        options: dict[str, Any] = {"noise": recipe.noise, "noise_decay": NOISE_DECAY, "seed": SEED}
         self.optimizer = gradfused.SGD(self.params, lr=1.0, backend="reference", **options)
-        self.buffers = [torch.zeros_like(param, dtype=case.dtype) for param in self.params]
+
+    @torch.no_grad()
+    def of(self, step: int) -> list[Tensor]:
+        """The standard normal noise of a step for each parameter, in float64 on the CPU."""
+        while len(self.steps) <= step:
+            for param in self.params:
+                param.zero_()
+                param.grad = torch.zeros_like(param)
+            self.optimizer.step()
+            self.steps.append([param / -self.recipe.sigma(len(self.steps)) for param in self.params])
+        return self.steps[step]
+
+
+class OracleNoise(NoiseSource):
+    """Hands eager peers the oracle's noise, so that they can be compared with it element by element."""
+
+    def __init__(self, tape: NoiseTape, case: Case) -> None:
+        self.tape = tape
+        self.buffers = [torch.zeros_like(param, dtype=case.dtype, device=case.device) for param in tape.params]
 
     @torch.no_grad()
     def advance(self, step: int) -> None:
-        """Draws one step's noise into buffers that keep their place, for compiled code."""
-        for param in self.params:
-            param.zero_()
-            param.grad = torch.zeros_like(param)
-        self.optimizer.step()
-        for buffer, param in zip(self.buffers, self.params, strict=True):
-            buffer.copy_(param / -self.recipe.sigma(step))
+        """Puts one step's noise into buffers that keep their place, for compiled code."""
+        for buffer, noise in zip(self.buffers, self.tape.of(step), strict=True):
+            buffer.copy_(noise)
 
     def draw(self, index: int, grad: Tensor) -> Tensor:
         """The oracle's noise of the current step."""
@@ -119,25 +131,31 @@ def fill_parameters(workload: Workload, dtype: torch.dtype) -> None:
         param.copy_((0.5 * torch.randn(param.shape, generator=generator)).to(dtype))
 
 
-def trajectory_end(peer: Peer, case: Case, shapes: Shapes, dtype: torch.dtype) -> list[Tensor]:
-    """Parameters after `STEPS` steps of a peer, in float64.
+def on_cpu(case: Case) -> Case:
+    """The case where the oracle computes: one place, whatever is checked against it."""
+    return replace(case, device=CPU)
+
+
+def trajectory_end(peer: Peer, case: Case, shapes: Shapes, dtype: torch.dtype, tape: NoiseTape) -> list[Tensor]:
+    """Parameters after `STEPS` steps of a peer, in float64 on the CPU.
 
     Args:
         peer: Whose steps.
         case: What it computes.
         shapes: Of the parameters.
         dtype: In which it computes; inputs are rounded to the case's dtype first.
+        tape: The noise, where the recipe has any.
     """
     case_here = replace(case, dtype=dtype)
     workload = Workload(shapes, case.rule, dtype, case.device)
     fill_parameters(workload, case.dtype)
     workload.clear_state()
-    source = OracleNoise(shapes, case_here) if case.recipe.noise else NoiseSource()
+    source = OracleNoise(tape, case_here) if case.recipe.noise else NoiseSource()
     step = peer.build(case_here, workload, source)
     for index in range(STEPS):
         fill_gradients(workload, index, case.dtype)
         step()
-    return [param.detach().double() for param in workload.params]
+    return [param.detach().cpu().double() for param in workload.params]
 
 
 def largest_error(ours: Sequence[Tensor], exact: Sequence[Tensor]) -> float:
@@ -158,18 +176,20 @@ class Checker:
     def __init__(self, case: Case) -> None:
         self.case, self.shapes = check_case(case), cropped_shapes(case.model)
         oracle = PEERS["gradfused-reference"]
-        self.exact = trajectory_end(oracle, self.case, self.shapes, torch.float64)
+        self.tape = NoiseTape(self.shapes, case.recipe)
+        self.exact = trajectory_end(oracle, on_cpu(self.case), self.shapes, torch.float64, self.tape)
         floor, ceiling = limits_of(case)
         self.allowed = min(max(2 * self.error(PEERS["torch-loop"]), floor), ceiling)
 
-    def error(self, peer: Peer) -> float:
+    def error(self, peer: Peer, captured: bool = False) -> float:
         """How far a peer ends from the oracle."""
-        end = trajectory_end(peer, self.case, self.shapes, self.case.dtype)
+        case = replace(self.case, captured=captured)
+        end = trajectory_end(peer, case, self.shapes, case.dtype, self.tape)
         return largest_error(end, self.exact)
 
-    def verdict(self, peer: Peer) -> Verdict:
-        """Whether a peer may be timed."""
-        return Verdict(self.error(peer), self.allowed)
+    def verdict(self, peer: Peer, captured: bool = False) -> Verdict:
+        """Whether a peer may be timed, or its steps for a CUDA graph may be captured."""
+        return Verdict(self.error(peer, captured), self.allowed + STEPS * peer.slack(self.case))
 
 
 def same_on_any_threads(case: Case) -> bool:

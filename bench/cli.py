@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
 import torch
 
+from . import cuda
 from .models import MODELS, Model
 from .peers import PEERS
 from .recipes import RECIPES, RULES
-from .workload import bytes_available, bytes_needed
+from .workload import bytes_available, bytes_needed, sets_needed
 
-DEFAULT_MODELS = "small-400,resnet50,gpt2"
-DEFAULT_RECIPES = "plain,centralize,clip"
+DEFAULT_MODELS = {"cpu": "small-400,resnet50,gpt2", "cuda": "small-400,resnet50,gpt2,llama-1b"}
+DEFAULT_RECIPES = {"cpu": "plain,centralize,clip", "cuda": "plain,centralize,clip,full"}
 DEFAULT_TRAIN_RECIPES = "plain,clip"
 DEFAULT_SECONDS = 75.0  # of timing, all cases together; checks and warm-up come on top
 HEADROOM = 1.1  # of a workload's memory: the interpreter, torch, the largest temporary
@@ -24,7 +25,7 @@ DTYPES = ("float32", "float64", "bfloat16", "float16")
 DESCRIPTION = """\
 Times one optimizer step on the parameter shapes of real models: gradfused against every
 peer that is installed, each checked against a float64 oracle first, all interleaved, next to the
-roof that memory sets. Without options: small-400, resnet50 and gpt2, in under 3 minutes."""
+roof that memory sets. Without options: small-400, resnet50 and gpt2 on the CPU, in under 3 minutes."""
 
 
 def names_from(allowed: Iterable[str]) -> Callable[[str], list[str]]:
@@ -78,13 +79,16 @@ def output_path(text: str) -> Path:
 
 
 def device(text: str) -> torch.device:
-    """An argparse type: a device that is there."""
+    """An argparse type: a device that is there and works."""
     kind, _, index = text.partition(":")
-    if kind not in ("cpu", "cuda") or (index and not index.isdecimal()):
+    if kind not in ("cpu", "cuda") or (index and not index.isdecimal()) or text == "cpu:":
         raise argparse.ArgumentTypeError(f"{text!r}; allowed: cpu, cuda, cuda:0, cuda:1, ...")
-    if kind == "cuda" and int(index or 0) >= torch.cuda.device_count():
-        raise argparse.ArgumentTypeError(f"{text!r} is not here: torch sees {torch.cuda.device_count()} CUDA devices")
-    return torch.device(text)
+    if kind == "cpu":
+        return torch.device("cpu")
+    problem = cuda.problem(int(index or 0))
+    if problem:
+        raise argparse.ArgumentTypeError(f"{text!r} cannot be used: {problem}")
+    return torch.device("cuda", int(index or 0))
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -94,6 +98,7 @@ def make_parser() -> argparse.ArgumentParser:
         description=DESCRIPTION,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    parser.set_defaults(left_out=[])  # models that turn out not to fit
     add_choices(parser)
     add_outputs(parser)
     return parser
@@ -105,15 +110,14 @@ def add_choices(parser: argparse.ArgumentParser) -> None:
     add(
         "--models",
         type=names_from(MODELS),
-        default=DEFAULT_MODELS,
         metavar="LIST",
-        help=f"default: {DEFAULT_MODELS}",
+        help=f"default: {DEFAULT_MODELS['cpu']}; with --device cuda also llama-1b",
     )
     add(
         "--recipes",
         type=names_from(RECIPES),
         metavar="LIST",
-        help=f"default: {DEFAULT_RECIPES}; with --train {DEFAULT_TRAIN_RECIPES}",
+        help=f"default: {DEFAULT_RECIPES['cpu']}; with --device cuda also full; with --train {DEFAULT_TRAIN_RECIPES}",
     )
     add(
         "--optimizers",
@@ -181,17 +185,32 @@ def refuse_early(parser: argparse.ArgumentParser, args: argparse.Namespace) -> N
         parser.error("--train writes no --csv and no --plot; use --json")
     if args.train or args.list:
         return
+    args.left_out = list(too_large(args))
+    if len(args.left_out) == len(args.models) * len(args.dtype):
+        parser.error(args.left_out[0]["reason"])
+
+
+def fill_defaults(args: argparse.Namespace) -> None:
+    """What depends on the device, or on what is asked for."""
+    usual = DEFAULT_TRAIN_RECIPES if args.train else DEFAULT_RECIPES[args.device.type]
+    args.models = args.models or DEFAULT_MODELS[args.device.type].split(",")
+    args.recipes = args.recipes or usual.split(",")
+
+
+def too_large(args: argparse.Namespace) -> Iterator[dict[str, str]]:
+    """The models that do not fit into memory in a dtype, and why."""
     for name in args.models:
         for dtype in args.dtype:
-            problem = memory_problem(MODELS[name], dtype, args.optimizers, args.device)
-            if problem:
-                parser.error(problem)
+            reason = memory_problem(MODELS[name], dtype, args.optimizers, args.device)
+            if reason:
+                yield {"model": name, "dtype": dtype, "reason": reason}
 
 
 def memory_problem(model: Model, dtype: str, rules: Sequence[str], where: torch.device) -> str | None:
     """Why a model does not fit, with what would help, or None."""
     sizes = (bytes_needed(model.elements, RULES[rule], getattr(torch, dtype)) for rule in rules)
-    needed, free = HEADROOM * max(sizes), bytes_available(where)
+    cache = cuda.cache_bytes(where) if where.type == "cuda" else 0
+    needed, free = HEADROOM * max(size * sets_needed(size, cache) for size in sizes), bytes_available(where)
     if needed <= free:
         return None
     return (
@@ -213,9 +232,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     if not find_spec("rich"):
         parser.error("the benchmark needs rich: pip install 'gradfused[bench]'")
+    fill_defaults(args)
     refuse_early(parser, args)
     if args.threads:
         torch.set_num_threads(args.threads)
+    if args.device.type == "cuda":
+        torch.cuda.set_device(args.device)
     from . import commands  # needs rich, whose absence was reported above
 
     if args.list:

@@ -15,23 +15,23 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from . import report
+from . import cuda, report
 from .environment import describe
 from .models import MODELS
 from .peers import PEERS, chosen_peers
 from .recipes import RECIPES, RULES
 from .results import OURS, CaseResult, Results
-from .runner import Plan, measure, threads_agree
+from .runner import Plan, measure, meter_for, threads_agree
 from .targets import evaluate
 from .timing import Budget
-from .workload import Case, Workload
+from .workload import Case, Workload, make_sets
 
 CHECK_SHARE = 0.25  # of a case's progress: about what checking takes
 
 
 def screen() -> Console:
     """Where tables go; a file or a pipe gets lines wide enough for them."""
-    return Console(width=None if sys.stdout.isatty() else 120)
+    return Console(width=None if sys.stdout.isatty() else 140)
 
 
 def progress_bar() -> Progress:
@@ -88,7 +88,7 @@ def train(args: argparse.Namespace) -> int:
     """Trains, prints the comparison and writes it."""
     from .train import compare
 
-    recipes = args.recipes or ["plain", "clip"]
+    recipes = args.recipes
     with progress_bar() as bar:
         task = bar.add_task("", total=1.0)
         rows = compare(
@@ -107,13 +107,15 @@ def train(args: argparse.Namespace) -> int:
 
 def bench(args: argparse.Namespace) -> int:
     """Measures, prints and writes; returns 1 where gradfused itself was not timed."""
-    console, results = screen(), Results(describe(args.device))
+    console, results = screen(), Results(describe(args.device), left_out=args.left_out)
     cases = cases_of(args)
     with progress_bar() as bar:
         task = bar.add_task("", total=float(len(cases)))
         for result in measured(args, cases, bar, task):
             results.cases.append(result)
             report.print_case(console, result)
+        if args.device.type == "cuda":
+            results.environment |= cuda.clocks(args.device)
         bar.update(task, description="comparing threads")
         results.same_on_any_threads = threads_agree(thread_cases(results.cases))
     results.targets = evaluate(results)
@@ -124,36 +126,50 @@ def bench(args: argparse.Namespace) -> int:
 
 def cases_of(args: argparse.Namespace) -> list[Case]:
     """Every case that was asked for, those of one workload side by side."""
-    recipes = args.recipes or ["plain", "centralize", "clip"]
+    out = {(left["model"], left["dtype"]) for left in args.left_out}
     return [
         Case(MODELS[model], RECIPES[recipe], RULES[rule], getattr(torch, dtype), args.device)
-        for model, rule, dtype, recipe in product(args.models, args.optimizers, args.dtype, recipes)
+        for model, rule, dtype, recipe in product(args.models, args.optimizers, args.dtype, args.recipes)
+        if (model, dtype) not in out
     ]
 
 
 def measured(args: argparse.Namespace, cases: Sequence[Case], bar: Progress, task: TaskID) -> Iterator[CaseResult]:
     """Measures the cases one by one; those of one model, rule and dtype share their tensors."""
-    peers, held, workload = chosen_peers(args.peers), None, None
+    peers, held = chosen_peers(args.peers, args.device), None
+    sets: list[Workload] = []
     for index, case in enumerate(cases):
-        key = replace(case, recipe=RECIPES["plain"])
-        if workload is None or key != held:
-            del workload  # before the next is made: never two at a time
-            gc.collect()
+        key, meter = replace(case, recipe=RECIPES["plain"]), meter_for(case.device)
+        if key != held:
+            sets.clear()  # before the next are made: never two models at a time
+            release_memory(args.device)
             held = key
-            workload = Workload(case.model.shapes, case.rule, case.dtype, case.device)
+            sets = make_sets(case, meter.cache_bytes)
 
         def on_progress(what: str, part: float, done: int = index, case: Case = case) -> None:
             share = CHECK_SHARE + (1 - CHECK_SHARE) * part if part else 0.0
             description = f"{case.model.name}, {case.recipe.name}: {what}"
             bar.update(task, completed=done + share, description=description)
 
-        yield measure(case, workload, Plan(peers, budget_of(args, case, cases)), on_progress)
+        yield measure(case, sets, Plan(peers, budget_of(args, case, cases)), on_progress, meter)
+        del meter
+        release_memory(args.device)
+
+
+def release_memory(device: torch.device) -> None:
+    """Has memory returned that the last case no longer needs: optimizers hide in cycles, graphs in pools."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
 
 
 def budget_of(args: argparse.Namespace, case: Case, cases: Sequence[Case]) -> Budget:
-    """A case's part of the time: by the square root of its size, so that all get some."""
-    share = sqrt(case.model.elements) / sum(sqrt(other.model.elements) for other in cases)
-    return Budget(seconds=args.budget * share, rounds=args.steps)
+    """A case's part of the time: by the square root of its size, so that all get some.
+
+    On a GPU, where small steps wait for the host as large ones do for memory, all get the same.
+    """
+    weights = [1.0 if other.device.type == "cuda" else sqrt(other.model.elements) for other in (case, *cases)]
+    return Budget(seconds=args.budget * weights[0] / sum(weights[1:]), rounds=args.steps)
 
 
 def thread_cases(results: Sequence[CaseResult]) -> list[Case]:

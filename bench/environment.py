@@ -13,6 +13,8 @@ import torch
 import gradfused
 from gradfused.backends import cpu
 
+from . import cuda
+from .peers import backend_on
 from .quiet import usable_cpus
 
 PEER_PACKAGES = (
@@ -21,6 +23,7 @@ PEER_PACKAGES = (
     "deepspeed",
     "apex",
     "bitsandbytes",
+    "transformer-engine",
     "triton",
 )
 
@@ -30,6 +33,7 @@ def describe(device: torch.device) -> dict[str, Any]:
     environment: dict[str, Any] = {
         "date": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
         "gradfused": gradfused.__version__,
+        "backend": backend_on(device),
         "torch": torch.__version__,
         "python": platform.python_version(),
         "system": f"{platform.system()} {platform.machine()}",
@@ -40,10 +44,7 @@ def describe(device: torch.device) -> dict[str, Any]:
         "torch_isa": torch.backends.cpu.get_cpu_capability(),
         "peers": peer_versions(),
     }
-    if device.type == "cuda":
-        environment["gpu"] = torch.cuda.get_device_name(device)
-        environment["cuda"] = torch.version.cuda
-    return environment
+    return environment | (cuda.describe(device) if device.type == "cuda" else {})
 
 
 def cpu_name() -> str:

@@ -129,6 +129,6 @@ MODELS = {
         Model("resnet50", "torchvision's ResNet-50", resnet50),
         Model("vit-b16", "torchvision's ViT-B/16", vit_b16),
         Model("gpt2", "GPT-2 small, Conv1D weights as (in, out)", gpt2),
-        Model("llama-1b", "TinyLlama-1.1B; 18 GB in float32, so never a default", llama_1b),
+        Model("llama-1b", "TinyLlama-1.1B; 18 GB in float32, so a default on CUDA alone", llama_1b),
     )
 }

@@ -11,9 +11,9 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from .eager import NoiseSource, Transforms
+from .timing import Step
 from .workload import Case, Workload
 
-Step = Callable[[], object]
 Build = Callable[[Case, Workload, NoiseSource], Step]
 
 
@@ -28,7 +28,13 @@ class Peer:
         absent: Why this machine lacks it, or None.
         unable: Why it cannot do a case, or None.
         opt_in: Runs only where `--peers` names it.
+        home: The only type of device where it runs without being named, or None for every one.
         copies: Memory of its temporaries, in multiples of the parameters' size.
+        keeps: Float32 state for each parameter that it allocates itself on CUDA and shares with nobody.
+        rebuilds: Its step for a CUDA graph is another: it is built from the case with `captured` on.
+        uncapturable: Why no CUDA graph can hold its step, or None.
+        compiles: It takes long to build, so that one set of tensors must do.
+        slack: What a step may differ from the oracle's on top of rounding, where its rule is known to differ.
     """
 
     name: str
@@ -37,7 +43,13 @@ class Peer:
     absent: Callable[[], str | None] = lambda: None
     unable: Callable[[Case], str | None] = lambda case: None
     opt_in: bool = False
+    home: str | None = None
     copies: float = 0.0
+    keeps: float = 0.0
+    rebuilds: bool = False
+    uncapturable: str | None = None
+    compiles: bool = False
+    slack: Callable[[Case], float] = lambda case: 0.0
 
     def reason_against(self, case: Case) -> str | None:
         """Why it will not be measured on a case, or None if it can."""
@@ -51,6 +63,11 @@ def needs(module: str, package: str) -> Callable[[], str | None]:
         return None if find_spec(module) else f"not installed (pip install --no-deps {package})"
 
     return absent
+
+
+def cuda_only(case: Case) -> str | None:
+    """The `unable` of what runs on CUDA alone."""
+    return None if case.device.type == "cuda" else "runs on CUDA only"
 
 
 def share_state(optimizer: Optimizer, workload: Workload) -> None:
@@ -101,6 +118,11 @@ def rule_options(case: Case) -> dict[str, object]:
     if case.dtype == torch.float16 and "eps" in options:
         options["eps"] = 1e-3  # 1e-8 is 0 there, and so is many a second moment: 0 / 0 for everyone
     return options
+
+
+def graph_options(case: Case) -> dict[str, object]:
+    """What torch's optimizers ask for before a CUDA graph may hold their step; SGD counts none and asks for nothing."""
+    return {"capturable": True} if case.captured and case.rule.class_name != "SGD" else {}
 
 
 def grads_of(workload: Workload) -> list[Tensor]:

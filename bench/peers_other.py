@@ -15,15 +15,17 @@ from torch.optim import Optimizer
 from .eager import NoiseSource, Transforms
 from .peer import (
     Peer,
-    Step,
+    cuda_only,
     few_large,
     grads_of,
+    graph_options,
     needs,
     rule_options,
     share_state,
     transform_then_step,
 )
 from .recipes import Recipe
+from .timing import Step
 from .workload import Case, Workload
 
 
@@ -40,9 +42,11 @@ def adam_only(case: Case) -> str | None:
     return f"has no {case.rule.name}"
 
 
-def cuda_only(case: Case) -> str | None:
-    """For peers whose kernels run on CUDA alone."""
-    return None if case.device.type == "cuda" else "runs on CUDA only"
+def fused_adam_unable(case: Case) -> str | None:
+    """For apex's FusedAdam and what descends from it."""
+    if case.device.type == "cuda" and case.dtype == torch.float64:
+        return "has no float64"
+    return cuda_only(case) or adam_only(case)
 
 
 def build_optimi(case: Case, workload: Workload, source: NoiseSource) -> Step:
@@ -52,9 +56,10 @@ def build_optimi(case: Case, workload: Workload, source: NoiseSource) -> Step:
     """
     kind = getattr(import_module("optimi"), case.rule.class_name)
     triton = case.device.type == "cuda"
+    way = {"triton": True} if triton else {"foreach": True}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # of foreach
-        optimizer = kind(workload.params, **rule_options(case), foreach=None if triton else True, kahan_sum=False)
+        optimizer = kind(workload.params, **rule_options(case), **way, kahan_sum=False)
     if not triton:  # whose kernels want placeholders that only its own initialisation makes
         share_optimi_state(optimizer, workload)
     return eager_then(optimizer, case, workload, source)
@@ -78,7 +83,7 @@ def build_pytorch_optimizer(case: Case, workload: Workload, source: NoiseSource)
     package = import_module("pytorch_optimizer")
     centralize = import_module("pytorch_optimizer.optimizer.gradient_centralization").centralize_gradient
     kind = getattr(package, case.rule.class_name)
-    optimizer = kind(workload.params, **rule_options(case), fused=True)
+    optimizer = kind(workload.params, **rule_options(case), **graph_options(case), fused=True)
     share_state(optimizer, workload)
     rest = Recipe("rest", "", clip=case.recipe.clip, noise=case.recipe.noise, reverse=case.recipe.reverse)
     transforms = Transforms(rest, workload.params, source, foreach=not few_large(workload))
@@ -132,6 +137,21 @@ def deepspeed_unable(case: Case) -> str | None:
     return adam_only(case)
 
 
+def build_deepspeed_fused(case: Case, workload: Workload, source: NoiseSource) -> Step:
+    """DeepSpeed's copy of apex's FusedAdam, on state that it allocates itself."""
+    kind = import_module("deepspeed.ops.adam").FusedAdam
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    optimizer = kind(workload.params, **rule_options(case), adam_w_mode=case.rule.class_name == "AdamW")
+    return eager_then(optimizer, case, workload, source)
+
+
+def build_transformer_engine(case: Case, workload: Workload, source: NoiseSource) -> Step:
+    """Transformer Engine's FusedAdam, on float32 state that it allocates itself."""
+    kind = import_module("transformer_engine.pytorch.optimizers").FusedAdam
+    optimizer = kind(workload.params, **rule_options(case), adam_w_mode=case.rule.class_name == "AdamW")
+    return eager_then(optimizer, case, workload, source)
+
+
 def build_apex(case: Case, workload: Workload, source: NoiseSource) -> Step:
     """apex's FusedAdam, on state that it allocates itself."""
     kind = import_module("apex.optimizers").FusedAdam
@@ -146,6 +166,11 @@ def build_bitsandbytes(case: Case, workload: Workload, source: NoiseSource) -> S
     return eager_then(kind(workload.params, **rule_options(case)), case, workload, source)
 
 
+def decay_after_update(case: Case) -> float:
+    """What bitsandbytes differs by: it decays the weights after the update, torch and all others before it."""
+    return 1.1 * case.lr**2 * case.weight_decay  # where no element's update exceeds 1.1 lr
+
+
 OTHER_PEERS = (
     Peer(
         "optimi",
@@ -154,6 +179,7 @@ OTHER_PEERS = (
         absent=needs("optimi", "torch-optimi"),
         unable=optimi_unable,
         copies=2,
+        keeps=2,
     ),
     Peer(
         "pytorch_optimizer",
@@ -162,6 +188,7 @@ OTHER_PEERS = (
         absent=needs("pytorch_optimizer", "pytorch_optimizer"),
         unable=pytorch_optimizer_unable,
         copies=2,
+        rebuilds=True,
     ),
     Peer(
         "deepspeed-cpuadam",
@@ -169,21 +196,42 @@ OTHER_PEERS = (
         build_deepspeed,
         absent=needs("deepspeed", "deepspeed"),
         unable=deepspeed_unable,
+        home="cpu",
+    ),
+    Peer(
+        "deepspeed-fusedadam",
+        "DeepSpeed's FusedAdam after eager transforms; compiles itself on first use",
+        build_deepspeed_fused,
+        absent=needs("deepspeed", "deepspeed"),
+        unable=fused_adam_unable,
+        home="cuda",
+        keeps=2,
+    ),
+    Peer(
+        "transformer-engine",
+        "Transformer Engine's FusedAdam after eager transforms",
+        build_transformer_engine,
+        absent=needs("transformer_engine", "transformer-engine[pytorch]"),
+        unable=fused_adam_unable,
+        home="cuda",
+        keeps=2,
     ),
     Peer(
         "apex",
         "apex's FusedAdam after eager transforms",
         build_apex,
         absent=needs("apex", "apex, from its repository"),
-        unable=lambda case: cuda_only(case) or adam_only(case),
-        copies=2,
+        unable=fused_adam_unable,
+        keeps=2,
     ),
     Peer(
         "bitsandbytes",
         "bitsandbytes's 32-bit AdamW after eager transforms",
         build_bitsandbytes,
         absent=needs("bitsandbytes", "bitsandbytes"),
-        unable=lambda case: cuda_only(case) or adam_only(case),
-        copies=2,
+        unable=fused_adam_unable,
+        keeps=2,
+        uncapturable="it waits for the device after every tensor",
+        slack=decay_after_update,
     ),
 )

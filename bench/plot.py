@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 OUR_COLOUR, ROOF_COLOUR = "#d9480f", "#212529"
 # Peers stay quiet next to ours: one hue for torch, others apart from it.
 PEER_COLOURS = {
+    "gradfused-triton": "#f2a679",
+    "gradfused-cuda": "#f2a679",
     "torch-loop": "#d0dff0",
     "torch-foreach": "#98bade",
     "torch-fused": "#5d8fc0",
@@ -23,6 +25,8 @@ PEER_COLOURS = {
     "optimi": "#c7c9cc",
     "pytorch_optimizer": "#9a9ea3",
     "deepspeed-cpuadam": "#6c7177",
+    "deepspeed-fusedadam": "#6c7177",
+    "transformer-engine": "#5f7a52",
     "apex": "#a3b899",
     "bitsandbytes": "#7f9a72",
 }
@@ -139,8 +143,9 @@ def finish(figure: Any, axes: Sequence[Axes], results: Results) -> None:
             handles.setdefault(label, handle)
     order = [*PEER_COLOURS, OURS, ROOF]
     names = sorted(handles, key=lambda name: order.index(name) if name in order else -1)
-    labels = ["roof: same memory traffic, no math" if name == ROOF else name for name in names]
     case = results.cases[0].case
+    roof = "a copy's bandwidth" if case.device.type == "cuda" else "same memory traffic, no math"
+    labels = [f"roof: {roof}" if name == ROOF else name for name in names]
     figure.suptitle(
         f"One optimizer step, {case.rule.class_name}, {case.dtype_name}: lower is better\n\n",
         x=0.012,

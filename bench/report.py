@@ -9,7 +9,7 @@ from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from .results import FUSED_PLAIN, OURS, ROOF, CaseResult, Record, Results, Skipped
+from .results import EVENTS, FUSED_PLAIN, OURS, ROOF, CaseResult, Record, Results, Skipped, is_ours
 
 VERDICTS = {
     True: Text("met", style="green"),
@@ -17,6 +17,9 @@ VERDICTS = {
     None: Text("disturbed", style="yellow"),
 }
 LABELS = {ROOF: "roof (no math)", FUSED_PLAIN: "torch-fused, no recipe"}
+HEADINGS = ("ms", "p20 - p80", f"x {OURS}", "GB/s", "% of roof", "time / roof")
+CUDA_HEADINGS = ("wall ms", "p20 - p80", f"x {OURS}", "device ms", "p20 - p80", f"x {OURS}", "GB/s", "% of roof")
+BUSY = 10.0  # percent: above it, others use the GPU
 
 
 def print_case(console: Console, result: CaseResult) -> None:
@@ -29,6 +32,8 @@ def print_case(console: Console, result: CaseResult) -> None:
     for skip in result.skipped:
         if not skip.everywhere:
             console.print(Text(f"  {skip.variant}: {skip.reason}", style=skip_style(skip)))
+    for name, reason in result.uncaptured.items():
+        console.print(Text(f"  {name}: * between events, not as a CUDA graph: {reason}", style="dim"))
 
 
 def disturbance(result: CaseResult) -> str:
@@ -44,13 +49,14 @@ def skip_style(skip: Skipped) -> str:
 
 def case_table(result: CaseResult) -> Table:
     """The table of one case, slowest variant first."""
+    on_cuda = result.case.device.type == "cuda"
     table = Table()
     table.add_column("variant")
-    for heading in ("ms", "p20 - p80", f"x {OURS}", "GB/s", "% of roof", "time / roof"):
+    for heading in CUDA_HEADINGS if on_cuda else HEADINGS:
         table.add_column(heading, justify="right")
-    roof_ms, ours = result.ms(ROOF) or 0.0, result.ms(OURS)
+    make_cells = cuda_cells if on_cuda else cells
     for record in sorted(result.records, key=lambda record: -record.ms_median):
-        table.add_row(*cells(record, roof_ms, ours), style=row_style(record))
+        table.add_row(*make_cells(record, result.of(OURS), result.ms(ROOF)), style=row_style(record))
     return table
 
 
@@ -65,29 +71,61 @@ def case_title(result: CaseResult) -> str:
     )
 
 
-def cells(record: Record, roof_ms: float, ours: float | None) -> list[str]:
+def cells(record: Record, ours: Record | None, roof_ms: float | None) -> list[str]:
     """A record as text."""
+    return [*wall_cells(record, ours), *rates(record), ratio(record.ms_median, roof_ms)]
+
+
+def cuda_cells(record: Record, ours: Record | None, roof_ms: float | None) -> list[str]:
+    """A record as text, with both of its times; the roof has the device's alone."""
+    device = [
+        f"{milliseconds(record.ms_on_device)}{' *' if record.device_clock == EVENTS else ''}",
+        spread(record.ms_device_p20, record.ms_device_p80),
+        ratio(record.ms_on_device, ours.ms_on_device if ours else None),
+    ]
+    if record.variant == ROOF:
+        device[1] = spread(record.ms_p20, record.ms_p80)
+        return ["roof (copy)", "-", "-", "-", *device, *rates(record)]
+    return [*wall_cells(record, ours), *device, *rates(record)]
+
+
+def wall_cells(record: Record, ours: Record | None) -> list[str]:
+    """Whose record it is, and what its caller waited for."""
     return [
         LABELS.get(record.variant, record.variant),
         milliseconds(record.ms_median),
-        f"{milliseconds(record.ms_p20)} - {milliseconds(record.ms_p80)}",
-        f"{record.ms_median / ours:.2f}" if ours else "-",
-        f"{record.gbps:.1f}",
-        f"{100 * record.gbps / record.roof_gbps:.0f} %",
-        f"{record.ms_median / roof_ms:.2f}" if roof_ms else "-",
+        spread(record.ms_p20, record.ms_p80),
+        ratio(record.ms_median, ours.ms_median if ours else None),
     ]
+
+
+def spread(low: float | None, high: float | None) -> str:
+    """Where the middle of the samples lies."""
+    return "-" if low is None or high is None else f"{milliseconds(low)} - {milliseconds(high)}"
+
+
+def rates(record: Record) -> list[str]:
+    """A record against the roof."""
+    return [f"{record.gbps:.1f}", f"{100 * record.gbps / record.roof_gbps:.0f} %"]
+
+
+def ratio(value: float, of: float | None) -> str:
+    """How many times as long."""
+    return f"{value / of:.2f}" if of else "-"
 
 
 def milliseconds(value: float) -> str:
     """Three significant digits where that helps."""
     if value >= 100:
         return f"{value:.0f}"
-    return f"{value:.1f}" if value >= 10 else f"{value:.2f}"
+    places = 1 if value >= 10 else 2 if value >= 0.995 else 3 if value >= 0.0995 else 4
+    return f"{value:.{places}f}"
 
 
 def row_style(record: Record) -> str:
     """gradfused stands out; what is there for scale steps back."""
-    return {OURS: "bold green", ROOF: "cyan", FUSED_PLAIN: "cyan"}.get(record.variant, "")
+    plain = "green" if is_ours(record.variant) else ""
+    return {OURS: "bold green", ROOF: "cyan", FUSED_PLAIN: "cyan"}.get(record.variant, plain)
 
 
 def print_closing(console: Console, results: Results) -> None:
@@ -98,6 +136,13 @@ def print_closing(console: Console, results: Results) -> None:
     missing = {skip.variant: skip.reason for case in results.cases for skip in case.skipped if skip.everywhere}
     for name, reason in missing.items():
         console.print(Text(f"not here: {name}: {reason}", style="dim"))
+    if results.environment.get("backend") == "reference":
+        console.print(Text("gradfused ran its reference: python -m gradfused says what it lacks", style="bold red"))
+    for left in results.left_out:
+        console.print(Text(f"left out: {left['reason']}", style="bold red"))
+    busy = results.environment.get("gpu_busy_before_percent", 0.0)
+    if busy > BUSY:
+        console.print(Text(f"others used the GPU before this run, {busy:.0f} % of the time", style="bold red"))
     console.print(Text(environment_line(results.environment), style="dim"))
 
 
@@ -119,8 +164,15 @@ def target_table(rows: Iterable[dict[str, Any]]) -> Table:
 def environment_line(environment: dict[str, Any]) -> str:
     """The machine in one line."""
     parts = [environment["cpu"], f"{environment['threads']} threads"]
-    parts += [environment["gpu"]] if "gpu" in environment else []
-    parts += [f"gradfused {environment['gradfused']} ({environment['isa'] or 'no native kernels'})"]
+    kernels = environment["isa"] or "no native kernels"
+    if "gpu" in environment:
+        parts += [
+            environment["gpu"],
+            f"CUDA {environment['cuda']}",
+            f"driver {environment.get('gpu_driver', 'unknown')}",
+        ]
+        kernels = f"backend {environment['backend']}"
+    parts += [f"gradfused {environment['gradfused']} ({kernels})"]
     parts += [f"torch {environment['torch']}", f"Python {environment['python']}"]
     return ", ".join(parts)
 

@@ -2,42 +2,54 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 
 from gradfused.backends import cpu
 
-from .workload import Case, Workload
+from .timing import Step
+from .workload import Case, Workload, bytes_available
+
+COPY_BYTES = 1 << 31  # of each side of the copy: tens of times any GPU's L2
 
 
 @dataclass(frozen=True)
 class Roof:
-    """One sweep over a workload's tensors.
+    """One sweep over memory.
 
     Attributes:
         step: The sweep.
-        moved: Elements it moves for each element of the parameters.
+        moved: Bytes that it reads and writes.
     """
 
-    step: Callable[[], object]
+    step: Step
     moved: int
 
 
 def roof_of(case: Case, workload: Workload) -> Roof:
     """The roof for a case's update rule, without the norm's extra read of the gradient.
 
-    On a CPU it is gradfused's own loop, all streams in one sweep; elsewhere one in-place torch
-    kernel a written tensor, which moves more and is credited with it.
+    On a CPU it is gradfused's own loop over the workload, all streams in one sweep, or else one in-place
+    torch kernel a written tensor, which moves more and is credited with it. On CUDA it is a copy.
     """
+    if case.device.type == "cuda":
+        return copy_on(case.device)
     written = [workload.weights.flat, *(slab.flat for slab in workload.state.values())]
     read = workload.grads.flat
     if not has_native_loop(case):
-        return Roof(lambda: sweep_with_torch(written, read), 3 * len(written))
+        return Roof(lambda: sweep_with_torch(written, read), 3 * len(written) * read.nbytes)
     # The loop is float32's; half as many of those are the same bytes in 16-bit types.
     floats = [tensor.view(torch.float32) for tensor in (*written, read)]
-    return Roof(lambda: cpu.roof(floats[:-1], floats[-1:]), case.rule.streams)
+    return Roof(lambda: cpu.roof(floats[:-1], floats[-1:]), case.rule.streams * read.nbytes)
+
+
+def copy_on(device: torch.device, largest: int = COPY_BYTES) -> Roof:
+    """A copy within a device's memory, of a tensor that no cache holds, whatever the model."""
+    count = min(largest, bytes_available(device) // 8) // 4
+    source = torch.randn(count, device=device)  # zeros are known to run faster
+    target = torch.empty_like(source)
+    return Roof(lambda: target.copy_(source), 2 * source.nbytes)
 
 
 def has_native_loop(case: Case) -> bool:
@@ -45,8 +57,7 @@ def has_native_loop(case: Case) -> bool:
 
     Halves of float64 are left alone: read as float32 some are subnormal, which costs time.
     """
-    here = case.device.type == "cpu" and cpu.availability().usable
-    return here and case.dtype != torch.float64
+    return cpu.availability().usable and case.dtype != torch.float64
 
 
 @torch.no_grad()

@@ -1,4 +1,4 @@
-"""What the project set out to reach, against what a run measured."""
+"""What the project set out to reach, against what a run measured: for AdamW, in float32 where nothing else is said."""
 
 from __future__ import annotations
 
@@ -6,9 +6,14 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from .results import FUSED_PLAIN, OURS, ROOF, CaseResult, Results
+from .results import FUSED_PLAIN, OURS, ROOF, CaseResult, Record, Results
+from .workload import Case
 
 Measure = Callable[[CaseResult], "float | None"]
+Time = Callable[[Record], float]
+
+FUSED_ADAMS = ("optimi", "apex", "bitsandbytes")  # the fused steps of others
+SAME = 0.99  # of another's speed: closer than that, two runs of one step may be apart
 
 
 @dataclass(frozen=True)
@@ -16,7 +21,7 @@ class Target:
     """A bound on one figure of one case.
 
     Attributes:
-        model: Name of the model.
+        model: Name of the model, or None for each that was measured.
         recipe: Name of the recipe.
         title: What is bounded, for a reader.
         measure: The figure, or None where it was not measured.
@@ -24,12 +29,17 @@ class Target:
         at_least: Whether the figure must reach the limit, or stay within it.
     """
 
-    model: str
+    model: str | None
     recipe: str
     title: str
     measure: Measure
     limit: float
     at_least: bool = True
+
+    def meant(self, result: CaseResult) -> bool:
+        """Whether it is set for a case."""
+        case = result.case
+        return case.model.name == (self.model or case.model.name) and case.recipe.name == self.recipe
 
     def row(self, result: CaseResult) -> dict[str, Any] | None:
         """This target as a row of the report, or None where it was not measured."""
@@ -38,7 +48,7 @@ class Target:
             return None
         met = value >= self.limit if self.at_least else value <= self.limit
         return row(
-            f"{self.recipe}, {self.model}",
+            f"{self.recipe}, {result.case.model.name}",
             self.title,
             value,
             self.limit,
@@ -91,20 +101,77 @@ def within(model: str, recipe: str, variant: str, limit: float) -> Target:
     return Target(model, recipe, title, time_relative_to(variant), limit, at_least=False)
 
 
-TARGETS = (
-    over("gpt2", "clip", "torch-fused", 2.5),
-    over("gpt2", "clip", "torch-foreach", 5.0),
-    over("gpt2", "clip", "torch-loop", 8.0),
-    within("gpt2", "clip", FUSED_PLAIN, 1.05),
-    over("resnet50", "clip", "torch-fused", 2.5),
-    over("small-400", "clip", "torch-fused", 30.0),
-    Target("small-400", "clip", "ms a step", lambda result: result.ms(OURS), 1.0, at_least=False),
-    within("gpt2", "centralize", ROOF, 1.15),
-)
+def wall(record: Record) -> float:
+    """What a step's caller waits for."""
+    return record.ms_median
+
+
+def device(record: Record) -> float:
+    """What a step keeps the device busy."""
+    return record.ms_on_device
+
+
+def over_best(is_meant: Callable[[str], bool], time: Time) -> Measure:
+    """How many times as long as gradfused the fastest of some peers takes."""
+
+    def measure(result: CaseResult) -> float | None:
+        ours = result.of(OURS)
+        theirs = [time(record) for record in result.competitors() if is_meant(record.variant)]
+        return min(theirs) / time(ours) if theirs and ours else None
+
+    return measure
+
+
+def best_torch(model: str | None, recipe: str, limit: float) -> Target:
+    """gradfused is at least so many times as fast as the fastest way that needs only torch, by the wall clock."""
+    measure = over_best(lambda name: name.startswith("torch-"), wall)
+    return Target(model, recipe, "wall clock: times faster than the best torch way", measure, limit)
+
+
+def never_slower(title: str, time: Time) -> Target:
+    """A plain step is no slower than others' fused ones."""
+    names = f"{title}: times faster than the best of {', '.join(FUSED_ADAMS)}"
+    return Target(None, "plain", names, over_best(FUSED_ADAMS.__contains__, time), SAME)
+
+
+def share_of_roof(result: CaseResult) -> float | None:
+    """The rate at which gradfused moves what it must, against the roof's."""
+    ours = result.of(OURS)
+    return ours.gbps / ours.roof_gbps if ours else None
+
+
+def of_copy(model: str, recipe: str, limit: float) -> Target:
+    """gradfused moves what it must at a share of a copy's rate."""
+    return Target(model, recipe, "device: share of a copy's bandwidth", share_of_roof, limit)
+
+
+TARGETS = {
+    "cpu": (
+        over("gpt2", "clip", "torch-fused", 2.5),
+        over("gpt2", "clip", "torch-foreach", 5.0),
+        over("gpt2", "clip", "torch-loop", 8.0),
+        within("gpt2", "clip", FUSED_PLAIN, 1.05),
+        over("resnet50", "clip", "torch-fused", 2.5),
+        over("small-400", "clip", "torch-fused", 30.0),
+        Target("small-400", "clip", "ms a step", lambda result: result.ms(OURS), 1.0, at_least=False),
+        within("gpt2", "centralize", ROOF, 1.15),
+    ),
+    "cuda": (
+        of_copy("gpt2", "centralize", 0.92),
+        of_copy("llama-1b", "centralize", 0.92),
+        best_torch("llama-1b", "clip", 1.6),
+        over("llama-1b", "clip", "torch-foreach", 3.0),
+        best_torch("resnet50", "clip", 5.0),
+        best_torch("small-400", "clip", 15.0),
+        best_torch(None, "full", 2.0),
+        never_slower("wall clock", wall),
+        never_slower("device", device),
+    ),
+}
 
 
 def evaluate(results: Results) -> list[dict[str, Any]]:
-    """Every target that the run measured; they are set for AdamW on a CPU."""
+    """Every target that the run measured."""
     rows = [*case_rows(results.cases), *fastest_rows(results.cases)]
     if results.same_on_any_threads is not None:
         same = results.same_on_any_threads
@@ -115,23 +182,21 @@ def evaluate(results: Results) -> list[dict[str, Any]]:
 
 def case_rows(cases: Sequence[CaseResult]) -> Iterator[dict[str, Any]]:
     """Rows of the targets that belong to a model and a recipe, in float32."""
-    for target in TARGETS:
-        for result in cases:
-            case = result.case
-            named = case.model.name == target.model and case.recipe.name == target.recipe
-            if named and applies(result) and case.dtype_name == "float32":
-                found = target.row(result)
-                if found:
-                    yield found
+    for result in cases:
+        case = result.case
+        for target in TARGETS[case.device.type] if case.dtype_name == "float32" and is_adamw(case) else ():
+            found = target.row(result) if target.meant(result) else None
+            if found:
+                yield found
 
 
 def fastest_rows(cases: Sequence[CaseResult]) -> Iterator[dict[str, Any]]:
-    """In bfloat16, and with the noise and full recipes, gradfused is faster than every peer."""
+    """On a CPU, in bfloat16 and with the noise and full recipes, gradfused is faster than every peer."""
     for result in cases:
         case = result.case
         asked = case.dtype_name == "bfloat16" or case.recipe.name in ("noise", "full")
         peers, ours = list(result.competitors()), result.ms(OURS)
-        if asked and applies(result) and peers and ours:
+        if asked and is_adamw(case) and case.device.type == "cpu" and peers and ours:
             best = min(peers, key=lambda record: record.ms_median)
             ratio = best.ms_median / ours
             name = f"{case.recipe.name}, {case.model.name}, {case.dtype_name}"
@@ -140,6 +205,6 @@ def fastest_rows(cases: Sequence[CaseResult]) -> Iterator[dict[str, Any]]:
             yield row(name, title, ratio, 1.0, met, sign=">")
 
 
-def applies(result: CaseResult) -> bool:
-    """Whether targets are set for a case's optimizer and device at all."""
-    return result.case.rule.name == "adamw" and result.case.device.type == "cpu"
+def is_adamw(case: Case) -> bool:
+    """Whether a case is of the update rule that targets are set for."""
+    return case.rule.name == "adamw"

@@ -43,7 +43,7 @@ def test_roof(benchmark: BenchmarkFixture, workload: Workload, model: str) -> No
     roof = roof_of(case, workload)
     describe(benchmark, case)
     benchmark.pedantic(roof.step, rounds=ROUNDS, warmup_rounds=2)
-    note_bandwidth(benchmark, roof.moved * workload.weights.flat.numel() * case.dtype.itemsize)
+    note_bandwidth(benchmark, roof.moved)
 
 
 def describe(benchmark: BenchmarkFixture, case: Case) -> None:

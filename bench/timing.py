@@ -5,9 +5,11 @@ from __future__ import annotations
 import gc
 import random
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import cycle
+from typing import TypeVar
 
 import torch
 
@@ -15,11 +17,10 @@ MIN_ROUNDS = 9  # a slow variant, which sits out every second round, still gets 
 LEAST_ROUNDS = 5  # on a machine that turns out to be busy
 MAX_ROUNDS = 60
 SLOW, SLOW_MS = 3.0, 40.0  # times the fastest, and ms: such variants sit out every second round
-BURST_MS = 2.0  # a sample lasts at least about this long, in whole steps
-MAX_BURST = 20
 SHORT_MS = 20.0  # steps below this are at the mercy of what ran before: they get a lead-in
 
-Clock = Callable[[Callable[[], object], int], float]
+Step = Callable[[], object]
+Key = TypeVar("Key", bound=Hashable)
 
 
 @dataclass
@@ -38,29 +39,106 @@ class Samples:
         return self.quantile(0.5)
 
 
-def host_clock(step: Callable[[], object], count: int) -> float:
-    """Milliseconds a step, on the host's clock."""
+@dataclass(frozen=True)
+class Clock:
+    """Reads a time, and says how many steps make a sample.
+
+    Attributes:
+        read: Milliseconds a call, over so many calls of a step.
+        burst_ms: A sample lasts at least about this long, in whole steps.
+        least: Steps in a sample.
+        most: Steps in a sample.
+    """
+
+    read: Callable[[Step, int], float]
+    burst_ms: float = 2.0
+    least: int = 1
+    most: int = 20
+
+    def burst(self, ms: float) -> int:
+        """Steps in a sample, given what one takes: the least, unless that is too short to time."""
+        return max(self.least, min(self.most, round(self.burst_ms / max(ms, 1e-6))))
+
+
+def read_host(step: Step, count: int) -> float:
+    """Milliseconds a call, on the host's clock."""
     start = time.perf_counter()
     for _ in range(count):
         step()
     return (time.perf_counter() - start) * 1e3 / count
 
 
-def cuda_clock(step: Callable[[], object], count: int) -> float:
-    """Milliseconds a step on the device, between two events on an otherwise idle stream."""
-    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    torch.cuda.synchronize()
-    start.record()
-    for _ in range(count):
-        step()
-    end.record()
-    torch.cuda.synchronize()
-    return float(start.elapsed_time(end)) / count
+HOST = Clock(read_host)
 
 
-def clock_for(device: torch.device) -> Clock:
-    """The clock that tells how long a step keeps a device busy."""
-    return cuda_clock if device.type == "cuda" else host_clock
+@dataclass(frozen=True)
+class Meter:
+    """How one kind of device is timed: all that timing knows of it.
+
+    Attributes:
+        wall: What a caller waits for.
+        device: What keeps the device busy; None where that is the same.
+        capture: Turns steps into one call that has the device repeat them without the host, or raises.
+        cache_bytes: Of the cache that tensors should overflow; 0 leaves small models in it.
+    """
+
+    wall: Clock = HOST
+    device: Clock | None = None
+    capture: Callable[[Sequence[Step]], Step] | None = None
+    cache_bytes: int = 0
+
+
+def in_turn(steps: Sequence[Step]) -> Step:
+    """Each call takes the next of the steps, for ever."""
+    if len(steps) == 1:
+        return steps[0]
+    turns = cycle(steps)
+    return lambda: next(turns)()
+
+
+@dataclass(frozen=True)
+class Series:
+    """What is timed, and how.
+
+    Attributes:
+        step: What a call does.
+        clock: Times it.
+        holds: Steps that a call takes.
+    """
+
+    step: Step
+    clock: Clock = HOST
+    holds: int = 1
+
+    def calls(self, ms: float) -> int:
+        """Calls in a sample, given what a step takes."""
+        return -(-self.clock.burst(ms) // self.holds)
+
+    def lead_in(self, ms: float) -> int:
+        """Untimed calls before a sample, so that it finds its own code and data in cache, not others'.
+
+        Large models overflow every cache, where this would only take time.
+        """
+        return 1 if ms * self.holds < SHORT_MS else 0
+
+    def cost(self, ms: float) -> float:
+        """Milliseconds that a sample takes, given what a step takes."""
+        return ms * self.holds * (self.calls(ms) + self.lead_in(ms))
+
+    def read(self, calls: int) -> float:
+        """Milliseconds a step, over so many calls."""
+        return self.clock.read(self.step, calls) / self.holds
+
+    def warm_up(self) -> float:
+        """The first call allocates and compiles, the next say what a warm step takes."""
+        self.read(1)
+        return self.read(-(-self.clock.least // self.holds))
+
+    def sample(self, warm_ms: float) -> float:
+        """One sample: milliseconds a step."""
+        for _ in range(self.lead_in(warm_ms)):
+            self.step()
+        return self.read(self.calls(warm_ms))
 
 
 @dataclass(frozen=True)
@@ -76,14 +154,11 @@ class Budget:
     seconds: float = 10.0
     rounds: int | None = None
 
-    def plan(self, warm: Mapping[str, float]) -> tuple[int, set[str]]:
-        """The number of rounds, and who sits out every second one, given warm milliseconds."""
+    def rounds_of(self, cost_ms: float) -> int:
+        """The number of rounds, given what one takes."""
         if self.rounds is not None:
-            return self.rounds, set()
-        slow = slow_variants(warm)
-        cost = sum(ms * (burst_length(ms) + lead_in(ms)) * (0.5 if name in slow else 1.0) for name, ms in warm.items())
-        fitting = int(self.seconds * 1e3 / max(cost, 1e-3))
-        return min(MAX_ROUNDS, max(MIN_ROUNDS, fitting)), slow
+            return self.rounds
+        return min(MAX_ROUNDS, max(MIN_ROUNDS, int(self.seconds * 1e3 / max(cost_ms, 1e-3))))
 
     def spent(self, rounds: int, elapsed: float) -> bool:
         """Whether it is time to stop after so many rounds: steps were slower than when warm."""
@@ -92,76 +167,49 @@ class Budget:
         return elapsed > (1.5 if rounds >= MIN_ROUNDS else 3.0) * self.seconds
 
 
-def slow_variants(warm: Mapping[str, float]) -> set[str]:
+def slow_variants(warm: Mapping[Key, float]) -> set[Key]:
     """Variants so slow that they would eat the time of all others."""
     limit = max(SLOW * min(warm.values()), SLOW_MS)
     return {name for name, ms in warm.items() if ms > limit}
 
 
-def burst_length(ms: float) -> int:
-    """Steps in a sample: one, unless steps are too short to time one by one."""
-    return max(1, min(MAX_BURST, round(BURST_MS / max(ms, 1e-6))))
-
-
-def lead_in(ms: float) -> int:
-    """Untimed steps before a sample, so that it finds its own code and data in cache, not others'.
-
-    Large models overflow every cache, where this would only take time.
-    """
-    return 1 if ms < SHORT_MS else 0
-
-
-def sample(step: Callable[[], object], warm_ms: float, clock: Clock) -> float:
-    """One sample of a variant: milliseconds a step."""
-    for _ in range(lead_in(warm_ms)):
-        step()
-    return clock(step, burst_length(warm_ms))
-
-
 def interleave(
-    steps: Mapping[str, Callable[[], object]],
+    series: Mapping[Key, Series],
     *,
     budget: Budget,
-    clock: Clock = host_clock,
     refresh: Callable[[], object] = lambda: None,
     on_round: Callable[[int, int], object] = lambda done, total: None,
-) -> dict[str, Samples]:
+) -> dict[Key, Samples]:
     """Times variants against each other.
 
     Each round has its own order, so that no variant always finds what the same one left in cache.
 
     Args:
-        steps: What to time, by name.
+        series: What to time, by name.
         budget: Says how many rounds.
-        clock: Measures some steps, in milliseconds a step.
         refresh: Called before each round, untimed.
         on_round: Told how many rounds are done, of how many.
 
     Returns:
         The samples of each variant.
     """
-    names = list(steps)
+    names = list(series)
+    samples = {name: Samples() for name in names}
     with no_collector():
         refresh()
-        warm = {name: warm_up(steps[name], clock) for name in names}
-        total, slow = budget.plan(warm)
-        samples = {name: Samples() for name in names}
-        start = time.perf_counter()
+        warm = {name: series[name].warm_up() for name in names}
+        slow = slow_variants(warm) if budget.rounds is None else set()
+        cost = sum(series[name].cost(ms) * (0.5 if name in slow else 1.0) for name, ms in warm.items())
+        total, start = budget.rounds_of(cost), time.perf_counter()
         for number in range(total):
             if budget.spent(number, time.perf_counter() - start):
                 break
             refresh()
             for name in random.Random(number).sample(names, len(names)):
                 if name not in slow or number % 2 == 0:
-                    samples[name].values.append(sample(steps[name], warm[name], clock))
+                    samples[name].values.append(series[name].sample(warm[name]))
             on_round(number + 1, total)
     return samples
-
-
-def warm_up(step: Callable[[], object], clock: Clock) -> float:
-    """Two steps: the first allocates and compiles, the second says what a warm step takes."""
-    clock(step, 1)
-    return clock(step, 1)
 
 
 @contextmanager

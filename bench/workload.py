@@ -14,8 +14,9 @@ from torch import Tensor
 from .models import Model, Shape
 from .recipes import Recipe, Rule
 
-ALIGNMENT = 64  # bytes; that of torch's own CPU allocations
+ALIGNMENT = {"cpu": 64, "cuda": 512}  # bytes; that of torch's own allocations
 CPU = torch.device("cpu")
+MAX_SETS = 128  # of tensors that rotate past a cache: a real model needs far fewer
 PATTERN = 1 << 16  # elements; small enough to stay in cache, so that a refresh only writes
 
 
@@ -31,6 +32,7 @@ class Case:
         device: Where they live.
         lr: Learning rate; small, so that weights stay sane over thousands of steps.
         weight_decay: Always on: without it a wrong decay would go unnoticed.
+        captured: The steps are to be captured in a CUDA graph; torch's optimizers must know.
     """
 
     model: Model
@@ -40,6 +42,7 @@ class Case:
     device: torch.device = CPU
     lr: float = 1e-5
     weight_decay: float = 0.01
+    captured: bool = False
 
     @property
     def dtype_name(self) -> str:
@@ -56,7 +59,7 @@ class Slab:
     """Tensors of the given shapes in one allocation, each aligned, so that a roof can sweep it."""
 
     def __init__(self, shapes: Sequence[Shape], dtype: torch.dtype, device: torch.device) -> None:
-        step = ALIGNMENT // dtype.itemsize
+        step = ALIGNMENT[device.type] // dtype.itemsize
         offsets = [0]
         for shape in shapes:
             offsets.append(offsets[-1] + -(-prod(shape) // step) * step)
@@ -117,6 +120,17 @@ class Workload:
             slab.flat.zero_()
 
 
+def make_sets(case: Case, cache_bytes: int) -> list[Workload]:
+    """A case's tensors, as often as it takes to overflow a cache when steps take the sets in turn."""
+    count = sets_needed(bytes_needed(case.model.elements, case.rule, case.dtype), cache_bytes)
+    return [Workload(case.model.shapes, case.rule, case.dtype, case.device) for _ in range(count)]
+
+
+def sets_needed(set_bytes: int, cache_bytes: int) -> int:
+    """How many sets of tensors are together larger than a cache twice over."""
+    return max(1, min(MAX_SETS, 2 * cache_bytes // max(1, set_bytes) + 1)) if cache_bytes else 1
+
+
 def bytes_needed(elements: int, rule: Rule, dtype: torch.dtype, copies: float = 0.0) -> int:
     """Memory of a workload and of a variant's temporaries.
 
@@ -132,7 +146,8 @@ def bytes_needed(elements: int, rule: Rule, dtype: torch.dtype, copies: float = 
 def bytes_available(device: torch.device) -> int:
     """Memory that can be had on a device without swapping, as far as the system tells."""
     if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
+        held = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return int(torch.cuda.mem_get_info(device)[0]) + held
     meminfo = Path("/proc/meminfo")
     if meminfo.exists():
         fields = dict(line.split(":") for line in meminfo.read_text().splitlines())
