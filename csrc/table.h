@@ -8,7 +8,7 @@ namespace gradfused {
 enum class DType : int8_t { float32, float64, float16, bfloat16 };
 
 enum class Rule : int8_t {
-#define GRADFUSED_RULE(name, type) name,
+#define GRADFUSED_RULE(name, type, family) name,
 #include "rules.def"
 #undef GRADFUSED_RULE
   count

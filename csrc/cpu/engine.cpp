@@ -37,25 +37,6 @@ void write_step(const Row& row, double value) {
 
 }  // namespace
 
-void Table::add(Row row) {
-  adopt(row.param);
-  adopt(row.grad);
-  for (Operand& s : row.state) adopt(s);
-  rows_.push_back(row);
-  planned_ = false;
-}
-
-// Copies an operand's shape into memory that lives as long as the table.
-void Table::adopt(Operand& x) {
-  if (!x.dims) return;
-  shapes_.emplace_back(new int64_t[2 * size_t(x.dims)]);
-  int64_t* const at = shapes_.back().get();
-  std::copy_n(x.sizes, x.dims, at);
-  std::copy_n(x.strides, x.dims, at + x.dims);
-  x.sizes = at;
-  x.strides = at + x.dims;
-}
-
 bool Table::wants(Phase phase, const Row& row) const {
   const Hyper& h = hypers_[size_t(row.group)];
   const bool at_gradient = h.centralize_at == Centre::gradient;
@@ -82,6 +63,7 @@ void Table::add_chunks(int32_t index) {
   }
 }
 
+// Rows are complete by the first call.
 void Table::plan() {
   if (planned_) return;
   chunks_.clear();

@@ -3,22 +3,16 @@
 
 #include <cstddef>
 #include <memory>
-#include <utility>
 #include <vector>
 
 #include "cpu/kernels.h"
+#include "rows.h"
 
 namespace gradfused::cpu {
 
-class Table {
+class Table : public Rows {
  public:
-  explicit Table(std::vector<Hyper> hypers) : hypers_(std::move(hypers)) {}
-
-  // Rows are added before the first step; the sizes and strides are copied.
-  void add(Row row);
-  Row& row(size_t i) { return rows_[i]; }
-  Hyper& hyper(size_t i) { return hypers_.at(i); }
-  size_t rows() const { return rows_.size(); }
+  using Rows::Rows;
 
   // Whether stats() has anything to do.
   bool needs_stats();
@@ -34,7 +28,6 @@ class Table {
  private:
   enum Phase { kSum, kSquares, kRehearse, kApply, kPhases };
 
-  void adopt(Operand& operand);
   void plan();
   void add_chunks(int32_t row);
   bool wants(Phase phase, const Row& row) const;
@@ -46,9 +39,6 @@ class Table {
   void prepare_rows(const double* sums);
   void finish_rows(double* sums);
 
-  std::vector<Hyper> hypers_;
-  std::vector<Row> rows_;
-  std::vector<std::unique_ptr<int64_t[]>> shapes_;
   bool planned_ = false;
   std::vector<RowStep> steps_;
   std::vector<Chunk> chunks_;

@@ -41,13 +41,6 @@ template <class S, class T> void load_as(const Operand& x, int64_t begin, int64_
   });
 }
 
-inline void put(float x, BFloat16& to) { to = narrow_bfloat16(x); }
-inline void put(float x, Half& to) { to = narrow_half(x); }
-inline void put(float x, float& to) { to = x; }
-inline void put(float x, double& to) { to = x; }
-inline void put(double x, double& to) { to = x; }
-template <class S> void put(double x, S& to) { put(float(x), to); }
-
 template <class S, class T> void store_as(const Operand& x, int64_t begin, int64_t n, const T* from) {
   S* to = reinterpret_cast<S*>(x.data);
   if (x.dims == 0) return narrow_run(from, to + begin, n);

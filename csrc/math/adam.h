@@ -12,7 +12,7 @@ template <bool kAmsgrad> struct AdamRule {
   template <class T> struct Coef {
     T shrink, step, fresh, beta2, fresh_sq, unbias, eps;
   };
-  template <class T> static Coef<T> coef(const Hyper& h, double step, bool) {
+  template <class T> GRADFUSED_MATH static Coef<T> coef(const Hyper& h, double step, bool) {
     const double correction1 = 1.0 - pow(h.beta1, step), correction2 = 1.0 - pow(h.beta2, step);
     return {T(h.decoupled ? 1.0 - h.lr * h.weight_decay : 1.0), T(h.lr / correction1), T(1.0 - h.beta1), T(h.beta2),
             T(1.0 - h.beta2), T(1.0 / sqrt(correction2)), T(h.eps)};

@@ -12,7 +12,7 @@ struct SGD {
   template <class T> struct Coef {
     T shrink, step;
   };
-  template <class T> static Coef<T> coef(const Hyper& h, double, bool) { return {T(1), T(h.lr)}; }
+  template <class T> GRADFUSED_MATH static Coef<T> coef(const Hyper& h, double, bool) { return {T(1), T(h.lr)}; }
   template <class T> GRADFUSED_MATH static T direction(T g, T*, const Coef<T>&) { return g; }
 };
 
@@ -23,7 +23,7 @@ struct SGDMomentum {
     bool nesterov;
   };
   // The first gradient fills the buffer undamped.
-  template <class T> static Coef<T> coef(const Hyper& h, double, bool first) {
+  template <class T> GRADFUSED_MATH static Coef<T> coef(const Hyper& h, double, bool first) {
     return {T(1), T(h.lr), T(h.momentum), T(first ? 1.0 : 1.0 - h.dampening), h.nesterov};
   }
   template <class T> GRADFUSED_MATH static T direction(T g, T* s, const Coef<T>& c) {

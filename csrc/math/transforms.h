@@ -24,7 +24,7 @@ template <class T> struct Transform {
   T unscale;     // 1 / grad_scale
   T mean;        // of the unscaled gradient over the unit
   T factor;      // s(n)
-  T lo, hi;      // clip_value, infinite when off
+  T hi;          // clip_value, infinite when off
   T sigma;       // noise
   T sign;        // reverse and maximize
   T decay;       // coupled weight decay
@@ -33,7 +33,7 @@ template <class T> struct Transform {
 template <class T> GRADFUSED_MATH T centred(T g, T unscale, T mean) { return g * unscale - mean; }
 
 template <class T> GRADFUSED_MATH T perturbed(T g, const Transform<T>& t) {
-  return clamp(centred(g, t.unscale, t.mean) * t.factor, t.lo, t.hi);
+  return clamp(centred(g, t.unscale, t.mean) * t.factor, -t.hi, t.hi);
 }
 
 }  // namespace

@@ -39,6 +39,9 @@ class Settings:
     seed: int = 0
     sign: float = 1.0  # of reverse and maximize together
     skip_nonfinite: bool = False
+    # lr where a kernel can read it at each step: compared by its address
+    lr_tensor: Tensor | None = field(default=None, compare=False)
+    lr_address: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +50,7 @@ class Row:
 
     Attributes:
         state: The rule's state tensors in its order, shaped like the parameter.
-        step: 0-dim float tensor on the CPU that counts steps taken, or None where nothing needs it.
+        step: 0-dim float tensor on the backend's step_device that counts steps taken, or None where nothing needs it.
         group: Index into the settings.
         number: The parameter's number in the optimizer; part of the noise counter.
         unit: Elements in a unit; the whole tensor where units have no meaning.
@@ -70,17 +73,63 @@ class Row:
     first: bool
 
 
+@dataclass(frozen=True, slots=True)
+class Scaling:
+    """What GradScaler tells a step, as one-element tensors.
+
+    Attributes:
+        grad_scale: The gradients are to be divided by it.
+        found_inf: Not zero: the step is not to be taken.
+    """
+
+    grad_scale: Tensor | None = None
+    found_inf: Tensor | None = None
+
+    @property
+    def unscale(self) -> float:
+        """What to multiply gradients by. Waits for the device."""
+        return 1.0 if self.grad_scale is None else 1.0 / float(self.grad_scale)
+
+    @property
+    def forbids(self) -> bool:
+        """Whether the step is not to be taken. Waits for the device."""
+        return self.found_inf is not None and bool(self.found_inf.item())
+
+    def on(self, device: torch.device) -> Scaling:
+        """The same in float32 on ``device``."""
+        moved = (
+            None if t is None else t.to(device=device, dtype=torch.float32, non_blocking=True)
+            for t in (self.grad_scale, self.found_inf)
+        )
+        return Scaling(*moved)
+
+
 class BackendTable(ABC):
     """Rows made ready for one backend. A step is ``stats`` if a norm is wanted, then ``apply``.
 
     It may not keep gradients alive beyond the step: ``zero_grad`` has to free them.
     """
 
+    #: Overflow and skipped steps are found out on the device: ``apply`` heeds ``found_inf`` and always returns True.
+    on_device = False
+
     def __init__(self, rows: Sequence[Row], settings: Sequence[Settings]) -> None:
         self.settings = list(settings)
-        device = rows[0].param.device if rows else torch.device("cpu")
-        #: Sum of squares of each row's gradient as centralisation leaves it, (rows,), float64.
-        self.sums: Tensor = torch.zeros(len(rows), dtype=torch.float64, device=device)
+
+    @classmethod
+    def step_device(cls, p: Tensor) -> torch.device:
+        """Where the step count of a parameter lives."""
+        return torch.device("cpu")
+
+    @property
+    @abstractmethod
+    def sums(self) -> Tensor:
+        """Sum of squares of each row's gradient as centralisation left it at the last step, (rows,), float64."""
+
+    @property
+    def skipped(self) -> Tensor | None:
+        """How many steps the device skipped, 0-dim; None where the host knows."""
+        return None
 
     def configure(self, settings: Sequence[Settings]) -> None:
         """Take over new numbers. What decides the shape of the table may not have changed."""
@@ -102,11 +151,11 @@ class BackendTable(ABC):
         return any(s.scope in WIDE_SCOPES or s.skip_nonfinite for s in self.settings)
 
     @abstractmethod
-    def stats(self, unscale: float) -> None:
-        """Fill ``sums`` from the gradients times ``unscale``. Changes nothing else."""
+    def stats(self, scaling: Scaling) -> None:
+        """Fill ``sums`` from the unscaled gradients. Changes nothing else."""
 
     @abstractmethod
-    def apply(self, unscale: float) -> bool:
+    def apply(self, scaling: Scaling) -> bool:
         """Take the step. False, with nothing changed, if a sum is not finite where that skips the step."""
 
 

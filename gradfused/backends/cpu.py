@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import fields
 from importlib import import_module
 from types import ModuleType
 from typing import Any
@@ -11,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .base import Availability, BackendTable, Row, Settings
+from . import native as natives
+from .base import Availability, BackendTable, Row, Scaling, Settings
 
 _native: ModuleType | None
 _error: str | None = None
@@ -23,17 +23,6 @@ except ImportError as error:  # a source tree that was never built, or a wheel f
         f"cannot load the compiled module gradfused._cpu ({error}): install a wheel, "
         "or build from source with a C++17 compiler (pip install -e . when working in a checkout)"
     )
-
-DTYPES = {
-    torch.float32: "float32",
-    torch.float64: "float64",
-    torch.float16: "float16",
-    torch.bfloat16: "bfloat16",
-}
-_SETTINGS = [f.name for f in fields(Settings)]
-
-# (address, dtype, sizes, strides) as the native module reads an operand
-_Operand = tuple[int, str, list[int], list[int]]
 
 
 def native() -> ModuleType:
@@ -61,54 +50,7 @@ def isa() -> str:
 
 def refusal(tensor: Tensor) -> str | None:
     """Why this backend cannot work on a parameter or gradient, or None if it can."""
-    if tensor.device.type != "cpu":
-        return f"works on CPU tensors, got one on {tensor.device}"
-    if tensor.dtype not in DTYPES:
-        return f"works on {', '.join(DTYPES.values())}, got {tensor.dtype}"
-    if tensor.numel() and tensor.data_ptr() == 0:  # wrappers such as DTensor run their operators on another tensor
-        return f"reads plain tensors' memory, got a {type(tensor).__name__}"
-    return None
-
-
-def _iteration_order(row: Row, noisy: bool) -> list[int] | None:
-    """Dims, outermost first, in which a row's elements are numbered: as they lie in memory where that is allowed.
-
-    None stands for row-major order. Units must be contiguous runs of the order, and noise is defined on row-major positions.
-    """
-    p = row.param
-    if noisy or p.is_contiguous():
-        return None
-    dims = [d for d in range(p.dim()) if p.shape[d] != 1]
-    by_stride = sorted(dims, key=p.stride, reverse=True)
-    expected = 1
-    for d in reversed(by_stride):
-        if p.stride(d) != expected:
-            return None
-        expected *= p.shape[d]
-    units_in_order = row.unit == p.numel() or by_stride[:1] == [0]
-    return by_stride if units_in_order else None
-
-
-def _walk(tensor: Tensor, order: list[int]) -> tuple[list[int], list[int]]:
-    """Sizes and strides of a walk over ``tensor`` in ``order``, merged where they can be; empty where it is a plain array."""
-    sizes: list[int] = []
-    strides: list[int] = []
-    for d in order:
-        size, stride = tensor.shape[d], tensor.stride(d)
-        if sizes and strides[-1] == size * stride:
-            sizes[-1] *= size
-            strides[-1] = stride
-        else:
-            sizes.append(size)
-            strides.append(stride)
-    return ([], []) if strides in ([], [1]) else (sizes, strides)
-
-
-def _operand(tensor: Tensor, order: list[int] | None) -> _Operand:
-    if order is None and tensor.is_contiguous():
-        return tensor.data_ptr(), DTYPES[tensor.dtype], [], []
-    order = [d for d in range(tensor.dim()) if tensor.shape[d] != 1] if order is None else order
-    return (tensor.data_ptr(), DTYPES[tensor.dtype], *_walk(tensor, order))
+    return natives.refusal(tensor, "cpu")
 
 
 class Table(BackendTable):
@@ -117,44 +59,20 @@ class Table(BackendTable):
     def __init__(self, rows: Sequence[Row], settings: Sequence[Settings]) -> None:
         super().__init__(rows, settings)
         self._native = native().Table(len(settings))
+        self._sums = torch.zeros(len(rows), dtype=torch.float64)
         self._watch: Any = None
         self._configured: list[Settings | None] = [None] * len(settings)
         self.configure(settings)
         for row in rows:
-            self._add(row)
-
-    def _add(self, row: Row) -> None:
-        order = _iteration_order(row, noisy=self.settings[row.group].noise > 0)
-        self._native.add(
-            rule=row.rule,
-            param=_operand(row.param, order),
-            grad=_operand(row.grad, order),
-            state=[_operand(t, order) for t in row.state.values()],
-            numel=row.param.numel(),
-            length=row.unit,
-            group=row.group,
-            parameter=row.number,
-            centre=row.centre,
-            whole=row.whole,
-            first=row.first,
-            step=None if row.step is None else (row.step.data_ptr(), DTYPES[row.step.dtype]),
-        )
+            natives.add_row(self._native, row, settings[row.group])
 
     def configure(self, settings: Sequence[Settings]) -> None:
-        for i, new in enumerate(settings):
-            if new != self._configured[i]:
-                hyper = self._native.hyper(i)
-                for name in _SETTINGS:
-                    value = getattr(new, name)
-                    setattr(hyper, name, native().Perturb(*value) if name == "perturb" else value)
-                self._configured[i] = new
+        natives.configure(native(), self._native, self._configured, settings)
+        self._configured = list(settings)
         super().configure(settings)
 
     def watch(self, rows: Sequence[Row], groups: list[dict[str, Any]], state: dict[Any, Any]) -> None:
-        self._watch = native().Watch(torch._C.TensorBase, groups, state)
-        for row in rows:
-            keys = [*row.state, *(() if row.step is None else ("step",))]
-            self._watch.add(row.param, state.get(row.param, {}), keys)
+        self._watch = natives.watch(native(), rows, groups, state)
 
     def refresh(self, groups: list[dict[str, Any]], state: dict[Any, Any]) -> bool:
         return self._watch is not None and bool(self._watch.refresh(groups, state, self._native))
@@ -163,11 +81,15 @@ class Table(BackendTable):
     def needs_stats(self) -> bool:
         return bool(self._native.needs_stats())
 
-    def stats(self, unscale: float) -> None:
-        self._native.stats(unscale, self.sums.data_ptr(), torch.get_num_threads())
+    @property
+    def sums(self) -> Tensor:
+        return self._sums
 
-    def apply(self, unscale: float) -> bool:
-        return bool(self._native.apply(unscale, self.sums.data_ptr(), torch.get_num_threads()))
+    def stats(self, scaling: Scaling) -> None:
+        self._native.stats(scaling.unscale, self._sums.data_ptr(), torch.get_num_threads())
+
+    def apply(self, scaling: Scaling) -> bool:
+        return bool(self._native.apply(scaling.unscale, self._sums.data_ptr(), torch.get_num_threads()))
 
 
 def roof(written: Sequence[Tensor], read: Sequence[Tensor]) -> None:

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from .base import WIDE_SCOPES, BackendTable, Row, Settings
+from .base import WIDE_SCOPES, BackendTable, Row, Scaling, Settings
 
 # ---- stage 1 to 5: the gradient
 
@@ -163,10 +164,17 @@ class Table(BackendTable):
     def __init__(self, rows: Sequence[Row], settings: Sequence[Settings]) -> None:
         super().__init__(rows, settings)
         self.rows = list(rows)
+        device = rows[0].param.device if rows else None
+        self._sums = torch.zeros(len(rows), dtype=torch.float64, device=device)
+
+    @property
+    def sums(self) -> Tensor:
+        return self._sums
 
     @torch.no_grad()
-    def stats(self, unscale: float) -> None:
+    def stats(self, scaling: Scaling) -> None:
         """See BackendTable."""
+        unscale = scaling.unscale
         for i, row in enumerate(self.rows):
             settings = self.settings[row.group]
             if row.param.numel() and (settings.scope in WIDE_SCOPES or settings.skip_nonfinite):
@@ -191,18 +199,19 @@ class Table(BackendTable):
         return bool(torch.isfinite(self.sums[guarded]).all())
 
     @torch.no_grad()
-    def apply(self, unscale: float) -> bool:
+    def apply(self, scaling: Scaling) -> bool:
         """See BackendTable."""
         finite = self._finite()
         if finite:
-            self._apply_rows(unscale)
+            self._apply_rows(scaling.unscale)
         self.rows.clear()
         return finite
 
     def _apply_rows(self, unscale: float) -> None:
         norms = [self._norm(i) for i in range(len(self.rows))]
+        settings = [s if s.lr_tensor is None else replace(s, lr=float(s.lr_tensor)) for s in self.settings]
         for i, row in enumerate(self.rows):
-            self._apply_row(i, row, self.settings[row.group], unscale, norms[i])
+            self._apply_row(i, row, settings[row.group], unscale, norms[i])
 
     def _apply_row(self, index: int, row: Row, s: Settings, unscale: float, norm: Tensor | None) -> None:
         dtype = compute_dtype(row.param)

@@ -133,16 +133,15 @@ void transform(const Block& b, const T* __restrict g, const float* __restrict no
   }
 }
 
-// One element's state in registers, whatever type S it is stored in.
+// One element's state in registers.
 template <class R, class T> struct Register {
   T s[kMaxStates];
-  template <class S>
-  Register(const S* s0, const S* s1, const S* s2, int64_t i)
-      : s{R::states > 0 ? T(widen(s0[i])) : T(0), R::states > 1 ? T(widen(s1[i])) : T(0), R::states > 2 ? T(widen(s2[i])) : T(0)} {}
-  template <class S> void store(S* s0, S* s1, S* s2, int64_t i) const {
-    if (R::states > 0) put(s[0], s0[i]);
-    if (R::states > 1) put(s[1], s1[i]);
-    if (R::states > 2) put(s[2], s2[i]);
+  Register(const T* s0, const T* s1, const T* s2, int64_t i)
+      : s{R::states > 0 ? s0[i] : T(0), R::states > 1 ? s1[i] : T(0), R::states > 2 ? s2[i] : T(0)} {}
+  void store(T* s0, T* s1, T* s2, int64_t i) const {
+    if (R::states > 0) s0[i] = s[0];
+    if (R::states > 1) s1[i] = s[1];
+    if (R::states > 2) s2[i] = s[2];
   }
 };
 
@@ -161,21 +160,47 @@ template <class T> void descend(T* __restrict p, const T* __restrict d, int64_t 
   for (int64_t i = 0; i < n; ++i) p[i] = p[i] * shrink - step * d[i];
 }
 
-// transform(), direct() and descend() in one loop: all streams move together, which memory likes best.
-template <class R, bool kDecayed, class S, class T>
-void step_units(const Block& b, const S* __restrict g, S* __restrict p, S* __restrict s0, S* __restrict s1, S* __restrict s2,
-                const PerUnit<T>& means, const PerUnit<T>& factors, math::Transform<T> t, const typename R::template Coef<T> c) {
+// What happens to a gradient before the rule sees it.
+enum class Before { nothing, perturbed, perturbed_and_decayed };
+
+// transform(), direct() and descend() for a few neighbours from element i on.
+template <class R, Before kBefore, int kCount, class S, class T>
+GRADFUSED_MATH void step_few(const S* g, S* p, S* s0, S* s1, S* s2, int64_t i, const math::Transform<T>& t,
+                             const typename R::template Coef<T>& c) {
+  T gradient[kCount], weight[kCount], state[kMaxStates][kCount];
+  widen_few(g + i, gradient);
+  widen_few(p + i, weight);
+  if (R::states > 0) widen_few(s0 + i, state[0]);
+  if (R::states > 1) widen_few(s1 + i, state[1]);
+  if (R::states > 2) widen_few(s2 + i, state[2]);
+  // A loop over a register's lanes is vectorised; GCC 12 would unroll it first.
+#pragma GCC unroll 1
+  for (int k = 0; k < kCount; ++k) {
+    T x = gradient[k], s[kMaxStates] = {R::states > 0 ? state[0][k] : T(0), R::states > 1 ? state[1][k] : T(0),
+                                        R::states > 2 ? state[2][k] : T(0)};
+    if (kBefore != Before::nothing) x = math::perturbed(x, t) * t.sign;
+    if (kBefore == Before::perturbed_and_decayed) x = x + t.decay * weight[k];
+    weight[k] = weight[k] * c.shrink - c.step * R::direction(x, s, c);
+    for (int j = 0; j < R::states; ++j) state[j][k] = s[j];
+  }
+  narrow_few(weight, p + i);
+  if (R::states > 0) narrow_few(state[0], s0 + i);
+  if (R::states > 1) narrow_few(state[1], s1 + i);
+  if (R::states > 2) narrow_few(state[2], s2 + i);
+}
+
+// All of a step in one loop: all streams move together, which memory likes best. Not inlined, where __restrict would no longer hold.
+template <class R, Before kBefore, class S, class T>
+__attribute__((noinline)) void step_units(const Block& b, const S* __restrict g, S* __restrict p, S* __restrict s0, S* __restrict s1,
+                                          S* __restrict s2, const PerUnit<T>& means, const PerUnit<T>& factors,
+                                          math::Transform<T> t, const typename R::template Coef<T> c) {
   for (int64_t u = 0; u < b.units; ++u) {
     t.mean = means.at[u];
     t.factor = factors.at[u];
-    for (int64_t i = u * b.length; i < (u + 1) * b.length; ++i) {
-      Register<R, T> state(s0, s1, s2, i);
-      const T weight = T(widen(p[i]));
-      T x = math::perturbed(T(widen(g[i])), t) * t.sign;
-      if (kDecayed) x = x + t.decay * weight;
-      put(weight * c.shrink - c.step * R::direction(x, state.s, c), p[i]);
-      state.store(s0, s1, s2, i);
-    }
+    int64_t i = u * b.length;
+    const int64_t end = i + b.length;
+    for (; i + kFew<S> <= end; i += kFew<S>) step_few<R, kBefore, kFew<S>>(g, p, s0, s1, s2, i, t, c);
+    for (; i < end; ++i) step_few<R, kBefore, 1>(g, p, s0, s1, s2, i, t, c);
   }
 }
 
@@ -189,23 +214,13 @@ template <class R, class T> class Stepper {
     t_.mean = T(0);
     t_.factor = T(1);
     t_.hi = T(at.hyper.clip_value);
-    t_.lo = -t_.hi;
     t_.sigma = T(at.now.sigma);
     t_.sign = T(at.hyper.sign);
     t_.decay = at.hyper.decoupled ? T(0) : T(at.hyper.weight_decay);
   }
 
   void apply() {
-    const bool in_one_loop = t_.sigma == T(0) && (!at_.row.centre || at_.centre_gradient);
-    // bfloat16 is widened in the loop: through buffers, each operand would be a stream alone.
-    if (in_one_loop && !at_.by_unit && sizeof(T) == sizeof(float) && stored_as(DType::bfloat16)) return apply_stored<BFloat16>();
-    at_.for_each_block([&](const Block& b) {
-      open_block(b);
-      measure(b);
-      // The loop's start-up is not worth it for short units.
-      in_one_loop && (b.units == 1 || b.length > kShortUnit) ? together(b) : stage_by_stage(b);
-      close_block(b);
-    });
+    step_chunk();
     if (at_.by_unit && !at_.now.norms_known) at_.job.chunk_sq[at_.index] = squares_;
   }
 
@@ -239,11 +254,16 @@ template <class R, class T> class Stepper {
     set_factors(b);
   }
 
-  void together(const Block& b) { together(b, raw_, p_, s_[0], s_[1], s_[2]); }
-
   template <class S> void together(const Block& b, const S* g, S* p, S* s0, S* s1, S* s2) {
-    if (t_.decay != T(0)) return step_units<R, true>(b, g, p, s0, s1, s2, means_, factors_, t_, coef_);
-    step_units<R, false>(b, g, p, s0, s1, s2, means_, factors_, t_, coef_);
+    if (t_.decay != T(0)) return step_units<R, Before::perturbed_and_decayed>(b, g, p, s0, s1, s2, means_, factors_, t_, coef_);
+    if (!untouched()) return step_units<R, Before::perturbed>(b, g, p, s0, s1, s2, means_, factors_, t_, coef_);
+    step_units<R, Before::nothing>(b, g, p, s0, s1, s2, means_, factors_, t_, coef_);
+  }
+
+  // Perturbing would leave every gradient as it is.
+  bool untouched() const {
+    const bool by_one = at_.now.factor == 1.0 && t_.unscale == T(1) && t_.sign == T(1);
+    return by_one && !at_.by_unit && !at_.centre_gradient && t_.hi == T(INFINITY);
   }
 
   // Every operand is a plain array of this type.
@@ -254,10 +274,31 @@ template <class R, class T> class Stepper {
     return all;
   }
 
-  template <class S> void apply_stored() {
-    const auto array = [](const Operand& x, int64_t begin) { return reinterpret_cast<S*>(x.data) + begin; };
+  void step_chunk() {
+    // The loop's start-up is not worth it for short units.
+    const bool short_units = at_.whole_units && at_.row.length <= kShortUnit;
+    const bool in_one_loop = t_.sigma == T(0) && (!at_.row.centre || at_.centre_gradient) && !short_units;
+    if constexpr (sizeof(T) == sizeof(float)) {
+      if (in_one_loop && stored_as(DType::bfloat16)) return step_stored<BFloat16>();
+      if (in_one_loop && kFew<Half> > 1 && stored_as(DType::float16)) return step_stored<Half>();
+    }
     at_.for_each_block([&](const Block& b) {
-      if (at_.centre_gradient && !at_.now.means_known) raw_ = open(at_.row.grad, b.begin, b.count, buffer<T>(scratch_, kRaw));
+      open_block(b);
+      measure(b);
+      in_one_loop ? together(b, raw_, p_, s_[0], s_[1], s_[2]) : stage_by_stage(b);
+      close_block(b);
+    });
+  }
+
+  // 16-bit arrays are widened in the loop: through buffers, each operand would be a stream alone.
+  template <class S> void step_stored() {
+    const auto array = [](const Operand& x, int64_t begin) { return reinterpret_cast<S*>(x.data) + begin; };
+    const bool by_unit = at_.by_unit && !at_.now.norms_known;
+    at_.for_each_block([&](const Block& b) {
+      if (by_unit || (at_.centre_gradient && !at_.now.means_known)) {
+        raw_ = open(at_.row.grad, b.begin, b.count, buffer<T>(scratch_, kRaw));
+      }
+      if (by_unit && at_.hyper.agc) p_ = open(at_.row.param, b.begin, b.count, buffer<T>(scratch_, kParam));
       measure(b);
       S* s[kMaxStates] = {};
       for (int k = 0; k < R::states; ++k) s[k] = array(at_.row.state[k], b.begin);
@@ -338,7 +379,7 @@ template <class F> void in_compute_type(const Row& row, F run) {
 
 template <class F> void with_rule(Rule rule, F run) {
   switch (rule) {
-#define GRADFUSED_RULE(name, type) \
+#define GRADFUSED_RULE(name, type, family) \
   case Rule::name: return run(math::type{});
 #include "rules.def"
 #undef GRADFUSED_RULE

@@ -1,8 +1,8 @@
-#include "cpu/watch.h"
+#include "bind/watch.h"
 
 namespace py = pybind11;
 
-namespace gradfused::cpu {
+namespace gradfused::bind {
 Accessor::Accessor(py::object descriptor) : descriptor_(std::move(descriptor)), no_arguments_(py::tuple()) {
   PyObject* d = descriptor_.ptr();
   if (Py_TYPE(d) == &PyMethodDescr_Type) method_ = reinterpret_cast<PyMethodDescrObject*>(d)->d_method;
@@ -94,17 +94,17 @@ bool Watch::same_state(const Watched& row) const {
   return true;
 }
 
-bool Watch::same_gradient(const Watched& row, const py::object& grad, Operand& known) const {
+bool Watch::same_gradient(const Watched& row, const py::object& grad, Rows& rows, size_t at) const {
   if (!same_layout(row.grad_layout, grad)) return false;
   const uintptr_t now = address(grad);
-  if (now == reinterpret_cast<uintptr_t>(known.data)) return true;
+  if (now == reinterpret_cast<uintptr_t>(rows.row(at).grad.data)) return true;
   if (now == 0) return false;  // no memory of its own: a wrapper, to be refused
   if (!dtype_(grad).is(row.dtype) || !shape_(grad).equal(row.shape)) return false;
-  known.data = reinterpret_cast<char*>(now);
+  rows.move_grad(at, reinterpret_cast<char*>(now));
   return true;
 }
 
-bool Watch::refresh(py::list groups, py::dict state, Table& table) const {
+bool Watch::refresh(py::list groups, py::dict state, Rows& rows) const {
   if (!same_parameters(groups) || !same_states(state)) return false;
   if (rows_.size() < has_row_.size()) {
     for (const py::object& p : params_) {
@@ -117,9 +117,9 @@ bool Watch::refresh(py::list groups, py::dict state, Table& table) const {
     if (grad.is_none() || address(row.param) != row.address) return false;
     if (!shape_(row.param).equal(row.shape) || !same_layout(row.param_layout, row.param)) return false;
     if (!same_state(row)) return false;
-    if (!same_gradient(row, grad, table.row(i).grad)) return false;
+    if (!same_gradient(row, grad, rows, i)) return false;
   }
   return true;
 }
 
-}  // namespace gradfused::cpu
+}  // namespace gradfused::bind

@@ -7,9 +7,9 @@
 #include <utility>
 #include <vector>
 
-#include "cpu/engine.h"
+#include "rows.h"
 
-namespace gradfused::cpu {
+namespace gradfused::bind {
 
 // A method or getter of a C type, called without the look-up and argument handling that cost more than what torch does in it.
 class Accessor {
@@ -36,7 +36,7 @@ class Watch {
 
   // True if the table still describes the optimizer; gradients that moved, but kept their layout, are taken over into it. False
   // asks for a new table.
-  bool refresh(pybind11::list groups, pybind11::dict state, Table& table) const;
+  bool refresh(pybind11::list groups, pybind11::dict state, Rows& rows) const;
 
  private:
   struct Kept {
@@ -63,7 +63,7 @@ class Watch {
   bool same_parameters(const pybind11::list& groups) const;
   bool same_states(const pybind11::dict& state) const;
   bool same_state(const Watched& row) const;
-  bool same_gradient(const Watched& row, const pybind11::object& grad, Operand& known) const;
+  bool same_gradient(const Watched& row, const pybind11::object& grad, Rows& rows, size_t at) const;
 
   const Accessor grad_, data_ptr_, stride_, is_contiguous_, dtype_, shape_;
   std::vector<pybind11::object> params_;
@@ -73,4 +73,4 @@ class Watch {
   std::vector<Watched> rows_;
 };
 
-}  // namespace gradfused::cpu
+}  // namespace gradfused::bind

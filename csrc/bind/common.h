@@ -1,0 +1,129 @@
+// What the bindings of every native backend share: names into enumerations, rows, options and the watch over them.
+#pragma once
+
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <optional>
+#include <stdexcept>
+#include <string>
+#include <tuple>
+#include <utility>
+#include <vector>
+
+#include "bind/watch.h"
+#include "rows.h"
+
+namespace gradfused::bind {
+
+namespace py = pybind11;
+
+inline const char* const kRuleNames[] = {
+#define GRADFUSED_RULE(name, type, family) #name,
+#include "rules.def"
+#undef GRADFUSED_RULE
+};
+
+template <class E> E named(const char* what, const std::string& name, const char* const* names, int count) {
+  for (int i = 0; i < count; ++i) {
+    if (name == names[i]) return E(i);
+  }
+  throw std::invalid_argument(std::string("unknown ") + what + " '" + name + "'");
+}
+
+inline Rule rule_named(const std::string& name) { return named<Rule>("rule", name, kRuleNames, int(Rule::count)); }
+
+inline DType dtype_named(const std::string& name) {
+  static const char* const names[] = {"float32", "float64", "float16", "bfloat16"};
+  return named<DType>("dtype", name, names, 4);
+}
+
+inline Scope scope_named(const std::string& name) {
+  static const char* const names[] = {"none", "global", "group", "param", "unit"};
+  return named<Scope>("scope", name, names, 5);
+}
+
+inline Centre centre_named(const std::string& name) {
+  static const char* const names[] = {"gradient", "decayed", "update"};
+  return named<Centre>("centralize_at", name, names, 3);
+}
+
+// (address, dtype, sizes, strides): sizes and strides empty where the elements lie one after another.
+using OperandSpec = std::tuple<uintptr_t, std::string, std::vector<int64_t>, std::vector<int64_t>>;
+
+inline Operand operand(const OperandSpec& spec) {
+  Operand x;
+  x.data = reinterpret_cast<char*>(std::get<0>(spec));
+  x.dtype = dtype_named(std::get<1>(spec));
+  x.dims = int32_t(std::get<2>(spec).size());
+  x.sizes = std::get<2>(spec).data();
+  x.strides = std::get<3>(spec).data();
+  return x;
+}
+
+inline void add_row(Rows& rows, const std::string& rule, const OperandSpec& param, const OperandSpec& grad,
+             const std::vector<OperandSpec>& state, int64_t numel, int64_t length, int32_t group, uint32_t parameter, bool centre,
+             bool whole, bool first, const std::optional<std::pair<uintptr_t, std::string>>& step) {
+  Row row;
+  row.rule = rule_named(rule);
+  row.param = operand(param);
+  row.grad = operand(grad);
+  if (state.size() > size_t(kMaxStates)) throw std::invalid_argument("too many state tensors");
+  for (size_t k = 0; k < state.size(); ++k) row.state[k] = operand(state[k]);
+  row.numel = numel;
+  row.length = length;
+  row.group = group;
+  row.parameter = parameter;
+  row.centre = centre;
+  row.whole = whole;
+  row.first = first;
+  if (step) {
+    row.step = reinterpret_cast<char*>(step->first);
+    row.step_dtype = dtype_named(step->second);
+  }
+  rows.add(row);
+}
+
+// Perturb, Hyper, Rows and Watch, each module's own.
+inline void define(py::module_& m) {
+  m.def("rules", [] { return std::vector<std::string>(std::begin(kRuleNames), std::end(kRuleNames)); });
+
+  py::class_<Perturb>(m, "Perturb", py::module_local()).def(py::init([](double a, double b, double e, double lo, double hi) { return Perturb{a, b, e, lo, hi}; }));
+
+  py::class_<Hyper>(m, "Hyper", py::module_local())
+      .def(py::init<>())
+      .def_property("scope", nullptr, [](Hyper& h, const std::string& name) { h.scope = scope_named(name); })
+      .def_property("centralize_at", nullptr, [](Hyper& h, const std::string& name) { h.centralize_at = centre_named(name); })
+      .def_readwrite("lr", &Hyper::lr)
+      .def_readwrite("weight_decay", &Hyper::weight_decay)
+      .def_readwrite("momentum", &Hyper::momentum)
+      .def_readwrite("dampening", &Hyper::dampening)
+      .def_readwrite("beta1", &Hyper::beta1)
+      .def_readwrite("beta2", &Hyper::beta2)
+      .def_readwrite("eps", &Hyper::eps)
+      .def_readwrite("nesterov", &Hyper::nesterov)
+      .def_readwrite("decoupled", &Hyper::decoupled)
+      .def_readwrite("perturb", &Hyper::perturb)
+      .def_readwrite("agc", &Hyper::agc)
+      .def_readwrite("radius", &Hyper::radius)
+      .def_readwrite("clip_value", &Hyper::clip_value)
+      .def_readwrite("noise", &Hyper::noise)
+      .def_readwrite("noise_decay", &Hyper::noise_decay)
+      .def_readwrite("seed", &Hyper::seed)
+      .def_readwrite("sign", &Hyper::sign)
+      .def_readwrite("skip_nonfinite", &Hyper::skip_nonfinite);
+
+  py::class_<Rows>(m, "Rows", py::module_local())
+      .def("hyper", &Rows::hyper, py::return_value_policy::reference_internal)
+      .def("add", &add_row, py::kw_only(), py::arg("rule"), py::arg("param"), py::arg("grad"), py::arg("state"), py::arg("numel"),
+           py::arg("length"), py::arg("group"), py::arg("parameter"), py::arg("centre"), py::arg("whole"), py::arg("first"),
+           py::arg("step"))
+      .def("__len__", &Rows::size);
+
+  py::class_<Watch>(m, "Watch", py::module_local())
+      .def(py::init<py::object, py::list, py::dict>(), py::arg("tensor"), py::arg("groups"), py::arg("state"))
+      .def("add", &Watch::add, py::arg("param"), py::arg("state"), py::arg("keys"))
+      .def("refresh", &Watch::refresh, py::arg("groups"), py::arg("state"), py::arg("table"));
+}
+
+}  // namespace gradfused::bind

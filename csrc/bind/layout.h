@@ -1,0 +1,126 @@
+// Where a kernel that knows no C++ finds what a table in device memory holds: byte offsets, sizes and enumerators by name.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <map>
+#include <string>
+
+#include "device/layout.h"
+
+namespace gradfused::bind {
+
+inline std::map<std::string, int64_t> layout() {
+  using namespace device;
+  std::map<std::string, int64_t> at;
+#define GRADFUSED_AT(prefix, type, field) at[#prefix "_" #field] = int64_t(offsetof(type, field));
+#define GRADFUSED_IN(prefix, outer, inner, type, field) at[#prefix "_" #field] = int64_t(offsetof(outer, inner) + offsetof(type, field));
+#define GRADFUSED_SIZE(type) at[#type] = int64_t(sizeof(type));
+#define GRADFUSED_VALUE(type, name) at[#type "_" #name] = int64_t(type::name);
+  GRADFUSED_AT(job, Job, rows)
+  GRADFUSED_AT(job, Job, hypers)
+  GRADFUSED_AT(job, Job, chunks)
+  GRADFUSED_AT(job, Job, grads)
+  GRADFUSED_AT(job, Job, sums)
+  GRADFUSED_AT(job, Job, units)
+  GRADFUSED_AT(job, Job, squares)
+  GRADFUSED_AT(job, Job, tickets)
+  GRADFUSED_AT(job, Job, skipped)
+  GRADFUSED_AT(job, Job, row_count)
+  GRADFUSED_AT(job, Job, chunk_count)
+  GRADFUSED_AT(job, Job, any_global)
+  GRADFUSED_AT(job, Job, any_skip)
+  GRADFUSED_AT(chunk, Chunk, begin)
+  GRADFUSED_AT(chunk, Chunk, count)
+  GRADFUSED_AT(chunk, Chunk, row)
+  GRADFUSED_AT(chunk, Chunk, lanes)
+  GRADFUSED_AT(chunk, Chunk, plain)
+  GRADFUSED_AT(operand, Operand, data)
+  GRADFUSED_AT(operand, Operand, dtype)
+  GRADFUSED_AT(operand, Operand, dims)
+  GRADFUSED_AT(operand, Operand, sizes)
+  GRADFUSED_AT(operand, Operand, strides)
+  GRADFUSED_IN(row, DeviceRow, row, Row, param)
+  GRADFUSED_IN(row, DeviceRow, row, Row, grad)
+  GRADFUSED_IN(row, DeviceRow, row, Row, state)
+  GRADFUSED_IN(row, DeviceRow, row, Row, rule)
+  GRADFUSED_IN(row, DeviceRow, row, Row, numel)
+  GRADFUSED_IN(row, DeviceRow, row, Row, length)
+  GRADFUSED_IN(row, DeviceRow, row, Row, group)
+  GRADFUSED_IN(row, DeviceRow, row, Row, parameter)
+  GRADFUSED_IN(row, DeviceRow, row, Row, centre)
+  GRADFUSED_IN(row, DeviceRow, row, Row, whole)
+  GRADFUSED_IN(row, DeviceRow, row, Row, first)
+  GRADFUSED_IN(row, DeviceRow, row, Row, step)
+  GRADFUSED_IN(row, DeviceRow, row, Row, step_dtype)
+  GRADFUSED_AT(row, DeviceRow, unit0)
+  GRADFUSED_AT(row, DeviceRow, chunk0)
+  GRADFUSED_AT(row, DeviceRow, chunk1)
+  GRADFUSED_AT(row, DeviceRow, split)
+  GRADFUSED_AT(row, DeviceRow, measured)
+  GRADFUSED_IN(hyper, DeviceHyper, hyper, Hyper, lr)
+  GRADFUSED_IN(hyper, DeviceHyper, hyper, Hyper, weight_decay)
+  GRADFUSED_IN(hyper, DeviceHyper, hyper, Hyper, momentum)
+  GRADFUSED_IN(hyper, DeviceHyper, hyper, Hyper, dampening)
+  GRADFUSED_IN(hyper, DeviceHyper, hyper, Hyper, beta1)
+  GRADFUSED_IN(hyper, DeviceHyper, hyper, Hyper, beta2)
+  GRADFUSED_IN(hyper, DeviceHyper, hyper, Hyper, eps)
+  GRADFUSED_IN(hyper, DeviceHyper, hyper, Hyper, nesterov)
+  GRADFUSED_IN(hyper, DeviceHyper, hyper, Hyper, decoupled)
+  GRADFUSED_IN(hyper, DeviceHyper, hyper, Hyper, centralize_at)
+  GRADFUSED_IN(hyper, DeviceHyper, hyper, Hyper, scope)
+  GRADFUSED_IN(hyper, DeviceHyper, hyper, Hyper, perturb)
+  GRADFUSED_IN(hyper, DeviceHyper, hyper, Hyper, agc)
+  GRADFUSED_IN(hyper, DeviceHyper, hyper, Hyper, radius)
+  GRADFUSED_IN(hyper, DeviceHyper, hyper, Hyper, clip_value)
+  GRADFUSED_IN(hyper, DeviceHyper, hyper, Hyper, noise)
+  GRADFUSED_IN(hyper, DeviceHyper, hyper, Hyper, noise_decay)
+  GRADFUSED_IN(hyper, DeviceHyper, hyper, Hyper, seed)
+  GRADFUSED_IN(hyper, DeviceHyper, hyper, Hyper, sign)
+  GRADFUSED_IN(hyper, DeviceHyper, hyper, Hyper, skip_nonfinite)
+  GRADFUSED_AT(hyper, DeviceHyper, lr_at)
+  GRADFUSED_AT(hyper, DeviceHyper, lr_dtype)
+  GRADFUSED_AT(hyper, DeviceHyper, row0)
+  GRADFUSED_AT(hyper, DeviceHyper, row1)
+  GRADFUSED_AT(perturb, Perturb, a)
+  GRADFUSED_AT(perturb, Perturb, b)
+  GRADFUSED_AT(perturb, Perturb, e)
+  GRADFUSED_AT(perturb, Perturb, lo)
+  GRADFUSED_AT(perturb, Perturb, hi)
+  GRADFUSED_AT(sums, Sums, sum)
+  GRADFUSED_AT(sums, Sums, squares)
+  GRADFUSED_AT(sums, Sums, weight_squares)
+  GRADFUSED_AT(unit, Unit, mean)
+  GRADFUSED_AT(unit, Unit, squares)
+  GRADFUSED_AT(unit, Unit, weight_squares)
+  GRADFUSED_AT(unit, Unit, direction)
+  GRADFUSED_SIZE(Chunk)
+  GRADFUSED_SIZE(Operand)
+  GRADFUSED_SIZE(DeviceRow)
+  GRADFUSED_SIZE(DeviceHyper)
+  GRADFUSED_SIZE(Sums)
+  GRADFUSED_SIZE(Unit)
+  GRADFUSED_VALUE(DType, float32)
+  GRADFUSED_VALUE(DType, float64)
+  GRADFUSED_VALUE(DType, float16)
+  GRADFUSED_VALUE(DType, bfloat16)
+  GRADFUSED_VALUE(Scope, global)
+  GRADFUSED_VALUE(Scope, group)
+  GRADFUSED_VALUE(Scope, param)
+  GRADFUSED_VALUE(Scope, unit)
+  GRADFUSED_VALUE(Centre, gradient)
+  GRADFUSED_VALUE(Centre, decayed)
+  GRADFUSED_VALUE(Centre, update)
+#define GRADFUSED_RULE(name, type, family) GRADFUSED_VALUE(Rule, name)
+#include "rules.def"
+#undef GRADFUSED_RULE
+  at["chunk_elements"] = kChunk;
+  at["block_unit"] = kBlockUnit;
+#undef GRADFUSED_AT
+#undef GRADFUSED_IN
+#undef GRADFUSED_SIZE
+#undef GRADFUSED_VALUE
+  return at;
+}
+
+}  // namespace gradfused::bind

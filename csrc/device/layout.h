@@ -1,0 +1,76 @@
+// The table in device memory: what a step's kernels read, whoever compiled them.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "table.h"
+
+namespace gradfused::device {
+
+constexpr int kThreads = 256;
+constexpr int kLanes = 32;
+constexpr int kWarps = kThreads / kLanes;
+
+// A block's shared memory in CUDA, in which a unit's gradient waits between its statistics and its update: read from memory once.
+constexpr int kTileBytes = 32768;
+// Elements a block takes at a time. The order of every sum is fixed by this, not by the grid.
+constexpr int64_t kChunk = 8192;
+// Units up to this length belong to a warp or a part of one, longer ones to a block, and those beyond kBlockUnit are cut into pieces.
+constexpr int64_t kWarpUnit = kTileBytes / kWarps / int64_t{sizeof(float)};
+constexpr int64_t kBlockUnit = 65536;
+
+// A run of elements of one row.
+struct Chunk {
+  int64_t begin;
+  int32_t count;
+  int32_t row;
+  int16_t lanes;  // threads that share a unit, a power of two; 0: a piece, of which no unit's statistics are taken
+  bool plain;     // every operand is an array that 16-byte accesses suit, but for the gradient's address, which may move
+};
+
+// What a chunk's statistics leave behind. One writer each.
+struct Sums {
+  double sum;             // of the unscaled gradient, or of the rehearsed update
+  double squares;         // around the chunk's own mean where it is a piece of something centred
+  double weight_squares;  // for adaptive clipping
+};
+
+// What is known of a unit that lies in several chunks.
+struct Unit {
+  double mean, squares, weight_squares, direction;
+};
+
+struct DeviceRow {
+  Row row;
+  int64_t unit0;          // its first place among the units, if `split`
+  int32_t chunk0, chunk1;  // its chunks
+  bool split;             // a mean or a norm of its units takes several chunks
+  bool measured;          // by the stats kernel
+};
+
+struct DeviceHyper {
+  Hyper hyper;
+  const char* lr_at;  // where lr is read from, if not null
+  DType lr_dtype;
+  int32_t row0, row1;  // the group's rows
+};
+
+// Passed to every kernel by value; all pointers are to device memory.
+struct Job {
+  DeviceRow* rows;
+  const DeviceHyper* hypers;
+  const Chunk* chunks;
+  const char* const* grads;  // the gradients' addresses; those in the rows are of no account
+  Sums* sums;                // of each chunk
+  Unit* units;
+  double* squares;           // of each row: what norms are made of
+  unsigned* tickets;         // what is done, in blocks and in chunks of each row; 0 between launches
+  const float* grad_scale;   // null: 1
+  const float* found_inf;    // null, or not zero: the step is not taken
+  double* skipped;           // counts steps that were not taken for what the norms saw
+  int32_t row_count, chunk_count;
+  bool any_global, any_skip, any_rehearsed;
+};
+
+}  // namespace gradfused::device

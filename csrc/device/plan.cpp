@@ -1,0 +1,256 @@
+#include "device/plan.h"
+
+#include <algorithm>
+#include <cstring>
+#include <stdexcept>
+
+namespace gradfused::device {
+namespace {
+
+bool wide(Scope scope) { return scope == Scope::global || scope == Scope::group || scope == Scope::param; }
+
+bool late(const Row& row, const Hyper& h) { return row.centre && h.centralize_at != Centre::gradient; }
+
+int64_t itemsize(DType d) { return d == DType::float64 ? 8 : d == DType::float32 ? 4 : 2; }
+
+// Every operand a 16-byte aligned array of one dtype; the gradient's address is looked at in each step.
+bool is_plain(const Row& row) {
+  const auto fits = [&](const Operand& x) { return x.dims == 0 && x.dtype == row.param.dtype; };
+  const auto aligned = [](const Operand& x) { return reinterpret_cast<uintptr_t>(x.data) % 16 == 0; };
+  if (!fits(row.param) || !aligned(row.param) || !fits(row.grad)) return false;
+  return std::all_of(row.state, row.state + kMaxStates, [&](const Operand& s) { return !s.data || (fits(s) && aligned(s)); });
+}
+
+// Threads for a unit: as many as it has 16-byte packs, up to a warp, or the block.
+int16_t lanes_for(int64_t length, int64_t width) {
+  if (length > kWarpUnit) return kThreads;
+  int16_t lanes = 1;
+  while (lanes < kLanes && lanes * width < length) lanes = int16_t(lanes * 2);
+  return lanes;
+}
+
+const char* family_of(Rule rule) {
+  switch (rule) {
+#define GRADFUSED_RULE(name, type, family) \
+  case Rule::name: return #family;
+#include "rules.def"
+#undef GRADFUSED_RULE
+    default: throw std::invalid_argument("a rule without kernels");
+  }
+}
+
+constexpr size_t aligned(size_t bytes) { return (bytes + 255) / 256 * 256; }
+
+}  // namespace
+
+void Plan::lr_from(size_t group, const char* at, DType dtype) {
+  lr_at_.at(group) = {at, dtype};
+  stale_ = true;
+}
+
+void Plan::add_pieces(int32_t index, int64_t begin, int64_t end, bool plain) {
+  const int64_t width = 16 / itemsize(rows_[size_t(index)].param.dtype);
+  for (int64_t at = begin; at < end; at += kChunk) {
+    const int64_t count = std::min(kChunk, end - at), tail = plain ? count % width : 0;
+    if (count > tail) chunks_.push_back({at, int32_t(count - tail), index, 0, plain});
+    if (tail) chunks_.push_back({at + count - tail, int32_t(tail), index, 0, false});
+  }
+}
+
+// Cuts a row into chunks.
+void Plan::plan_row(size_t index) {
+  const Row& row = rows_[index];
+  const Hyper& h = hypers_[size_t(row.group)];
+  const bool by_unit = h.scope == Scope::unit, long_units = row.length > kBlockUnit;
+  DeviceRow& r = device_rows_[index];
+  r = {};
+  r.row = row;
+  r.split = (row.centre && (row.whole || long_units)) || (by_unit && long_units);
+  r.measured = wide(h.scope) || h.skip_nonfinite || (r.split && ((row.centre && !late(row, h)) || (by_unit && long_units)));
+  r.unit0 = units_;
+  r.chunk0 = int32_t(chunks_.size());
+  if (row.numel) {
+    const int64_t units = row.numel / row.length, width = 16 / itemsize(row.param.dtype);
+    if (r.split) units_ += units;
+    const bool by_units = row.centre || by_unit;
+    const bool plain = is_plain(row) && (!by_units || row.length % width == 0);
+    if (!by_units) {
+      add_pieces(int32_t(index), 0, row.numel, plain);
+    } else if (long_units) {
+      for (int64_t u = 0; u < units; ++u) add_pieces(int32_t(index), u * row.length, (u + 1) * row.length, plain);
+    } else {
+      const int16_t lanes = lanes_for(row.length, plain ? width : 1);
+      const int64_t groups = kThreads / lanes, together = groups == 1 ? 1 : groups * std::max<int64_t>(1, kChunk / (groups * row.length));
+      for (int64_t u = 0; u < units; u += together) {
+        chunks_.push_back({u * row.length, int32_t(std::min(together, units - u) * row.length), int32_t(index), lanes, plain});
+      }
+    }
+  }
+  r.chunk1 = int32_t(chunks_.size());
+  full_ |= row.param.dtype == DType::float64 || h.noise > 0 || by_unit || late(row, h);
+  for (const Operand* x : {&row.param, &row.grad, &row.state[0], &row.state[1], &row.state[2], &row.state[3]}) {
+    shape_words_ += 2 * size_t(x->dims);
+  }
+}
+
+void Plan::plan() {
+  if (planned_) return;
+  device_rows_.resize(rows_.size());
+  kinds_.resize(rows_.size());
+  for (size_t i = 0; i < rows_.size(); ++i) {
+    if (std::strcmp(family_of(rows_[i].rule), family_of(rows_[0].rule)) != 0) {
+      throw std::invalid_argument("rules of two families in one table");
+    }
+    plan_row(i);
+  }
+  for (const Chunk& c : chunks_) (c.plain ? kinds_[size_t(c.row)].plain : kinds_[size_t(c.row)].any)[c.lanes != 0] = true;
+  planned_ = true;
+}
+
+size_t Plan::bytes() {
+  plan();
+  size_t at = 0;
+  const auto take = [&](size_t bytes) { at += aligned(bytes); };
+  take(sizeof(Job));
+  take(device_rows_.size() * sizeof(DeviceRow));
+  take(hypers_.size() * sizeof(DeviceHyper));
+  take(chunks_.size() * sizeof(Chunk));
+  take(rows_.size() * sizeof(char*));
+  take(shape_words_ * sizeof(int64_t));
+  take((1 + rows_.size()) * sizeof(unsigned));
+  const size_t packed = at;
+  take(chunks_.size() * sizeof(Sums));
+  take(size_t(units_) * sizeof(Unit));
+  scratch_bytes_ = at - packed;
+  return at;
+}
+
+DeviceHyper Plan::device_hyper(size_t group) const {
+  DeviceHyper d{};
+  d.hyper = hypers_[group];
+  d.lr_at = lr_at_[group].data;
+  d.lr_dtype = lr_at_[group].dtype;
+  // Rows come group by group.
+  const auto of_group = [&](const Row& row) { return size_t(row.group) == group; };
+  const auto first = std::find_if(rows_.begin(), rows_.end(), of_group);
+  d.row0 = int32_t(first - rows_.begin());
+  d.row1 = int32_t(std::find_if_not(first, rows_.end(), of_group) - rows_.begin());
+  return d;
+}
+
+std::vector<DeviceHyper> Plan::device_hypers() const {
+  std::vector<DeviceHyper> all;
+  for (size_t g = 0; g < hypers_.size(); ++g) all.push_back(device_hyper(g));
+  return all;
+}
+
+std::vector<const char*> Plan::grads() const {
+  std::vector<const char*> addresses;
+  for (const Row& row : rows_) addresses.push_back(row.grad.data);
+  return addresses;
+}
+
+void Plan::pack(char* to, char* base, double* squares, double* skipped) {
+  const size_t all = bytes();
+  std::memset(to, 0, all - scratch_bytes_);
+  size_t at = 0;
+  // A place in the image for `count` of T: here to write, there to point to.
+  char* here = nullptr;
+  char* there = nullptr;
+  const auto place = [&](size_t bytes) {
+    here = to + at;
+    there = base + at;
+    at += aligned(bytes);
+  };
+  const auto fill = [&](const auto& values) {
+    using T = std::decay_t<decltype(values[0])>;
+    place(values.size() * sizeof(T));
+    if (!values.empty()) std::memcpy(here, values.data(), values.size() * sizeof(T));
+    return reinterpret_cast<T*>(there);
+  };
+
+  place(sizeof(Job));
+  place(device_rows_.size() * sizeof(DeviceRow));
+  char* const rows_here = here;
+  job_.rows = reinterpret_cast<DeviceRow*>(there);
+  job_.hypers = fill(device_hypers());
+  job_.chunks = fill(chunks_);
+  job_.grads = fill(grads());
+
+  place(shape_words_ * sizeof(int64_t));
+  int64_t* words = reinterpret_cast<int64_t*>(here);
+  const int64_t* device_words = reinterpret_cast<const int64_t*>(there);
+  const auto move_shape = [&](Operand& x) {
+    if (!x.dims) return;
+    std::copy_n(x.sizes, x.dims, words);
+    std::copy_n(x.strides, x.dims, words + x.dims);
+    x.sizes = device_words;
+    x.strides = device_words + x.dims;
+    words += 2 * x.dims;
+    device_words += 2 * x.dims;
+  };
+  std::vector<DeviceRow> moved = device_rows_;
+  for (DeviceRow& r : moved) {
+    move_shape(r.row.param);
+    move_shape(r.row.grad);
+    for (Operand& s : r.row.state) move_shape(s);
+  }
+  if (!moved.empty()) std::memcpy(rows_here, moved.data(), moved.size() * sizeof(DeviceRow));
+
+  place((1 + rows_.size()) * sizeof(unsigned));
+  job_.tickets = reinterpret_cast<unsigned*>(there);
+  place(chunks_.size() * sizeof(Sums));
+  job_.sums = reinterpret_cast<Sums*>(there);
+  place(size_t(units_) * sizeof(Unit));
+  job_.units = reinterpret_cast<Unit*>(there);
+
+  job_.squares = squares;
+  job_.skipped = skipped;
+  job_.row_count = int32_t(rows_.size());
+  job_.chunk_count = int32_t(chunks_.size());
+  job_.any_global = job_.any_skip = job_.any_rehearsed = false;
+  for (const DeviceRow& r : device_rows_) {
+    const Hyper& h = hypers_[size_t(r.row.group)];
+    job_.any_global |= h.scope == Scope::global;
+    job_.any_skip |= h.skip_nonfinite;
+    job_.any_rehearsed |= r.split && late(r.row, h);
+  }
+  std::memcpy(to, &job_, sizeof job_);
+  moved_ = stale_ = false;
+}
+
+bool Plan::needs_stats() const {
+  return std::any_of(device_rows_.begin(), device_rows_.end(), [](const DeviceRow& r) { return r.measured; });
+}
+
+std::vector<Plan::Patch> Plan::patches() {
+  std::vector<Patch> due;
+  const auto add = [&](const void* to, const auto& values) {
+    const char* const first = reinterpret_cast<const char*>(values.data());
+    due.push_back({to, {first, first + values.size() * sizeof(values[0])}});
+  };
+  if (moved_) add(job_.grads, grads());
+  if (stale_) add(job_.hypers, device_hypers());
+  moved_ = stale_ = false;
+  return due;
+}
+
+std::set<std::tuple<int, int, int>> Plan::variants(const std::vector<int64_t>& longest) {
+  plan();
+  std::set<std::tuple<int, int, int>> found;
+  for (size_t i = 0; i < rows_.size(); ++i) {
+    const Row& row = rows_[i];
+    const bool aligned = reinterpret_cast<uintptr_t>(row.grad.data) % 16 == 0;
+    const int any = row.param.dtype == DType::float64 ? kAnyWide : kAny;
+    const int fitting = 1 + int(std::lower_bound(longest.begin(), longest.end(), row.length) - longest.begin());
+    for (const int units : {0, 1}) {
+      const int tile = units ? fitting : 0;
+      const bool plain = kinds_[i].plain[units];
+      if (plain && aligned) found.insert({int(row.rule), int(row.param.dtype), tile});
+      if (kinds_[i].any[units] || (plain && !aligned)) found.insert({int(row.rule), any, tile});
+    }
+  }
+  return found;
+}
+
+}  // namespace gradfused::device

@@ -1,0 +1,85 @@
+// One optimizer's table on one device, cut into chunks and laid out as the kernels read it. Knows addresses in device memory, but no
+// device: whoever launches the kernels copies it there.
+#pragma once
+
+#include <cstddef>
+#include <set>
+#include <tuple>
+#include <vector>
+
+#include "device/layout.h"
+#include "rows.h"
+
+namespace gradfused::device {
+
+class Plan : public Rows {
+ public:
+  explicit Plan(size_t groups) : Rows(groups), lr_at_(groups) {}
+
+  // The group's lr is read from a float32 or float64 scalar in device memory from now on; from its options again if `at` is null.
+  void lr_from(size_t group, const char* at, DType dtype);
+
+  // Device memory that the table needs, in bytes, and how many of them from the start pack() writes. The rows are complete.
+  size_t bytes();
+  size_t packed_bytes() { return bytes() - scratch_bytes_; }
+
+  // Writes to host memory what belongs at `base` in device memory, which is aligned to 256 bytes and is the caller's to keep. `squares`
+  // is a float64 for each row, `skipped` a float64 count, both in device memory. A Job stands first.
+  void pack(char* to, char* base, double* squares, double* skipped);
+
+  // An option changed: uploaded with the next launch.
+  void reconfigured() { stale_ = true; }
+
+  bool needs_stats() const;
+
+  // What changes between steps, as it is to stand in device memory.
+  struct Patch {
+    const void* to;
+    std::vector<char> bytes;
+  };
+  // The patches that are due: after this none are.
+  std::vector<Patch> patches();
+
+  // Whether some unit's direction is centred although it takes several chunks.
+  bool rehearses() const { return job_.any_rehearsed; }
+  // Whether the step needs more than centring, wide norms and what is done element by element in float32.
+  bool full() { return plan(), full_; }
+  size_t chunks() { return plan(), chunks_.size(); }
+
+  // How elements are accessed: plainly, by dtype, or one at a time, computed in float32 or float64.
+  static constexpr int kAny = 4, kAnyWide = 5;
+  // Every (rule, access, tile) there is work for, with the gradients where they are now. Tile 0 is for pieces, tile i for units up to
+  // longest[i - 1], the last for those longer than all.
+  std::set<std::tuple<int, int, int>> variants(const std::vector<int64_t>& longest);
+
+ protected:
+  void plan();
+
+  Job job_{};
+
+ private:
+  struct LrAt {
+    const char* data = nullptr;
+    DType dtype = DType::float32;
+  };
+  // Of a row's chunks: whether there are some of a kind.
+  struct Kinds {
+    bool plain[2] = {}, any[2] = {};  // pieces, units
+  };
+
+  void plan_row(size_t index);
+  void add_pieces(int32_t index, int64_t begin, int64_t end, bool plain);
+  DeviceHyper device_hyper(size_t group) const;
+  std::vector<DeviceHyper> device_hypers() const;
+  std::vector<const char*> grads() const;
+
+  std::vector<LrAt> lr_at_;
+  bool planned_ = false, stale_ = false, full_ = false;
+  std::vector<DeviceRow> device_rows_;
+  std::vector<Chunk> chunks_;
+  std::vector<Kinds> kinds_;
+  int64_t units_ = 0;
+  size_t shape_words_ = 0, scratch_bytes_ = 0;
+};
+
+}  // namespace gradfused::device

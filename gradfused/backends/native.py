@@ -1,0 +1,119 @@
+"""What the compiled backends share: tensors as addresses and walks over memory, rows and options handed to a native table."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import fields
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .base import Row, Settings
+
+DTYPES = {
+    torch.float32: "float32",
+    torch.float64: "float64",
+    torch.float16: "float16",
+    torch.bfloat16: "bfloat16",
+}
+_SETTINGS = [f.name for f in fields(Settings) if f.name not in ("lr_tensor", "lr_address")]
+
+# (address, dtype, sizes, strides) as a native module reads an operand
+Operand = tuple[int, str, list[int], list[int]]
+
+
+def refusal(tensor: Tensor, device: str) -> str | None:
+    """Why a native backend cannot work on a parameter or gradient, or None if it can."""
+    if tensor.device.type != device:
+        return f"works on {device.upper()} tensors, got one on {tensor.device}"
+    if tensor.dtype not in DTYPES:
+        return f"works on {', '.join(DTYPES.values())}, got {tensor.dtype}"
+    if tensor.numel() and tensor.data_ptr() == 0:  # wrappers such as DTensor run their operators on another tensor
+        return f"reads plain tensors' memory, got a {type(tensor).__name__}"
+    return None
+
+
+def iteration_order(row: Row, noisy: bool) -> list[int] | None:
+    """Dims, outermost first, in which a row's elements are numbered: as they lie in memory where that is allowed.
+
+    None stands for row-major order. Units must be contiguous runs of the order, and noise is defined on row-major positions.
+    """
+    p = row.param
+    if noisy or p.is_contiguous():
+        return None
+    dims = [d for d in range(p.dim()) if p.shape[d] != 1]
+    by_stride = sorted(dims, key=p.stride, reverse=True)
+    expected = 1
+    for d in reversed(by_stride):
+        if p.stride(d) != expected:
+            return None
+        expected *= p.shape[d]
+    units_in_order = row.unit == p.numel() or by_stride[:1] == [0]
+    return by_stride if units_in_order else None
+
+
+def _walk(tensor: Tensor, order: list[int]) -> tuple[list[int], list[int]]:
+    """Sizes and strides of a walk over ``tensor`` in ``order``, merged where they can be; empty where it is a plain array."""
+    sizes: list[int] = []
+    strides: list[int] = []
+    for d in order:
+        size, stride = tensor.shape[d], tensor.stride(d)
+        if sizes and strides[-1] == size * stride:
+            sizes[-1] *= size
+            strides[-1] = stride
+        else:
+            sizes.append(size)
+            strides.append(stride)
+    return ([], []) if strides in ([], [1]) else (sizes, strides)
+
+
+def operand(tensor: Tensor, order: list[int] | None) -> Operand:
+    """A tensor as a walk in ``order``."""
+    if order is None and tensor.is_contiguous():
+        return tensor.data_ptr(), DTYPES[tensor.dtype], [], []
+    order = [d for d in range(tensor.dim()) if tensor.shape[d] != 1] if order is None else order
+    return (tensor.data_ptr(), DTYPES[tensor.dtype], *_walk(tensor, order))
+
+
+def add_row(rows: Any, row: Row, settings: Settings, *, numel: int | None = None) -> None:
+    """Give a row to a native table. ``numel`` of 0 leaves out its elements: they are another table's."""
+    order = iteration_order(row, noisy=settings.noise > 0)
+    rows.add(
+        rule=row.rule,
+        param=operand(row.param, order),
+        grad=operand(row.grad, order),
+        state=[operand(t, order) for t in row.state.values()],
+        numel=row.param.numel() if numel is None else numel,
+        length=row.unit,
+        group=row.group,
+        parameter=row.number,
+        centre=row.centre,
+        whole=row.whole,
+        first=row.first,
+        step=None if row.step is None or numel == 0 else (row.step.data_ptr(), DTYPES[row.step.dtype]),
+    )
+
+
+def configure(module: ModuleType, rows: Any, known: Sequence[Settings | None], new: Sequence[Settings]) -> bool:
+    """Write changed options to a native table. True if there were any."""
+    changed = False
+    for i, (old, settings) in enumerate(zip(known, new, strict=True)):
+        if settings == old:
+            continue
+        changed = True
+        hyper = rows.hyper(i)
+        for name in _SETTINGS:
+            value = getattr(settings, name)
+            setattr(hyper, name, module.Perturb(*value) if name == "perturb" else value)
+    return changed
+
+
+def watch(module: ModuleType, rows: Sequence[Row], groups: list[dict[str, Any]], state: dict[Any, Any]) -> Any:
+    """A native watch over an optimizer as it is now."""
+    made = module.Watch(torch._C.TensorBase, groups, state)
+    for row in rows:
+        keys = [*row.state, *(() if row.step is None else ("step",))]
+        made.add(row.param, state.get(row.param, {}), keys)
+    return made
