@@ -3,13 +3,16 @@
 Environment:
     CXX, CXXFLAGS, LDFLAGS: the compiler, and flags appended to ours.
     MAX_JOBS: parallel compiles; default: the CPUs this process may use.
-    GRADFUSED_SANITIZE: "1" builds with AddressSanitizer and UBSan.
+    GRADFUSED_SANITIZE: "1" builds with AddressSanitizer and UBSan, without gradfused._cuda.
+    GRADFUSED_CUDA, GRADFUSED_CUDA_ARCHS, CUDACXX, CUDA_HOME: see tools/nvcc.py.
 """
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import platform
+import re
 import shlex
 import shutil
 import subprocess
@@ -25,6 +28,9 @@ from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent.resolve()
 os.chdir(ROOT)
+sys.path.insert(0, str(ROOT / "tools"))
+
+import nvcc  # noqa: E402
 
 # Top-level folders that are installed inside the package: as top-level packages their names
 # would collide with other projects'.
@@ -52,6 +58,15 @@ SANITIZE_FLAGS = (
     "-fno-omit-frame-pointer",
     "-fno-sanitize-recover=undefined",
 )
+# --fmad=false is the C++ compiler's -ffp-contract=off: CPU and GPU round alike.
+NVCC_FLAGS = (
+    "-std=c++17",
+    "-O3",
+    "-DNDEBUG",
+    "--fmad=false",
+    "-Xcompiler=-fPIC,-fvisibility=hidden,-Wall",
+)
+APPLY = "csrc/cuda/apply.cu"
 COMMON_LINK_FLAGS = ("-pthread", "-ldl", "-Wl,--exclude-libs,ALL")
 
 # Hidden visibility leaves the standard library's templates exported; this hides them as well, so
@@ -75,6 +90,11 @@ Fedora: dnf install gcc-c++ python3-devel) or name a compiler in CXX. A gradfuse
 installs without a compiler: python -m pip install gradfused-*.whl"""
 
 
+NO_CUDA = """\
+gradfused: cannot build gradfused._cuda: {why}.
+GRADFUSED_CUDA=0 builds without it, for the CPU alone."""
+
+
 @dataclass(frozen=True)
 class Variant:
     """Sources compiled alike.
@@ -84,12 +104,14 @@ class Variant:
         sources: Paths relative to the repository root.
         flags: Added to the common flags.
         include_dirs: Searched for headers.
+        compiler: The ninja rule, of the C++ compiler or of nvcc.
     """
 
     name: str
     sources: tuple[str, ...]
     flags: tuple[str, ...] = ()
     include_dirs: tuple[str, ...] = ("csrc",)
+    compiler: str = "compile"
 
 
 @dataclass(frozen=True)
@@ -106,11 +128,6 @@ class NativeModule:
     variants: tuple[Variant, ...]
     link_flags: tuple[str, ...] = ()
 
-    @property
-    def sources(self) -> list[str]:
-        """Every source once, in order."""
-        return list(dict.fromkeys(s for v in self.variants for s in v.sources))
-
 
 def fail(message: str) -> NoReturn:
     """Ends the build with a message in place of a traceback."""
@@ -123,10 +140,17 @@ def glob(pattern: str) -> tuple[str, ...]:
 
 
 def python_include_dirs() -> tuple[str, ...]:
-    """Headers that bindings need; pybind11 is asked only when something is compiled."""
-    import pybind11
+    """Headers that bindings need: Python's, and pybind11's or torch's copy of them."""
+    try:
+        import pybind11
 
-    return (pybind11.get_include(), sysconfig.get_path("include"))
+        headers = pybind11.get_include()
+    except ImportError:
+        torch = importlib.util.find_spec("torch")
+        headers = str(Path(str(torch and torch.origin)).parent / "include")
+        if not Path(headers, "pybind11", "pybind11.h").exists():
+            fail("gradfused: pybind11 is missing: python -m pip install pybind11")
+    return (headers, sysconfig.get_path("include"))
 
 
 def cpu_module(version: str, python_dirs: tuple[str, ...]) -> NativeModule:
@@ -136,7 +160,7 @@ def cpu_module(version: str, python_dirs: tuple[str, ...]) -> NativeModule:
     """
     bindings = Variant(
         "base",
-        glob("csrc/cpu/*.cpp"),
+        (*glob("csrc/bind/*.cpp"), *glob("csrc/device/*.cpp"), *glob("csrc/cpu/*.cpp")),
         flags=(f'-DGRADFUSED_VERSION="{version}"',),
         include_dirs=("csrc", *python_dirs),
     )
@@ -145,9 +169,63 @@ def cpu_module(version: str, python_dirs: tuple[str, ...]) -> NativeModule:
     return NativeModule("gradfused._cpu", (bindings, *per_isa))
 
 
-def native_modules(version: str = "", python_dirs: tuple[str, ...] = ()) -> list[NativeModule]:
-    """Every native module that this machine can build; gradfused._cuda will be the second."""
-    return [cpu_module(version, python_dirs)]
+def rule_families() -> tuple[str, ...]:
+    """The families of csrc/rules.def: the rules of one are compiled together."""
+    text = (ROOT / "csrc" / "rules.def").read_text()
+    return tuple(dict.fromkeys(re.findall(r"^GRADFUSED_RULE\(\w+, *\w+, *(\w+)\)", text, re.MULTILINE)))
+
+
+def apply_variants(toolkit: nvcc.Toolkit) -> Iterator[Variant]:
+    """The step's kernels, once per family of rules and version: the full one costs a minute a target.
+
+    Ninja starts what comes first, so the longest does.
+    """
+    for full in (1, 0):
+        for family in reversed(rule_families()):
+            name = f"{family}_{'full' if full else 'lean'}"
+            flags = (f"-DGRADFUSED_FAMILY={family}", f"-DGRADFUSED_FULL={full}", *nvcc_flags(toolkit))
+            yield Variant(name, (APPLY,), flags, compiler="nvcc")
+
+
+def nvcc_flags(toolkit: nvcc.Toolkit) -> tuple[str, ...]:
+    """Targets, and threads for them where there are more jobs than long compiles."""
+    threads = job_count() // (2 * len(rule_families()))
+    parallel = (f"--threads={threads}",) if threads > 1 and len(toolkit.archs) > 1 else ()
+    return (*toolkit.target_flags, *parallel)
+
+
+def cuda_module(version: str, python_dirs: tuple[str, ...], toolkit: nvcc.Toolkit) -> NativeModule:
+    """gradfused._cuda: every kernel for every target, in one library."""
+    others = tuple(source for source in glob("csrc/cuda/*.cu") if source != APPLY)
+    common = Variant("common", others, nvcc_flags(toolkit), compiler="nvcc")
+    definitions = (
+        f'-DGRADFUSED_VERSION="{version}"',
+        f'-DGRADFUSED_CUDA_ARCHS="{toolkit.archs_text}"',
+        "-DGRADFUSED_CUDA_MODULE=_cuda",
+    )
+    includes = ("csrc", *python_dirs, *toolkit.include_dirs)
+    sources = (*glob("csrc/bind/*.cpp"), *glob("csrc/device/*.cpp"), *glob("csrc/cuda/*.cpp"))
+    bindings = Variant("base", sources, definitions, includes)
+    variants = (*apply_variants(toolkit), common, bindings)
+    return NativeModule("gradfused._cuda", variants, link_flags=(toolkit.runtime, "-lrt", "-lpthread"))
+
+
+def find_toolkit(cxx: list[str]) -> nvcc.Toolkit | None:
+    """What builds gradfused._cuda; None, having said why, where it is not built."""
+    wish = os.environ.get("GRADFUSED_CUDA") or "auto"
+    if wish not in ("auto", "0", "1"):
+        fail(f"gradfused: GRADFUSED_CUDA is {wish!r}: expected auto, 0 or 1")
+    if wish == "0" or SANITIZE:
+        return None
+    try:
+        toolkit = nvcc.find(cxx)
+    except nvcc.Unavailable as why:
+        if wish == "1":
+            fail(NO_CUDA.format(why=why))
+        print(f"gradfused: without CUDA: {why}", flush=True)
+        return None
+    print(f"gradfused: CUDA kernels for compute capability {toolkit.archs_text}, by {toolkit.command[0]}", flush=True)
+    return toolkit
 
 
 def find_compiler() -> list[str]:
@@ -211,11 +289,14 @@ def shell(words: tuple[str, ...]) -> str:
 
 def compile_flags(variant: Variant) -> tuple[str, ...]:
     """Everything but input and output, the user's flags last so that they win."""
+    includes = (f"-I{d}" for d in variant.include_dirs)
+    if variant.compiler == "nvcc":
+        return (*NVCC_FLAGS, *variant.flags, *includes)
     return (
         *(SANITIZE_FLAGS if SANITIZE else RELEASE_FLAGS),
         *COMMON_FLAGS,
         *variant.flags,
-        *(f"-I{d}" for d in variant.include_dirs),
+        *includes,
         *shlex.split(os.environ.get("CXXFLAGS", "")),
     )
 
@@ -239,20 +320,21 @@ def module_statements(module: NativeModule, library: Path, temp: Path) -> Iterat
         for source in variant.sources:
             obj = escape(temp / module.name / variant.name / Path(source).with_suffix(".o").name)
             objects.append(obj)
-            yield f"build {obj}: compile {escape(source)}\n  flags = {flags}\n"
+            yield f"build {obj}: {variant.compiler} {escape(source)}\n  flags = {flags}\n"
     flags = shell(link_flags(module, temp))
     yield f"build {escape(library)}: link {' '.join(objects)}\n  flags = {flags}\n"
 
 
-def ninja_rules(cxx: list[str], temp: Path) -> tuple[str, ...]:
-    """Ninja's rules; depfiles make it notice headers."""
-    command = shell(tuple(cxx))
-    return (
-        f"builddir = {escape(temp)}\n",
-        f"rule compile\n  command = {command} -MMD -MF $out.d $flags -c $in -o $out\n"
-        "  depfile = $out.d\n  deps = gcc\n  description = compile $out\n",
-        f"rule link\n  command = {command} -shared -o $out $in $flags\n  description = link $out\n",
-    )
+def ninja_rules(compilers: dict[str, tuple[str, ...]], temp: Path) -> Iterator[str]:
+    """Ninja's rules, one a compiler and the link; depfiles make it notice headers."""
+    yield f"builddir = {escape(temp)}\n"
+    for name, command in compilers.items():
+        yield (
+            f"rule {name}\n  command = {shell(command)} -MMD -MF $out.d $flags -c $in -o $out\n"
+            "  depfile = $out.d\n  deps = gcc\n  description = compile $out\n"
+        )
+    linker = shell(compilers["compile"])
+    yield f"rule link\n  command = {linker} -shared -o $out $in $flags\n  description = link $out\n"
 
 
 class NinjaBuildExt(build_ext):
@@ -261,13 +343,22 @@ class NinjaBuildExt(build_ext):
     def build_extensions(self) -> None:
         """Compiles, links, and puts the libraries where setuptools expects them."""
         if sys.platform != "linux":
-            fail(f"gradfused: the native module builds on Linux only, not on {sys.platform}.")
+            fail(f"gradfused: the native modules build on Linux only, not on {sys.platform}.")
         cxx, python_dirs = find_compiler(), python_include_dirs()
         probe_compiler(cxx, python_dirs)
-        modules = native_modules(self.distribution.get_version(), python_dirs)
+        version = self.distribution.get_version()
+        compilers, modules = {"compile": tuple(cxx)}, [cpu_module(version, python_dirs)]
+        if toolkit := find_toolkit(cxx):
+            compilers["nvcc"] = toolkit.command
+            modules.insert(0, cuda_module(version, python_dirs, toolkit))
+        self.extensions = [e for e in self.extensions if e.name in {m.name for m in modules}]
+        self.build_modules(compilers, modules)
+
+    def build_modules(self, compilers: dict[str, tuple[str, ...]], modules: list[NativeModule]) -> None:
+        """One ninja run for all of them."""
         temp = self.object_dir()
         libraries = [temp / Path(self.get_ext_filename(m.name)).name for m in modules]
-        statements = [*ninja_rules(cxx, temp)]
+        statements = [*ninja_rules(compilers, temp)]
         for module, library in zip(modules, libraries, strict=True):
             statements += module_statements(module, library, temp)
         self.run_ninja(temp, "\n".join(statements))
@@ -295,7 +386,7 @@ class NinjaBuildExt(build_ext):
         sys.stdout.flush()
         result = subprocess.run([find_ninja(), "-f", str(build_file), "-j", jobs])
         if result.returncode:
-            fail("gradfused: the native module failed to compile; the compiler's output is above.")
+            fail("gradfused: a native module failed to compile; the compiler's output is above.")
 
 
 def package_dirs() -> dict[str, str]:
@@ -312,6 +403,6 @@ def package_dirs() -> dict[str, str]:
 setup(
     packages=[*find_packages(include=["gradfused", "gradfused.*"]), *package_dirs()],
     package_dir=package_dirs(),
-    ext_modules=[Extension(m.name, m.sources) for m in native_modules()],
+    ext_modules=[Extension(name, []) for name in ("gradfused._cpu", "gradfused._cuda")],
     cmdclass={"build_ext": NinjaBuildExt},
 )

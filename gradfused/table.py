@@ -202,14 +202,9 @@ class _States:
             )
         return value
 
-    def step(self, name: str, p: Tensor) -> Tensor:
+    def step(self, name: str, p: Tensor, device: torch.device) -> Tensor:
         value = self._state[p].get("step") if p in self._state else None
-        if (
-            isinstance(value, Tensor)
-            and value.numel() == 1
-            and value.device.type == "cpu"
-            and value.dtype in FLOATING[:2]
-        ):
+        if isinstance(value, Tensor) and value.numel() == 1 and value.device == device and value.dtype in FLOATING[:2]:
             return value
         if value is not None and not (
             isinstance(value, (int, float)) or (isinstance(value, Tensor) and value.numel() == 1)
@@ -217,7 +212,7 @@ class _States:
             raise ValueError(
                 f"state 'step' of parameter {name}: expected a number or a one-element tensor, got {value!r}"
             )
-        return self.set(p, "step", torch.tensor(float(value or 0.0), dtype=_scalar_dtype()))
+        return self.set(p, "step", torch.tensor(float(value or 0.0), dtype=_scalar_dtype(), device=device))
 
     def take_back(self) -> None:
         """Leave the state as it was found."""
@@ -244,7 +239,9 @@ def _unit_shape(p: Tensor, plan: GroupPlan) -> tuple[int, bool, bool]:
     return unit, centre, centre and plan.centre == "tensor" and unit != p.numel()
 
 
-def _row(name: str, p: Tensor, plan: GroupPlan, group: int, number: int, states: _States) -> Row:
+def _row(
+    name: str, p: Tensor, plan: GroupPlan, group: int, number: int, states: _States, make: type[BackendTable]
+) -> Row:
     unit, centre, whole = _unit_shape(p, plan)
     had_state = p in states._state and all(states._state[p].get(k) is not None for k in plan.states)
     assert p.grad is not None
@@ -254,7 +251,7 @@ def _row(name: str, p: Tensor, plan: GroupPlan, group: int, number: int, states:
         param=p,
         grad=p.grad,
         state={key: states.tensor(name, p, key) for key in plan.states},
-        step=states.step(name, p) if plan.counts else None,
+        step=states.step(name, p, make.step_device(p)) if plan.counts else None,
         group=group,
         number=number,
         unit=unit,
@@ -290,7 +287,7 @@ class StepTable:
         make = _backend(plans, [t for _, _, _, p in found for t in (p, p.grad) if t is not None])
         self._states = _States(state)
         try:
-            rows = [_row(name, p, plans[g], g, number, self._states) for g, number, name, p in found]
+            rows = [_row(name, p, plans[g], g, number, self._states, make) for g, number, name, p in found]
             written = ((f"{what} of parameter {r.name}", t) for r in rows for what, t in r.state.items())
             check_disjoint([*((f"parameter {r.name}", r.param) for r in rows), *written])
             self.table = make(rows, [plan.settings for plan in plans])
@@ -303,6 +300,8 @@ class StepTable:
         self._names = [row.name.strip("'") for row in rows]
         self.measures = self.table.needs_stats
         self._measured = [i for i, row in enumerate(rows) if plans[row.group].measures]
+        # On the sums' device already, so that looking at a norm does not wait for it.
+        self._measured_at = torch.tensor(self._measured, dtype=torch.int64, device=self.table.sums.device)
 
     def still_describes(self, groups: list[Group], state: State, plans: Sequence[GroupPlan]) -> bool:
         """Whether the next step can use this table; new numbers and moved gradients are taken over."""
@@ -325,7 +324,7 @@ class StepTable:
 
     def norm(self) -> Tensor | None:
         """Total norm over the parameters whose gradients were measured, 0-dim float64; None if none was."""
-        return self.table.sums[self._measured].sum().sqrt() if self._measured else None
+        return self.table.sums[self._measured_at].sum().sqrt() if self._measured else None
 
     def norms(self) -> dict[str, Tensor]:
         """Norm of each measured gradient by parameter name."""

@@ -1,8 +1,9 @@
-"""What a wheel must do where torch is installed: one step on the CPU backend, equal to torch's."""
+"""What a wheel must do where torch is installed: one step on the CPU backend, equal to torch's; of CUDA, an answer."""
 
 import torch
 
 import gradfused
+from gradfused.backends import availability
 
 
 def step(optimizer_class: type, **options: object) -> torch.Tensor:
@@ -19,3 +20,7 @@ def step(optimizer_class: type, **options: object) -> torch.Tensor:
 
 ours = step(gradfused.AdamW, backend="cpu", centralize=True, clip_norm=1.0)
 torch.testing.assert_close(ours, step(torch.optim.AdamW))
+
+# Without a GPU, or without its kernels in the wheel, the reason.
+cuda = availability()["cuda"]
+assert cuda.usable or cuda.reason

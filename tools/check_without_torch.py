@@ -1,4 +1,4 @@
-"""What a wheel must do where torch is not: the native module alone takes AdamW's first step."""
+"""What a wheel must do where torch is not: the native module alone takes AdamW's first step, and CUDA's loads."""
 
 import importlib.metadata
 import importlib.util
@@ -10,14 +10,25 @@ from types import ModuleType
 LR, DECAY, EPS = 0.01, 0.1, 1e-8
 
 
-def load_native() -> ModuleType:
-    """The installed gradfused._cpu, without the package around it, which imports torch."""
+def load_native(name: str) -> ModuleType | None:
+    """An installed native module, if the wheel has it, without the package around it, which imports torch."""
     files = importlib.metadata.files("gradfused") or []
-    [library] = [f.locate() for f in files if f.name.startswith("_cpu.")]
-    loader = ExtensionFileLoader("_cpu", str(library))
-    native = importlib.util.module_from_spec(ModuleSpec("_cpu", loader, origin=str(library)))
+    library = next((f.locate() for f in files if f.name.startswith(f"{name}.") and f.suffix == ".so"), None)
+    if library is None:
+        return None
+    loader = ExtensionFileLoader(name, str(library))
+    native = importlib.util.module_from_spec(ModuleSpec(name, loader, origin=str(library)))
     loader.exec_module(native)
     return native
+
+
+def check_cuda(native: ModuleType) -> None:
+    """It must load without a driver, and say then that there is no GPU."""
+    try:
+        answer = str(native.device_count())
+    except RuntimeError as error:
+        answer = str(error)
+    assert answer.isdecimal() or "CUDA" in answer, answer
 
 
 def operand(values: array) -> tuple[int, str, list[int], list[int]]:
@@ -66,7 +77,11 @@ def check(native: ModuleType, isa: str) -> None:
 
 
 if __name__ == "__main__":
-    module = load_native()
-    assert module.__version__ == importlib.metadata.version("gradfused")
-    for name in module.isas():
-        check(module, name)
+    cpu, cuda = load_native("_cpu"), load_native("_cuda")
+    assert cpu
+    for module in filter(None, (cpu, cuda)):
+        assert module.__version__ == importlib.metadata.version("gradfused")
+    for isa in cpu.isas():
+        check(cpu, isa)
+    if cuda:
+        check_cuda(cuda)

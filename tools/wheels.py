@@ -1,7 +1,8 @@
 """Builds, repairs and checks gradfused's wheels; `make wheel` and `make wheel-check` run it.
 
 The wheels are built from the sdist, so that a file missing from it fails here. Each is installed
-into a fresh virtual environment and used there with no compiler on PATH.
+into a fresh virtual environment and used there with no compiler on PATH. Where nvcc is found they
+hold CUDA kernels, for every target of a release unless GRADFUSED_CUDA_ARCHS names others.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -19,7 +21,7 @@ ROOT = Path(__file__).resolve().parent.parent
 DIST = ROOT / "dist"
 MINORS = range(10, 14)
 COMPILERS = ("cc", "c++", "gcc", "g++", "clang", "clang++")
-MAX_BYTES = 5_000_000
+MAX_BYTES = 30_000_000
 
 
 def run(*command: str | Path, path: Path | None = None, cwd: Path = ROOT) -> None:
@@ -108,6 +110,12 @@ def check_wheel(python: str, wheel: Path, torch: str | None, work: Path) -> None
     run(clean, script, path=clean.parent, cwd=work)
 
 
+def has_cuda(wheel: Path) -> bool:
+    """Whether the wheel holds gradfused._cuda."""
+    with zipfile.ZipFile(wheel) as archive:
+        return any(name.startswith("gradfused/_cuda.") for name in archive.namelist())
+
+
 def process(python: str, sdist: Path, torch: str | None) -> None:
     """Builds and checks the wheel of one interpreter, and says what came of it."""
     with tempfile.TemporaryDirectory() as folder:
@@ -117,8 +125,9 @@ def process(python: str, sdist: Path, torch: str | None) -> None:
         if size > MAX_BYTES:
             raise SystemExit(f"{wheel.name} has {size} bytes, over {MAX_BYTES}")
         check_wheel(python, wheel, torch, work)
+        cuda = f"CUDA {os.environ['GRADFUSED_CUDA_ARCHS']}" if has_cuda(wheel) else "no CUDA"
     step = f"a step with {torch}" if torch else "a step of the native module, without torch"
-    print(f"{wheel.name}: {size / 1e6:.2f} MB, checked: {step}", flush=True)
+    print(f"{wheel.name}: {size / 1e6:.2f} MB, {cuda}, checked: {step}", flush=True)
 
 
 def main() -> None:
@@ -127,6 +136,7 @@ def main() -> None:
     parser.add_argument("--all", action="store_true", help="every Python found, not only this one")
     parser.add_argument("--torch", required=True, help="torch requirement of this Python's check")
     args = parser.parse_args()
+    os.environ.setdefault("GRADFUSED_CUDA_ARCHS", "all")
     pythons = interpreters(args.all)
     with tempfile.TemporaryDirectory() as folder:
         sdist = build_sdist(Path(folder))

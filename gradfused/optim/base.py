@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable, Iterable
+from dataclasses import replace
+from functools import partial
 from typing import Any, overload
 
 import torch
@@ -11,7 +13,7 @@ from torch import Tensor
 from torch._compile import _disable_dynamo
 
 from .. import options
-from ..backends import Settings
+from ..backends import Scaling, Settings
 from ..table import GroupPlan, StepTable, check_disjoint, check_parameter, parameter_name
 
 Params = Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]]
@@ -19,13 +21,19 @@ _NOT_OPTIONS = frozenset(("params", "param_names"))
 _TABLES_KEPT = 4
 
 
+def _value(option: Any) -> Any:
+    """An option as a plain value that can be compared: a tensor may have changed in place.
+
+    Of a tensor on a GPU only the address: what it holds is read there, in the step.
+    """
+    if isinstance(option, Tensor):
+        return option.data_ptr() if option.is_cuda else option.tolist()
+    return tuple(map(options.as_float, option)) if isinstance(option, (tuple, list)) else option
+
+
 def _values(group: dict[str, Any]) -> list[Any]:
-    """A group's options as plain values that can be compared: a tensor may have changed in place."""
-    return [
-        v.tolist() if isinstance(v, Tensor) else tuple(map(options.as_float, v)) if isinstance(v, (tuple, list)) else v
-        for k, v in group.items()
-        if k not in _NOT_OPTIONS
-    ]
+    """A group's options, to be compared with the last step's."""
+    return [_value(v) for k, v in group.items() if k not in _NOT_OPTIONS]
 
 
 class Optimizer(torch.optim.Optimizer):
@@ -48,9 +56,10 @@ class Optimizer(torch.optim.Optimizer):
     def _begin(self) -> None:
         """What is not part of the saved state."""
         self._tables: list[StepTable] = []  # the last one used comes first
+        self._captured: list[StepTable] = []  # by CUDA graphs, which may be replayed for as long as this lives
         self._seen: StepTable | None = None  # the last step's
         self._plans: list[tuple[list[Any], GroupPlan]] = []
-        self.skipped_steps = 0
+        self._skipped: int | Tensor = 0
 
     # ---- the rule
 
@@ -70,6 +79,9 @@ class Optimizer(torch.optim.Optimizer):
             raise ValueError("differentiable=True: a fused step cannot be differentiated; use torch.optim for that")
         recipe = options.interpret(group)
         settings = Settings(**self._numbers(group), **recipe)
+        lr = group["lr"]
+        if isinstance(lr, Tensor) and lr.is_cuda:
+            settings = replace(settings, lr_tensor=lr, lr_address=lr.data_ptr())
         rule, states = self._rule(group)
         counts = self._counts_steps or settings.noise > 0
         return GroupPlan(rule, states, counts, options.centre_kind(group), group["backend"], settings)
@@ -142,33 +154,62 @@ class Optimizer(torch.optim.Optimizer):
 
     @_disable_dynamo
     def _take_step(self) -> None:
-        found_inf, grad_scale = getattr(self, "found_inf", None), getattr(self, "grad_scale", None)
-        if found_inf is not None and found_inf.item():
+        scaling = Scaling(getattr(self, "grad_scale", None), getattr(self, "found_inf", None))
+        if scaling.found_inf is not None and not scaling.found_inf.is_cuda and scaling.forbids:
             return
-        plans = self._current_plans()
-        table = self._seen = self._table_for(plans)
+        table = self._table_for(self._current_plans())
         if not table.params:
+            self._seen = table
             return
-        unscale = 1.0 if grad_scale is None else 1.0 / float(grad_scale)
+        if not table.table.on_device and scaling.forbids:
+            self._forget(table)
+            return
+        self._seen = table
         if table.measures:
-            table.table.stats(unscale)
-        if table.table.apply(unscale):
+            table.table.stats(scaling)
+        if table.table.apply(scaling):
             table.keep_state()
             torch.autograd.graph.increment_version(table.params)
             return
-        self.skipped_steps += 1
+        self._skipped += 1
+        self._forget(table)
+
+    def _forget(self, table: StepTable) -> None:
+        """The step was not taken: state that it created goes, and the tables that know it."""
         if table.take_back_state():
             self._tables.clear()
 
     def _table_for(self, plans: list[GroupPlan]) -> StepTable:
         """The table that describes this step: the last one's, or one of a few kept for models whose gradients come and go."""
+        capturing = torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
         for i, table in enumerate(self._tables):
             if table.still_describes(self.param_groups, self.state, plans):
-                self._tables.insert(0, self._tables.pop(i))
+                self._tables.pop(i)
+                # The graph's from now on: it replays with the addresses that are in it.
+                (self._captured.append if capturing else partial(self._tables.insert, 0))(table)
                 return table
+        if capturing:
+            raise RuntimeError(
+                "capturing step() in a CUDA graph: no table describes it, and building one cannot be captured. Take a "
+                "step with these parameters, gradients and options before the capture, and one between two captures"
+            )
         table = StepTable(self.param_groups, self.state, plans)
+        for old in self._tables[_TABLES_KEPT - 1 :]:
+            self._keep_count(old)
         self._tables = [table, *self._tables[: _TABLES_KEPT - 1]]
         return table
+
+    def _keep_count(self, table: StepTable) -> None:
+        """Before a table goes: the steps that its device skipped, without waiting for them."""
+        skipped = table.table.skipped
+        if skipped is not None:
+            self._skipped = self._skipped + skipped.clone()
+
+    @property
+    def skipped_steps(self) -> int:
+        """Steps that ``nonfinite="skip"`` did not take. Waits for the device."""
+        counts = (t.table.skipped for t in (*self._tables, *self._captured))
+        return int(self._skipped) + sum(int(c) for c in counts if c is not None)
 
     # ---- what a step saw
 
@@ -191,10 +232,12 @@ class Optimizer(torch.optim.Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Also called by load_state_dict: what was cached describes the old state."""
-        skipped = state.get("skipped_steps", getattr(self, "skipped_steps", 0))
+        kept = {key: value for key, value in state.items() if key != "skipped_steps"}
+        skipped = state["skipped_steps"] if "skipped_steps" in state else int(self.skipped_steps)
+        captured = getattr(self, "_captured", [])
         self._begin()
-        super().__setstate__(state)
-        self.skipped_steps = skipped
+        super().__setstate__(kept)
+        self._skipped, self._captured = skipped, captured
         self._complete = True
         for group in self.param_groups:
             for name, default in self.defaults.items():

@@ -1,0 +1,24 @@
+// One optimizer's table on one device, and the launches of a step.
+#pragma once
+
+#include "cuda/job.h"
+#include "device/plan.h"
+
+namespace gradfused::cuda {
+
+class Table : public device::Plan {
+ public:
+  using Plan::Plan;
+
+  // grad_scale and found_inf are float32 scalars in device memory, or null.
+  void stats(int device, void* stream, const float* grad_scale, const float* found_inf);
+  void apply(int device, void* stream, const float* grad_scale, const float* found_inf);
+
+ private:
+  void upload(int device, void* stream);
+
+  void* stream_ = nullptr;
+  bool stream_checked_ = false;
+};
+
+}  // namespace gradfused::cuda

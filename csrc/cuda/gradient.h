@@ -1,0 +1,137 @@
+// A unit's gradient, or a piece of a row's, as the threads that share it read it: from memory once, afterwards from the tile if it fits.
+// Each thread finds in the tile what it put there itself, so no barrier is needed.
+#pragma once
+
+#include "cuda/access.h"
+#include "cuda/group.h"
+#include "math/transforms.h"
+
+namespace gradfused::cuda {
+namespace {
+
+// Sums of squares are taken in T and again in float64 where T could overflow or lose small values.
+template <int kCount, class T> __device__ __forceinline__ double sum_squares(const T* x) {
+  T sum = 0;
+#pragma unroll
+  for (int k = 0; k < kCount; ++k) sum += x[k] * x[k];
+  if (sizeof(T) == sizeof(double) || (sum > T(1e-30) && sum < T(1e36))) return double(sum);
+  double exact = 0;
+#pragma unroll
+  for (int k = 0; k < kCount; ++k) exact += double(x[k]) * double(x[k]);
+  return exact;
+}
+
+template <class A> struct Gradient {
+  using T = typename A::Compute;
+  using Pack = typename A::Pack;
+  static constexpr int width = A::width;
+
+  const Operand& operand;
+  const char* const data;
+  const int lane, lanes;  // this thread's place among those that share
+  char* const tile;       // the group's part of the block's
+  const T unscale;
+  typename A::Handle from{};
+  int count = 0;  // 0 where this group has nothing to do
+  bool held = false;
+
+  __device__ Gradient(const Operand& row, const char* address, int sharing, char* block_tile, double scale)
+      : operand(row),
+        data(address),
+        lane(int(threadIdx.x) % sharing),
+        lanes(sharing),
+        tile(block_tile + int(threadIdx.x) / sharing * sharing * (kTileBytes / kThreads)),
+        unscale(T(scale)) {}
+
+  __device__ __forceinline__ void open(int64_t at, int elements) {
+    from = A::handle(operand, data, at);
+    count = elements;
+    held = false;
+  }
+
+  template <class F> __device__ __forceinline__ void for_each(F f) const {
+#pragma unroll 1
+    for (int i = lane * width; i < count; i += lanes * width) f(i);
+  }
+
+  // f(i, pack) over an operand in memory, four loads under way at a time: one would leave half the bandwidth unused.
+  template <class F> __device__ __forceinline__ void for_each_of(const typename A::Handle& x, F f) const {
+    constexpr int kAhead = 4;
+    const int step = lanes * width;
+    int i = lane * width;
+#pragma unroll 1
+    for (; i + (kAhead - 1) * step < count; i += kAhead * step) {
+      Pack v[kAhead];
+#pragma unroll
+      for (int k = 0; k < kAhead; ++k) v[k] = A::load(x, i + k * step);
+#pragma unroll
+      for (int k = 0; k < kAhead; ++k) f(i + k * step, v[k]);
+    }
+#pragma unroll 1
+    for (; i < count; i += step) f(i, A::load(x, i));
+  }
+
+  // The tile as an array of what V is made of.
+  template <class V> __device__ __forceinline__ V& slot(int i) const { return *reinterpret_cast<V*>(tile + i * int(sizeof(V) / width)); }
+
+  __device__ __forceinline__ Pack read(int i) const { return held ? slot<Pack>(i) : A::load(from, i); }
+
+  __device__ __forceinline__ bool fits() const { return count <= lanes * (kTileBytes / kThreads) / int(sizeof(T)); }
+
+  // The sum of the unscaled gradient, known to all that share it. What fits is held from now on.
+  __device__ __forceinline__ double sum() {
+    const bool fitting = fits();
+    double total = 0;
+    for_each_of(from, [&](int i, const Pack& g) {
+      if (fitting) slot<Pack>(i) = g;
+      T part = 0;
+#pragma unroll
+      for (int k = 0; k < width; ++k) part += T(math::widen(g.at[k])) * unscale;
+      total += double(part);
+    });
+    held = fitting;
+    return sum_group(total, lanes);
+  }
+
+  // This thread's part of the centred sum of squares.
+  __device__ __forceinline__ double own_squares(T mean) const {
+    double total = 0;
+    const auto add = [&](int, const Pack& g) {
+      T x[width];
+#pragma unroll
+      for (int k = 0; k < width; ++k) x[k] = math::centred(T(math::widen(g.at[k])), unscale, mean);
+      total += sum_squares<width>(x);
+    };
+    if (held) {
+      for_each([&](int i) { add(i, slot<Pack>(i)); });
+    } else {
+      for_each_of(from, add);
+    }
+    return total;
+  }
+
+  // This thread's part of another operand's sum of squares over the same elements.
+  __device__ __forceinline__ double own_squares_of(const typename A::Handle& other) const {
+    double total = 0;
+    for_each_of(other, [&](int, const Pack& v) {
+      T x[width];
+#pragma unroll
+      for (int k = 0; k < width; ++k) x[k] = T(math::widen(v.at[k]));
+      total += sum_squares<width>(x);
+    });
+    return total;
+  }
+};
+
+// The chunks of this block: neighbours, so that a block seldom changes rows.
+struct Share {
+  int first, end;
+};
+__device__ __forceinline__ Share share_of(int count) {
+  return {int(int64_t(count) * blockIdx.x / gridDim.x), int(int64_t(count) * (blockIdx.x + 1) / gridDim.x)};
+}
+
+__device__ __forceinline__ double unscale_of(const Job& job) { return job.grad_scale ? 1.0 / double(*job.grad_scale) : 1.0; }
+
+}  // namespace
+}  // namespace gradfused::cuda

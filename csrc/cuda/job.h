@@ -1,0 +1,28 @@
+// What the kernels of a step are given: one table in device memory, cut into chunks.
+#pragma once
+
+#include "device/layout.h"
+
+namespace gradfused::cuda {
+
+using namespace device;
+
+// What a launch of the apply kernel does. The step counts and `first` of the rows are written when all its blocks are done.
+enum class Doing { step, rehearsal };
+
+// The launches. A stream is a cudaStream_t, of the device.
+using Launch = void (*)(const Job&, Doing, int device, void* stream);
+#define GRADFUSED_RULE(name, type, family)                                 \
+  void apply_##family##_lean(const Job&, Doing, int device, void* stream); \
+  void apply_##family##_full(const Job&, Doing, int device, void* stream);
+#include "rules.def"
+#undef GRADFUSED_RULE
+void launch_stats(const Job& job, int device, void* stream);
+
+// Writes host memory to device memory through a kernel's arguments: the host's copy is free at once, and a captured graph keeps the bytes.
+void launch_patch(void* to, const void* from, size_t bytes, int device, void* stream);
+
+// Raises std::invalid_argument if the stream is another device's.
+void check_stream(int device, void* stream);
+
+}  // namespace gradfused::cuda

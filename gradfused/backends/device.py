@@ -1,0 +1,166 @@
+"""What the backends with a table in device memory share: a part per device, its image, scaling, the watch between steps."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Sequence
+from types import ModuleType
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from . import native as natives
+from .base import BackendTable, Row, Scaling, Settings
+
+
+def current_stream(device: torch.device) -> int:
+    """The address of the current stream."""
+    return torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+
+
+def checked(scalar: Tensor | None, device: torch.device) -> Tensor | None:
+    """A one-element float32 tensor that is known to lie on ``device``, or None."""
+    if scalar is not None and (scalar.device != device or scalar.dtype != torch.float32):
+        raise ValueError(
+            f"grad_scale and found_inf: expected float32 on {device}, got {scalar.dtype} on {scalar.device}"
+        )
+    return scalar
+
+
+class Part(ABC):
+    """The rows of one device. It knows all rows, so that norms can be shared, but has elements only of its own."""
+
+    def __init__(
+        self, device: torch.device, rows: Sequence[Row], own: Sequence[bool], settings: Sequence[Settings]
+    ) -> None:
+        self.device = device
+        self.own = torch.tensor([i for i, mine in enumerate(own) if mine], dtype=torch.int64, device=device)
+        self.sums = torch.zeros(len(rows), dtype=torch.float64, device=device)
+        self.skipped = torch.zeros((), dtype=torch.float64, device=device)
+        self.native = self.make(len(settings))
+        self._known: list[Settings | None] = [None] * len(settings)
+        self.configure(settings)
+        for row, mine in zip(rows, own, strict=True):
+            natives.add_row(self.native, row, settings[row.group], numel=None if mine else 0)
+        self.image = self._uploaded()
+        self._stream = current_stream(device)
+
+    @staticmethod
+    @abstractmethod
+    def module() -> ModuleType:
+        """The compiled module whose table this is."""
+
+    @abstractmethod
+    def make(self, groups: int) -> Any:
+        """An empty native table."""
+
+    @abstractmethod
+    def stats(self, scaling: Scaling) -> None:
+        """See BackendTable."""
+
+    @abstractmethod
+    def apply(self, scaling: Scaling) -> None:
+        """See BackendTable."""
+
+    def _uploaded(self) -> Tensor:
+        """The table in device memory, aligned to 256 bytes."""
+        memory = torch.empty(self.native.bytes() + 256, dtype=torch.uint8, device=self.device)
+        image = memory[-memory.data_ptr() % 256 :]
+        packed = torch.empty(self.native.packed_bytes(), dtype=torch.uint8)
+        self.native.pack(packed.data_ptr(), image.data_ptr(), self.sums.data_ptr(), self.skipped.data_ptr())
+        image[: packed.numel()].copy_(packed)
+        return image
+
+    def configure(self, settings: Sequence[Settings]) -> None:
+        """See BackendTable."""
+        changed = natives.configure(self.module(), self.native, self._known, settings)
+        for i, new in enumerate(settings):
+            lr = new.lr_tensor
+            if lr is not None and lr.device == self.device:
+                self.native.lr_from(i, lr.data_ptr(), natives.DTYPES[lr.dtype])
+            elif changed:
+                self.native.lr_from(i, 0, "float32")
+        if changed:
+            self.native.reconfigured()
+        self._known = list(settings)
+
+    def where(self) -> tuple[torch.device, int]:
+        """The device and its current stream, on which the table's memory is in use from now on."""
+        stream = current_stream(self.device)
+        # A captured table lives as long as its graph may.
+        if stream != self._stream and not torch.cuda.is_current_stream_capturing():
+            for t in (self.image, self.sums, self.skipped):
+                t.record_stream(torch.cuda.current_stream(self.device))
+            self._stream = stream
+        return self.device, stream
+
+
+class DeviceTable(BackendTable):
+    """Rows in device memory. Nothing of a step waits for the device."""
+
+    on_device = True
+    part: ClassVar[type[Part]]
+
+    def __init__(self, rows: Sequence[Row], settings: Sequence[Settings]) -> None:
+        super().__init__(rows, settings)
+        owners = self._owners(rows)
+        self._parts = [
+            self.part(rows[owners.index(key)].param.device, rows, [o == key for o in owners], settings)
+            for key in dict.fromkeys(owners)
+        ]
+        self._watch: Any = None
+
+    @staticmethod
+    def _owners(rows: Sequence[Row]) -> list[Any]:
+        """Whose part each row is."""
+        return [row.param.device for row in rows]
+
+    @classmethod
+    def step_device(cls, p: Tensor) -> torch.device:
+        return p.device
+
+    def configure(self, settings: Sequence[Settings]) -> None:
+        for part in self._parts:
+            part.configure(settings)
+        super().configure(settings)
+
+    def watch(self, rows: Sequence[Row], groups: list[dict[str, Any]], state: dict[Any, Any]) -> None:
+        self._watch = natives.watch(self.part.module(), rows, groups, state)
+
+    def refresh(self, groups: list[dict[str, Any]], state: dict[Any, Any]) -> bool:
+        return self._watch is not None and all(self._watch.refresh(groups, state, p.native) for p in self._parts)
+
+    @property
+    def needs_stats(self) -> bool:
+        return any(part.native.needs_stats() for part in self._parts)
+
+    @property
+    def skipped(self) -> Tensor | None:
+        return self._parts[0].skipped if self._parts else None
+
+    def stats(self, scaling: Scaling) -> None:
+        for part in self._parts:
+            part.stats(scaling.on(part.device))
+        if len(self._parts) > 1:
+            self._share(self._parts)
+
+    def apply(self, scaling: Scaling) -> bool:
+        for part in self._parts:
+            part.apply(scaling.on(part.device))
+        return True
+
+    @staticmethod
+    def _share(parts: Iterable[Part]) -> None:
+        """Give every part the sums of the others' rows."""
+        found = [(part, part.sums[part.own]) for part in parts]
+        for part, _ in found:
+            for other, sums in found:
+                if other is not part:
+                    part.sums[other.own.to(part.device)] = sums.to(part.device)
+
+    @property
+    def sums(self) -> Tensor:
+        if len(self._parts) > 1:
+            self._share(self._parts)
+        return self._parts[0].sums if self._parts else torch.zeros(0, dtype=torch.float64)
