@@ -9,10 +9,13 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
+import pytest
 import torch
+from cuda_emulator import build
 from torch import Tensor
 
 import gradfused
+from gradfused.backends import cuda, triton
 
 Shape = tuple[int, ...]
 Options = Mapping[str, Any]
@@ -208,8 +211,8 @@ LAYOUTS: dict[str, tuple[Place, Place]] = {
 
 def guards_intact(t: Tensor) -> bool:
     """Whether whatever lies around the elements of ``t`` in its storage is NaN still."""
-    storage = torch.empty(0, dtype=t.dtype).set_(t.untyped_storage())
-    inside = torch.zeros(storage.numel(), dtype=torch.bool)
+    storage = torch.empty(0, dtype=t.dtype, device=t.device).set_(t.untyped_storage())
+    inside = torch.zeros(storage.numel(), dtype=torch.bool, device=t.device)
     inside.as_strided(t.shape, t.stride(), t.storage_offset()).fill_(True)
     return bool(storage[~inside].isnan().all())
 
@@ -243,6 +246,23 @@ def can_mix_dtypes() -> bool:
     return hasattr(torch.Tensor, "grad_dtype")
 
 
+def device_of(backend: str) -> str:
+    """Where a backend's tests put their tensors: the GPU, where its kernels run there and not only emulated or interpreted."""
+    on_gpu = backend == "cuda" and cuda.availability().usable and not cuda.native().EMULATED
+    on_gpu |= backend == "triton" and triton.availability().usable and not triton.kernels().interpreted
+    return "cuda" if on_gpu else "cpu"
+
+
+#: CUDA's kernels under the emulator, for tests that make CPU tensors of their own.
+EMULATED_CUDA = pytest.param(
+    "cuda",
+    marks=[
+        pytest.mark.skipif(build.compiler() is None, reason="no C++ compiler: the emulator cannot be built"),
+        pytest.mark.skipif(device_of("cuda") != "cpu", reason="a GPU is here: it has tests of its own"),
+    ],
+)
+
+
 class Run:
     """An optimizer over parameters with known values, and known gradients for each step.
 
@@ -274,8 +294,9 @@ class Run:
         self.repeats = layout == "expanded-gradient"
         place_param, place_grad = (contiguous, contiguous) if exact else LAYOUTS[layout]
         stored, grad_stored = (torch.float64, torch.float64) if exact else (self.dtype, self.grad_dtype)
-        self.params = [torch.nn.Parameter(place_param(s, stored)) for s in shapes]
-        self.grads = [place_grad(s, grad_stored) for s in shapes]
+        with torch.device(device_of(backend)):
+            self.params = [torch.nn.Parameter(place_param(s, stored)) for s in shapes]
+            self.grads = [place_grad(s, grad_stored) for s in shapes]
         for i, (p, g) in enumerate(zip(self.params, self.grads, strict=True)):
             p.data.copy_(values(p.shape, i, -1).to(self.dtype))
             if g.dtype != p.dtype:
@@ -317,7 +338,7 @@ class Run:
 
     def outcome(self) -> dict[str, Tensor]:
         """Copies of parameters and state in float64, which holds every dtype exactly."""
-        return {name: t.double().clone(memory_format=torch.contiguous_format) for name, t in self.tensors()}
+        return {name: t.double().cpu().clone(memory_format=torch.contiguous_format) for name, t in self.tensors()}
 
     def guards_intact(self) -> bool:
         return all(map(guards_intact, [p.detach() for p in self.params])) and all(

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
-from cases import CASES, RECIPES, Case, Options, Run, assert_close, assert_same_bits
+import triton_interpreter
+from cases import CASES, DTYPES, RECIPES, Case, Options, Run, assert_close, assert_same_bits, device_of
 
 import gradfused
-from gradfused.backends import availability, cpu
+from gradfused.backends import availability, cpu, cuda, triton
 
 pytestmark = [
     pytest.mark.kernels,
@@ -18,12 +20,25 @@ pytestmark = [
 ]
 
 
-def boundaries() -> list[int]:
+needs_triton = pytest.mark.skipif(not triton_interpreter.RUNS, reason=str(triton.availability().reason))
+
+
+def lengths(*cuts: int) -> list[int]:
     """Every length at which a row is worked on differently, less one, itself and one more."""
-    if not availability()["cpu"].usable:
-        return []
-    native = cpu.native()
-    return [n + d for n in (native.BLOCK, native.UNIT_MAX, native.CHUNK) for d in (-1, 0, 1)]
+    return [n + d for n in cuts for d in (-1, 0, 1)]
+
+
+CPU_CUTS = (cpu.native().BLOCK, cpu.native().UNIT_MAX, cpu.native().CHUNK) if availability()["cpu"].usable else ()
+CUDA_CUTS = (1024, 8192, 65536)  # a warp's unit, a chunk, a block's unit
+TRITON_CUTS = (16, 128, 1024, 8192, 65536)  # units of each tile, a chunk, a block's unit
+LENGTHS = [("cpu", n) for n in lengths(*CPU_CUTS)] + [("cuda", n) for n in lengths(*CUDA_CUTS)]
+TRITON_LENGTHS = [pytest.param("triton", n, marks=needs_triton) for n in lengths(*TRITON_CUTS)]
+
+
+@pytest.mark.parametrize("backend", ["cuda"])
+def test_the_cuts_are_the_kernels(backend: str) -> None:
+    native = cuda.native()
+    assert (native.WARP_UNIT, native.CHUNK, native.BLOCK_UNIT) == CUDA_CUTS
 
 
 # The usual eps of 1e-8 turns a rounding error into a whole step where noise and gradient cancel: once in some 10000 elements.
@@ -56,39 +71,58 @@ FORMS = {
 }
 
 
-def check(case: Case, recipe: Options, shapes: list[tuple[int, ...]], steps: int = 2, **how: Any) -> None:
-    def run(backend: str, exact: bool) -> dict[str, torch.Tensor]:
-        return Run(case, recipe, shapes, backend=backend, exact=exact, **how).step(steps).outcome()
+def run_of(
+    case: Case, recipe: Options, shapes: list[tuple[int, ...]], backend: str, steps: int = 2, **how: Any
+) -> dict[str, torch.Tensor]:
+    return Run(case, recipe, shapes, backend=backend, **how).step(steps).outcome()
 
-    assert_close(run("cpu", False), run("reference", True), 1.3e-6, 1e-5, lambda: run("reference", False))
+
+def check(
+    case: Case, recipe: Options, shapes: list[tuple[int, ...]], steps: int = 2, backend: str = "cpu", **how: Any
+) -> None:
+    run = partial(run_of, case, recipe, shapes, steps=steps, **how)
+    assert_close(run(backend), run("reference", exact=True), 1.3e-6, 1e-5, lambda: run("reference"))
 
 
 @pytest.mark.parametrize("recipe", BOUNDARY_RECIPES)
 @pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("size", boundaries())
-def test_boundaries(size: int, form: str, recipe: str) -> None:
-    check(ADAM, BOUNDARY_RECIPES[recipe], FORMS[form](size))
+@pytest.mark.parametrize(("backend", "size"), LENGTHS + TRITON_LENGTHS)
+def test_boundaries(backend: str, size: int, form: str, recipe: str) -> None:
+    check(ADAM, BOUNDARY_RECIPES[recipe], FORMS[form](size), backend=backend)
 
 
 @pytest.mark.parametrize("recipe", ["unit-mean-clip", "decayed", "agc", "full"])
 @pytest.mark.parametrize("layout", ["transposed-parameter", "view", "padded-rows"])
-@pytest.mark.parametrize("size", boundaries()[3:6])
-def test_boundaries_of_copied_operands(size: int, layout: str, recipe: str) -> None:
-    check(CASES["sgd-momentum"], BOUNDARY_RECIPES[recipe], [(2, size)], layout=layout)
+@pytest.mark.parametrize(("backend", "size"), LENGTHS[3:6] + LENGTHS[-9:-6] + LENGTHS[-3:])
+def test_boundaries_of_copied_operands(backend: str, size: int, layout: str, recipe: str) -> None:
+    check(CASES["sgd-momentum"], BOUNDARY_RECIPES[recipe], [(2, size)], layout=layout, backend=backend)
 
 
+@pytest.mark.parametrize("backend", ["cuda"])
+@pytest.mark.parametrize("dtype", ["float64", "float16", "bfloat16"])
+@pytest.mark.parametrize("recipe", ["unit-mean-clip", "decayed", "agc", "full"])
+@pytest.mark.parametrize("size", [504, 512, 520, 1016, 1024, 1032, 4096, 4104, 8200])
+def test_boundaries_of_packed_dtypes(size: int, recipe: str, dtype: str, backend: str) -> None:
+    """How much of a unit fits the tile, and how many threads share it, depends on the dtype."""
+    yardstick = partial(run_of, CASES["sgd-momentum"], BOUNDARY_RECIPES[recipe], [(3, size)], dtype=DTYPES[dtype])
+    rtol, atol = (1e-11, 1e-6) if dtype == "float64" else (0.0, 1e-7)
+    assert_close(yardstick(backend), yardstick("reference", exact=True), rtol, atol, lambda: yardstick("reference"))
+
+
+@pytest.mark.parametrize("backend", ["cpu", "cuda"])
 @pytest.mark.parametrize("recipe", ["unit-mean", "agc"])
 @pytest.mark.parametrize("length", [1, 2, 3, 7, 8, 15, 16, 17, 63, 64, 65])
 @pytest.mark.parametrize("units", [1, 7, 8, 9, 1025])
-def test_short_units(units: int, length: int, recipe: str) -> None:
-    check(CASES["sgd-momentum"], BOUNDARY_RECIPES[recipe], [(units, length)])
+def test_short_units(units: int, length: int, recipe: str, backend: str) -> None:
+    check(CASES["sgd-momentum"], BOUNDARY_RECIPES[recipe], [(units, length)], backend=backend)
 
 
+@pytest.mark.parametrize("backend", ["cpu", "cuda", pytest.param("triton", marks=needs_triton)])
 @pytest.mark.parametrize("begin", [1, 2, 3])
-def test_noise_of_units_that_begin_within_a_counter(begin: int) -> None:
+def test_noise_of_units_that_begin_within_a_counter(begin: int, backend: str) -> None:
     """Four elements share a counter; units of odd length begin anywhere in it."""
     recipe = {"centralize": True, "noise": 0.2, "perturb": "clip", "norm_scope": "unit"}
-    check(CASES["sgd"], recipe, [(9, begin), (300, 4 + begin), (3, 1024 + begin)])
+    check(CASES["sgd"], recipe, [(9, begin), (300, 4 + begin), (3, 1024 + begin)], backend=backend)
 
 
 # ---- gradients that are not finite
@@ -124,15 +158,18 @@ def plant(run: Run, tensor: str, place: str, value: float) -> None:
 
 @everywhere
 @pytest.mark.parametrize("recipe", SKIPPING)
-@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.parametrize("backend", ["cpu", "cuda", "reference"])
 def test_skip_changes_nothing(tensor: str, place: str, value: float, recipe: str, backend: str) -> None:
     run = Run(CASES["adamw"], SKIPPING[recipe] | {"nonfinite": "skip"}, SHAPES, backend=backend)
     before = run.outcome()
     plant(run, tensor, place, value)
     run.optimizer.step()
     assert run.optimizer.skipped_steps == 1
-    assert_same_bits(run.outcome(), before)
-    assert not any(run.optimizer.state.get(p) for p in run.params), "state was created"
+    after = run.outcome()
+    assert_same_bits({name: after[name] for name in before}, before)
+    created = [t for p in run.params for t in run.optimizer.state.get(p, {}).values()]
+    assert not any(t.any() for t in created)
+    assert not created or backend == "cuda", "state was created"  # there the host does not know
 
     before = run.step(2).outcome()
     assert all(float(run.optimizer.state[p]["step"]) == 2 for p in run.params)
@@ -142,7 +179,7 @@ def test_skip_changes_nothing(tensor: str, place: str, value: float, recipe: str
     assert_same_bits(run.outcome(), before)
 
 
-@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.parametrize("backend", ["cpu", "cuda", "reference"])
 def test_after_a_skip_steps_go_on_as_if_it_had_not_been(backend: str) -> None:
     recipe = RECIPES["full"] | {"nonfinite": "skip"}
     smooth, bumpy = (Run(CASES["adam"], recipe, SHAPES, backend=backend).step(2) for _ in range(2))
@@ -153,10 +190,13 @@ def test_after_a_skip_steps_go_on_as_if_it_had_not_been(backend: str) -> None:
 
 @everywhere
 @pytest.mark.parametrize("recipe", [*SKIPPING])
-def test_propagate_spreads_as_in_the_reference(tensor: str, place: str, value: float, recipe: str) -> None:
+@pytest.mark.parametrize("backend", ["cpu", "cuda"])
+def test_propagate_spreads_as_in_the_reference(
+    tensor: str, place: str, value: float, recipe: str, backend: str
+) -> None:
     outcomes = []
-    for backend in ("cpu", "reference"):
-        run = Run(CASES["adamw"], SKIPPING[recipe] | {"nonfinite": "propagate"}, SHAPES, backend=backend).step()
+    for b in (backend, "reference"):
+        run = Run(CASES["adamw"], SKIPPING[recipe] | {"nonfinite": "propagate"}, SHAPES, backend=b).step()
         plant(run, tensor, place, value)
         run.optimizer.step()
         assert run.optimizer.skipped_steps == 0
@@ -168,9 +208,10 @@ def test_propagate_spreads_as_in_the_reference(tensor: str, place: str, value: f
 
 @everywhere
 @pytest.mark.parametrize("case", ["sgd", "sgd-momentum", "adam-amsgrad", "adamw"])
-def test_propagate_is_torchs(tensor: str, place: str, value: float, case: str) -> None:
+@pytest.mark.parametrize("backend", ["cpu", "cuda"])
+def test_propagate_is_torchs(tensor: str, place: str, value: float, case: str, backend: str) -> None:
     """Which elements become inf or nan is torch's affair, and ours alike."""
-    ours = Run(CASES[case], {"backend": "cpu"}, SHAPES).step()
+    ours = Run(CASES[case], {}, SHAPES, backend=backend).step()
     theirs = [p.detach().clone() for p in ours.params]
     optimizer = getattr(torch.optim, CASES[case].optimizer)(theirs, **CASES[case].options)
     theirs_before = [p.clone() for p in theirs]
@@ -185,11 +226,12 @@ def test_propagate_is_torchs(tensor: str, place: str, value: float, case: str) -
         assert not torch.equal(p, before)
 
 
-@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.parametrize("backend", ["cpu", "cuda", "reference"])
 @pytest.mark.parametrize(("group", "skipped"), [(0, 1), (1, 0)])
 def test_only_guarded_groups_skip(group: int, skipped: int, backend: str) -> None:
     """One group that asks for it stops the whole step; a group that does not ask lets the value through."""
-    params = [torch.nn.Parameter(torch.ones(3, 2)) for _ in range(2)]
+    device = device_of(backend)
+    params = [torch.nn.Parameter(torch.ones(3, 2, device=device)) for _ in range(2)]
     optimizer = gradfused.SGD(
         [{"params": params[:1], "nonfinite": "skip"}, {"params": params[1:]}],
         lr=0.1,
@@ -197,23 +239,24 @@ def test_only_guarded_groups_skip(group: int, skipped: int, backend: str) -> Non
         backend=backend,
     )
     for p in params:
-        p.grad = torch.ones(3, 2)
+        p.grad = torch.ones(3, 2, device=device)
     params[group].grad[1, 1] = math.nan
     optimizer.step()
     assert optimizer.skipped_steps == skipped
-    changed = [not torch.equal(p, torch.ones(3, 2)) for p in params]
+    changed = [not torch.equal(p.cpu(), torch.ones(3, 2)) for p in params]
     assert changed == [not skipped] * 2
 
 
-@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.parametrize("backend", ["cpu", "cuda", "reference"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_huge_gradients_are_finite(dtype: torch.dtype, backend: str) -> None:
     """Their squares overflow float32, and are no reason to skip."""
-    p = torch.nn.Parameter(torch.ones(40, 30, dtype=dtype))
+    device = device_of(backend)
+    p = torch.nn.Parameter(torch.ones(40, 30, dtype=dtype, device=device))
     optimizer = gradfused.SGD([p], lr=0.1, weight_decay=0.1, clip_norm=1.0, nonfinite="skip", backend=backend)
-    p.grad = torch.full((40, 30), 1e20, dtype=dtype)
+    p.grad = torch.full((40, 30), 1e20, dtype=dtype, device=device)
     optimizer.step()
     assert optimizer.skipped_steps == 0
-    torch.testing.assert_close(optimizer.grad_norm, torch.tensor(1e20 * math.sqrt(1200), dtype=torch.float64))
+    torch.testing.assert_close(optimizer.grad_norm.cpu(), torch.tensor(1e20 * math.sqrt(1200), dtype=torch.float64))
     expected = 1 - 0.1 * (1 / math.sqrt(1200) + 0.1)
     torch.testing.assert_close(p.detach(), torch.full_like(p, expected))

@@ -16,6 +16,7 @@ import torch
 from cases import (
     CASES,
     DTYPES,
+    EMULATED_CUDA,
     FEW_CASES,
     FEW_RECIPES,
     LAYOUTS,
@@ -211,6 +212,20 @@ def test_noise_is_the_same_on_every_backend(steps: int) -> None:
     sigma = (NOISE["noise"] / steps ** NOISE["noise_decay"]) ** 0.5
     torch.testing.assert_close(ours.double() / sigma, theirs / sigma, rtol=0, atol=2e-6)
     assert not torch.equal(ours[0], ours[1])
+
+
+@pytest.mark.parametrize("backend", [EMULATED_CUDA])
+@pytest.mark.parametrize("layout", ["contiguous", "view"])
+def test_cuda_draws_the_same_bits(layout: str, backend: str) -> None:
+    assert torch.equal(draw(backend, layout, 3), draw("cpu", steps=3))
+
+
+@pytest.mark.parametrize("backend", [EMULATED_CUDA])
+@pytest.mark.parametrize("recipe", ["plain", "reverse", "clip-value", "noise"])
+@pytest.mark.parametrize("case", FEW_CASES)
+def test_cuda_and_cpu_round_alike(case: str, recipe: str, backend: str) -> None:
+    """Whatever needs no sums, whose order differs."""
+    assert_same_bits(outcome(case, recipe, backend=backend), outcome(case, recipe, backend="cpu"))
 
 
 def test_noise_of_long_tensors_is_the_same_on_every_backend() -> None:

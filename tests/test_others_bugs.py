@@ -1,4 +1,4 @@
-"""What others get wrong (BASELINES.md), each as a test of what is right."""
+"""What others get wrong, each as a test of what is right."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from cases import EMULATED_CUDA
 from torch import Tensor
 
 import gradfused
@@ -18,7 +19,7 @@ BACKENDS = [
         name, marks=pytest.mark.skipif(not availability()[name].usable, reason=str(availability()[name].reason))
     )
     for name in ("cpu", "reference")
-]
+] + [EMULATED_CUDA]
 backends = pytest.mark.parametrize("backend", BACKENDS)
 
 OPTIMIZERS = [

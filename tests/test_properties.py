@@ -7,7 +7,7 @@ from typing import Any
 import hypothesis.strategies as st
 import pytest
 import torch
-from cases import assert_close, guards_intact
+from cases import EMULATED_CUDA, assert_close, guards_intact
 from hypothesis import given, settings
 from torch import Tensor
 
@@ -115,7 +115,9 @@ def pair(shape: tuple[int, ...], of_param: Layout, of_grad: Layout, dtype: torch
 
 @settings(max_examples=150)
 @given(parameters(), optimizers, recipes, st.integers(1, 4), st.sampled_from([torch.float32, torch.float64]))
+@pytest.mark.parametrize("backend", ["cpu", EMULATED_CUDA])
 def test_kernels_follow_the_oracle(
+    backend: str,
     specs: list[tuple[tuple[int, ...], Layout, Layout]],
     optimizer: tuple[str, dict[str, Any]],
     recipe: dict[str, Any],
@@ -139,7 +141,7 @@ def test_kernels_follow_the_oracle(
 
     atol = 2e-5 if recipe["noise"] or dtype == torch.float32 else 1e-10
     assert_close(
-        run("cpu", dtype, True),
+        run(backend, dtype, True),
         run("reference", torch.float64, False),
         1.3e-6,
         atol,
