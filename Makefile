@@ -3,21 +3,31 @@
 #   TORCH       which torch .venv and the wheel check get
 #   BENCH_ARGS  options of the benchmark
 #   MAX_JOBS    parallel compiles; default: the CPUs at hand
+#   OUT         where gpu-check leaves its logs
+#   STEPS       which steps gpu-check takes, as in "build bench"; default: all
+#   GRADFUSED_CUDA, GRADFUSED_CUDA_ARCHS   whether and for which GPUs to build CUDA: tools/nvcc.py
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 VENV ?= .venv
 BENCH_ARGS ?=
+OUT ?= build/gpu-check
+STEPS ?=
 
 PY := $(VENV)/bin/python
 READY := $(VENV)/.gradfused-ready
 
-.PHONY: bench test lint wheel wheel-check sanitize native clean
+.PHONY: bench test test-all lint wheel wheel-check sanitize gpu-check sass native clean
 
 bench: native
 	@$(PY) -m gradfused.bench $(BENCH_ARGS)
 
 test: native
 	@$(PY) -m pytest --cov --cov-fail-under=95
+
+# With the whole conformance suite on the Triton backend, interpreted, and every kernel compiled for every target: an hour.
+test-all: native
+	@$(PY) -m pytest --interpret-all
+	@$(PY) tools/check_triton.py --all
 
 lint: $(READY)
 	$(PY) -m ruff check .
@@ -34,7 +44,15 @@ wheel-check: $(READY)
 sanitize: $(READY)
 	@$(PY) tools/sanitize.py
 
-# The editable install compiled the module once; this is the incremental rebuild.
+# With the python3 that holds a torch with CUDA, and nothing installed: such machines may be offline.
+gpu-check:
+	@$(PYTHON) tools/gpu_check.py --out "$(OUT)" $(STEPS)
+
+# Registers, spills and access widths of the CUDA kernels, from their machine code: no GPU needed.
+sass: native
+	@$(PY) tools/check_sass.py
+
+# The editable install compiled the modules once; this is the incremental rebuild.
 native: $(READY)
 	@$(PY) setup.py --quiet build_ext --inplace
 

@@ -70,9 +70,6 @@ def test_availability():
     assert found["cpu"].usable
     assert found["cpu"].details["isa"] == cpu.isa()
     assert cpu.isa() in found["cpu"].details["isas"].split(", ")
-    for name in ("cuda", "triton"):
-        assert not found[name].usable
-        assert "backend='reference'" in found[name].reason
 
 
 @pytest.mark.usefixtures("_unbuilt")
@@ -147,14 +144,12 @@ def test_cpu_and_other_devices_mixed_run_on_the_reference():
     assert choose("auto", [*cpu_params(), *meta_params()]) is reference.Table
 
 
-@pytest.mark.parametrize("name", ["cuda", "triton"])
-def test_explicit_backend_that_cannot_run(name):
+@pytest.mark.parametrize(("name", "reason"), [("cuda", "CUDA"), ("triton", "needs ")])
+def test_explicit_backend_that_cannot_run(name, reason):
     model = small_model()
     opt = gradfused.AdamW(model.parameters(), backend=name)
     loss_of(model, 0).backward()
-    with refuses(
-        opt, RuntimeError, f"backend='{name}' cannot run", "no kernels in this version of gradfused", "backend='auto'"
-    ):
+    with refuses(opt, RuntimeError, f"backend='{name}' cannot run", reason, "backend='auto'"):
         opt.step()
     assert not any(states(opt))
     opt.param_groups[0]["backend"] = "auto"

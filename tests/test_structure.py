@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 import gradfused
-from gradfused.backends import availability, cpu, reference
+from gradfused.backends import availability, cpu, cuda, reference
 from gradfused.backends.base import Settings
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -26,6 +26,8 @@ needs_native = pytest.mark.skipif(not availability()["cpu"].usable, reason=str(a
 LAYERS: list[tuple[str, ...]] = [
     ("gradfused._version", "gradfused._cpu", "gradfused._cuda", "gradfused.triton_kernels"),
     ("gradfused.backends.base",),
+    ("gradfused.backends.native", "gradfused.backends.device"),
+    ("gradfused.backends.device",),
     ("gradfused.backends.reference", "gradfused.backends.cpu", "gradfused.backends.cuda", "gradfused.backends.triton"),
     ("gradfused.backends",),
     ("gradfused.options", "gradfused.table"),
@@ -86,7 +88,7 @@ def test_backends_know_no_optimizers(module: str) -> None:
 
 @pytest.mark.parametrize("path", sorted((ROOT / "triton_kernels").rglob("*.py")), ids=str)
 def test_triton_kernels_import_nothing_of_the_package(path: Path) -> None:
-    assert not [name for name in imports("triton_kernels", path) if name.split(".")[0] == "gradfused"]
+    assert not [name for name in imports(f"triton_kernels.{path.stem}", path) if name.split(".")[0] == "gradfused"]
 
 
 def test_the_build_does_not_import_torch() -> None:
@@ -101,7 +103,7 @@ def test_importing_the_package_imports_nothing_heavy() -> None:
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
     new = {name.split(".")[0] for name in run.stdout.split()}
     assert "gradfused" in new
-    assert not new & {"matplotlib", "rich", "sklearn", "pandas", "bench"}
+    assert not new & {"matplotlib", "rich", "sklearn", "pandas", "bench", "triton"}
     assert "gradfused.bench" not in run.stdout.split()
 
 
@@ -110,6 +112,7 @@ def test_importing_the_package_imports_nothing_heavy() -> None:
 SOURCES = sorted(p for p in (ROOT / "csrc").rglob("*") if p.suffix in (".h", ".cpp", ".cu", ".cuh"))
 ids = [p.relative_to(ROOT).as_posix() for p in SOURCES]
 C_HEADERS = {"cstdint", "cstring", "cmath", "cstddef"}
+DEVICE_HEADERS = {"cuda_bf16.h", "cuda_fp16.h"}  # where nvcc compiles
 
 
 def includes(path: Path) -> list[str]:
@@ -117,7 +120,7 @@ def includes(path: Path) -> list[str]:
 
 
 def test_there_are_sources() -> None:
-    assert {"math", "cpu"} <= {p.parent.name for p in SOURCES}
+    assert {"math", "cpu", "cuda", "device", "bind"} <= {p.parent.name for p in SOURCES}
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=ids)
@@ -128,7 +131,9 @@ def test_sources_know_nothing_of_torch(path: Path) -> None:
 @pytest.mark.parametrize("path", [p for p in SOURCES if p.parent.name == "math"], ids=lambda p: p.name)
 def test_math_includes_math_and_the_table_only(path: Path) -> None:
     for name in includes(path):
-        assert name in C_HEADERS or name == "table.h" or name.startswith("math/"), f"{path.name} includes {name}"
+        assert name in C_HEADERS | DEVICE_HEADERS or name == "table.h" or name.startswith("math/"), (
+            f"{path.name} includes {name}"
+        )
 
 
 def test_the_table_includes_nothing_of_ours_but_the_rules() -> None:
@@ -151,22 +156,23 @@ def reached(path: Path) -> set[str]:
 @pytest.mark.parametrize("path", sorted((ROOT / "csrc/cpu/kernels").glob("*.cpp")), ids=lambda p: p.name)
 def test_kernels_see_no_template_of_the_standard_library(path: Path) -> None:
     """A copy of one compiled for AVX-512 could be what the linker keeps for everybody."""
-    allowed = C_HEADERS | {"immintrin.h", "arm_neon.h", "rules.def"}
+    allowed = C_HEADERS | DEVICE_HEADERS | {"immintrin.h", "arm_neon.h", "rules.def"}
     ours = re.compile(r"(math|cpu)/[\w/]+\.h|table\.h")
     strangers = {name for name in reached(path) if name not in allowed and not ours.fullmatch(name)}
     assert not strangers
-    assert reached(path).isdisjoint({"cpu/engine.h", "cpu/threads.h", "cpu/isa.h", "cpu/watch.h"})
+    assert reached(path).isdisjoint({"cpu/engine.h", "cpu/threads.h", "cpu/isa.h", "rows.h"})
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=ids)
 def test_backends_in_cpp_do_not_know_each_other(path: Path) -> None:
-    other = {"cpu": "cuda/", "cuda": "cpu/"}.get(path.relative_to(ROOT / "csrc").parts[0])
-    assert other is None or not [name for name in includes(path) if name.startswith(other)]
+    others = {"cpu": ("cuda/",), "cuda": ("cpu/",), "device": ("cpu/", "cuda/", "bind/")}
+    mine = others.get(path.relative_to(ROOT / "csrc").parts[0], ())
+    assert not [name for name in includes(path) if name.startswith(mine or "/")]
 
 
 def test_only_bindings_know_python() -> None:
     knowing = {p.name for p in SOURCES if any(n.startswith("pybind11") or n == "Python.h" for n in reached(p))}
-    assert knowing <= {"bindings.cpp", "watch.cpp", "watch.h"}
+    assert knowing <= {"bindings.cpp", "common.h", "plan.h", "watch.cpp", "watch.h"}
 
 
 # ---- names in several places
@@ -181,16 +187,24 @@ def test_every_rule_has_an_oracle() -> None:
     assert set(rules_in_cpp()) == set(reference.RULES)
 
 
-@needs_native
-def test_every_rule_is_built() -> None:
-    assert cpu.native().rules() == rules_in_cpp()
+def test_every_rule_is_in_triton() -> None:
+    source = (ROOT / "triton_kernels/rules.py").read_text()
+    states = re.search(r"^STATES = (\{.*\})$", source, re.MULTILINE)
+    assert states is not None
+    assert set(ast.literal_eval(states[1])) == set(rules_in_cpp())
+    assert set(re.findall(r"RULE == at\.Rule_(\w+)", source)) == set(rules_in_cpp())
+
+
+@pytest.mark.parametrize("backend", ["cpu", "cuda"])
+def test_every_rule_is_built(backend: str) -> None:
+    assert {"cpu": cpu, "cuda": cuda}[backend].native().rules() == rules_in_cpp()
 
 
 @needs_native
 def test_settings_are_what_a_kernel_reads() -> None:
     names = {f.name for f in fields(Settings)}
     properties = {name for name in dir(cpu.native().Hyper) if not name.startswith("_")}
-    assert names == properties
+    assert names - {"lr_tensor", "lr_address"} == properties
 
 
 @needs_native
@@ -198,12 +212,13 @@ def test_native_and_package_are_of_one_version() -> None:
     assert cpu.native().__version__ == gradfused.__version__
 
 
-@needs_native
-def test_the_stub_names_what_the_module_has() -> None:
-    tree = ast.parse((ROOT / "gradfused/_cpu.pyi").read_text())
+@pytest.mark.parametrize("backend", ["cpu", "cuda"])
+def test_the_stub_names_what_the_module_has(backend: str) -> None:
+    module = {"cpu": cpu, "cuda": cuda}[backend].native()
+    tree = ast.parse((ROOT / f"gradfused/_{backend}.pyi").read_text())
     declared = {n.name for n in tree.body if isinstance(n, (ast.FunctionDef, ast.ClassDef))}
     declared |= {n.target.id for n in tree.body if isinstance(n, ast.AnnAssign) and isinstance(n.target, ast.Name)}
-    assert declared == {n for n in dir(cpu.native()) if not n.startswith("__")} | {"__version__"}
+    assert declared == {n for n in dir(module) if not n.startswith("_")} | {"__version__"}
 
 
 def test_the_package_is_typed() -> None:

@@ -9,37 +9,42 @@ from functools import cache
 
 from torch import Tensor
 
-from . import cpu, reference
-from .base import Availability, BackendTable, Row, Settings
+from . import cpu, cuda, reference, triton
+from .base import Availability, BackendTable, Row, Scaling, Settings
 
-__all__ = ["NAMES", "Availability", "BackendTable", "Row", "Settings", "availability", "choose"]
+__all__ = ["NAMES", "Availability", "BackendTable", "Row", "Scaling", "Settings", "availability", "choose"]
 
 NAMES = ("auto", "cuda", "cpu", "triton", "reference")
-_TABLES: dict[str, type[BackendTable]] = {"cpu": cpu.Table, "reference": reference.Table}
+_TABLES: dict[str, type[BackendTable]] = {
+    "cpu": cpu.Table,
+    "cuda": cuda.Table,
+    "triton": triton.Table,
+    "reference": reference.Table,
+}
+_REFUSALS = {"cpu": cpu.refusal, "cuda": cuda.refusal, "triton": triton.refusal}
 _log = logging.getLogger("gradfused")
 
 
 def availability() -> dict[str, Availability]:
     """Every backend with whether it runs here, and why not."""
-    missing = "has no kernels in this version of gradfused: use backend='reference' on a GPU"
     return {
         "cpu": cpu.availability(),
-        "cuda": Availability("cuda", missing),
-        "triton": Availability("triton", missing),
+        "cuda": cuda.availability(),
+        "triton": triton.availability(),
         "reference": Availability("reference"),
     }
 
 
 def _refusal(backend: Availability, tensors: Sequence[Tensor]) -> str | None:
     reason, name = backend.reason, backend.name
-    if reason is None and name == "cpu":
-        reason = next(filter(None, map(cpu.refusal, tensors)), None)
+    if reason is None and name in _REFUSALS:
+        reason = next(filter(None, map(_REFUSALS[name], tensors)), None)
     return reason
 
 
 @cache
-def _log_fallback(name: str, reason: str) -> None:
-    _log.warning("using the slower reference backend: '%s' %s", name, reason)
+def _log_fallback(taken: str, name: str, reason: str) -> None:
+    _log.warning("using the slower %s backend: '%s' %s", taken, name, reason)
 
 
 def choose(request: str, tensors: Sequence[Tensor]) -> type[BackendTable]:
@@ -66,9 +71,14 @@ def choose(request: str, tensors: Sequence[Tensor]) -> type[BackendTable]:
             raise RuntimeError(f"{source}='{request}' cannot run: {reason}; backend='auto' takes what can")
         return _TABLES[request]
     on_cpu = all(t.device.type == "cpu" for t in tensors)
+    refused: dict[str, str] = {}
+    taken = "reference"
     for name in ("cpu",) if on_cpu else ("cuda", "triton"):
         reason = _refusal(available[name], tensors)
         if reason is None:
-            return _TABLES[name]
-        _log_fallback(name, reason)
-    return _TABLES["reference"]
+            taken = name
+            break
+        refused[name] = reason
+    for name, reason in refused.items():
+        _log_fallback(taken, name, reason)
+    return _TABLES[taken]

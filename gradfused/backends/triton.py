@@ -1,0 +1,236 @@
+"""The Triton backend: gradfused.triton_kernels over the table that the CUDA backend uses, planned by gradfused._cpu.
+
+Triton is imported when it is first asked for, so that importing gradfused stays fast.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from importlib import import_module
+from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import cpu
+from . import native as natives
+from .base import WIDE_SCOPES, Availability, Row, Scaling, Settings
+from .device import DeviceTable, Part, checked
+
+OLDEST = (3, 3)
+
+# Elements of a tile, of 128 threads: eight a thread, one 16-byte access of a 16-bit dtype and two of float32, so that AdamW has
+# 128 bytes of reads under way a thread, 64 KiB a multiprocessor. AMD's warps are of 64 threads.
+TILE, THREADS = 1024, 128
+# Programs a multiprocessor, each of which takes its share of the chunks: as many as are resident, by the registers that
+# tools/check_triton.py reads, up to 96 in lean kernels and 128 in those with noise, norms by unit or late centring.
+LEAN_PROGRAMS, FULL_PROGRAMS = 5, 4
+# In the interpreter, where they run one after the other: more than one, so that what programs leave to each other is tried.
+INTERPRETED_PROGRAMS = 2
+
+
+@dataclass(frozen=True)
+class Kernels:
+    """The kernels, and what they were told of the table's layout."""
+
+    stats: Any
+    apply: Any
+    layout: int
+    interpreted: bool
+    bit: Any
+    longest: list[int]
+    states: dict[str, int]
+
+
+def missing() -> str | None:
+    """Why Triton's kernels cannot be loaded, or None."""
+    if not cpu.availability().usable:
+        return f"needs the compiled module that plans its tables: {cpu.availability().reason}"
+    if find_spec("triton") is None:
+        return "needs the triton package, which is not installed: python -m pip install triton"
+    try:
+        found = version("triton")
+    except PackageNotFoundError:  # triton-rocm, triton-xpu, a build of one's own
+        return None
+    if tuple(int(x) for x in found.split("+")[0].split(".")[:2]) < OLDEST:
+        return f"needs Triton {OLDEST[0]}.{OLDEST[1]} or later, found {found}: python -m pip install -U triton"
+    return None
+
+
+@cache
+def kernels() -> Kernels:
+    """The kernels, imported. Whether they are interpreted is decided now, by TRITON_INTERPRET."""
+    parts = {name: import_module(f"gradfused.triton_kernels.{name}") for name in ("layout", "chunk", "rules")}
+    number = parts["layout"].define(cpu.native().LAYOUT)
+    stats = import_module("gradfused.triton_kernels.stats").stats
+    apply = import_module("gradfused.triton_kernels.apply").apply
+    interpreted = bool(parts["layout"].INTERPRETED.value)
+    chunk = parts["chunk"]
+    return Kernels(stats, apply, number, interpreted, chunk.bit, list(chunk.LONGEST), parts["rules"].STATES)
+
+
+def interpreting() -> bool:
+    """Whether kernels run in Triton's interpreter, on CPU tensors."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def availability() -> Availability:
+    """Whether Triton is there and a GPU, or its interpreter, to run it on."""
+    reason = missing()
+    if reason is None and not interpreting() and not torch.cuda.is_available():
+        reason = "needs a GPU that this torch can use, or TRITON_INTERPRET=1 to try the kernels on CPU tensors"
+    details = {"interpreted": "by TRITON_INTERPRET=1"} if reason is None and interpreting() else {}
+    return Availability("triton", reason, details=details)
+
+
+def refusal(tensor: Tensor) -> str | None:
+    """Why this backend cannot work on a parameter or gradient, or None if it can."""
+    if interpreting():
+        return natives.refusal(tensor, "cpu")
+    return natives.refusal(tensor, "cuda")
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the kernels are compiled for, of rows and settings."""
+
+    centre: bool
+    wide: bool
+    by_unit: bool
+    late: bool
+    noise: bool
+    skip: bool
+    empty: bool
+    agc: bool
+
+    @classmethod
+    def of(cls, rows: Sequence[Row], own: Sequence[bool], settings: Sequence[Settings]) -> Options:
+        """Of a table's."""
+        where = [(row, settings[row.group]) for row in rows]
+        return cls(
+            centre=any(row.centre and s.centralize_at == "gradient" for row, s in where),
+            wide=any(s.scope in WIDE_SCOPES for _, s in where),
+            by_unit=any(s.scope == "unit" for _, s in where),
+            late=any(row.centre and s.centralize_at != "gradient" for row, s in where),
+            noise=any(s.noise > 0 for _, s in where),
+            skip=any(s.skip_nonfinite for _, s in where),
+            empty=any(not mine or row.param.numel() == 0 for row, mine in zip(rows, own, strict=True)),
+            agc=any(s.agc for _, s in where),
+        )
+
+    @property
+    def full(self) -> bool:
+        """Whether the kernel is one of those that take the most registers."""
+        return self.noise or self.by_unit or self.late
+
+    @property
+    def keywords(self) -> dict[str, bool]:
+        """As the apply kernel names them."""
+        return {
+            "CENTRE": self.centre,
+            "WIDE_NORMS": self.wide,
+            "UNIT_NORMS": self.by_unit,
+            "LATE": self.late,
+            "NOISE": self.noise,
+            "SKIP": self.skip,
+            "EMPTY": self.empty,
+        }
+
+
+def warps(amd: bool) -> int:
+    """Warps of a program."""
+    return THREADS // (64 if amd else 32)
+
+
+def launch_options(amd: bool) -> dict[str, Any]:
+    """What a launch is compiled with. Contraction is off, as in the other backends."""
+    return {"num_warps": warps(amd), "enable_fp_fusion": False}
+
+
+@cache
+def _processors(device: torch.device) -> int:
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)
+
+
+class _Part(Part):
+    def __init__(
+        self, device: torch.device, rows: Sequence[Row], own: Sequence[bool], settings: Sequence[Settings]
+    ) -> None:
+        self._kernels = kernels()
+        super().__init__(device, rows, own, settings)
+        self._options = Options.of(rows, own, settings)
+        self._pinned: list[Tensor] = []  # what a captured graph copies from at each replay
+        self._chosen = self._choose()
+
+    @staticmethod
+    def module() -> ModuleType:
+        return cpu.native()
+
+    def make(self, groups: int) -> Any:
+        return cpu.native().Plan(groups)
+
+    def _choose(self) -> tuple[int, int, dict[str, Any]]:
+        """Variants of the stats kernel and of the apply kernel, and the rules there are."""
+        known, found = self._kernels, self.native.variants(self._kernels.longest)
+        variants = stats = 0
+        for rule, access, tile in found:
+            variants |= known.bit(access, tile, rule)
+            stats |= known.bit(access, tile) | known.bit(access, 0)
+        names = cpu.native().rules()
+        states = sum(known.states[name] << (4 * i) for i, name in enumerate(names))
+        rules = 1 + max((rule for rule, _, _ in found), default=0)
+        return stats, variants, {"RULES": rules, "STATES": states, "VARIANTS": variants}
+
+    def _upload(self) -> None:
+        """Copy what changed since the last launch: addresses of gradients, options."""
+        patches = self.native.patches()
+        for at, data in patches:
+            host = torch.frombuffer(bytearray(data), dtype=torch.uint8)
+            if self.device.type == "cuda":
+                host = host.pin_memory()
+                if torch.cuda.is_current_stream_capturing():
+                    self._pinned.append(host)
+            start = at - self.image.data_ptr()
+            self.image[start : start + host.numel()].copy_(host, non_blocking=True)
+        if patches:
+            self._chosen = self._choose()
+
+    def _launch(self, kernel: Any, *arguments: Any, **constants: Any) -> None:
+        most = INTERPRETED_PROGRAMS
+        if self.device.type == "cuda":
+            most = (FULL_PROGRAMS if self._options.full else LEAN_PROGRAMS) * _processors(self.device)
+        grid = (max(1, min(self.native.chunks(), most)),)
+        constants |= {"SIZE": TILE, "LAYOUT": self._kernels.layout}
+        if self.device.type == "cuda":
+            with torch.cuda.device(self.device):
+                kernel[grid](
+                    self.image.data_ptr(), *arguments, **constants, **launch_options(torch.version.hip is not None)
+                )
+        else:
+            kernel[grid](self.image.data_ptr(), *arguments, **constants)
+
+    def stats(self, scaling: Scaling) -> None:
+        self.where()
+        self._upload()
+        scale = checked(scaling.grad_scale, self.device)
+        self._launch(self._kernels.stats, scale, VARIANTS=self._chosen[0], AGC=self._options.agc)
+
+    def apply(self, scaling: Scaling) -> None:
+        self.where()
+        self._upload()
+        scalars = checked(scaling.grad_scale, self.device), checked(scaling.found_inf, self.device)
+        constants = self._chosen[2] | self._options.keywords
+        for rehearsal in (True, False) if self.native.rehearses() else (False,):
+            self._launch(self._kernels.apply, *scalars, REHEARSAL=rehearsal, **constants)
+
+
+class Table(DeviceTable):
+    """Rows in device memory, stepped by Triton's kernels."""
+
+    part = _Part

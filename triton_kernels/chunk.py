@@ -1,0 +1,171 @@
+"""A chunk's way through a launch: tiles of (units, elements of each), whose shape fits the length of the units.
+
+A unit is walked in tiles of one width. There are five, so that a row of a tile is at least half used and loops are short:
+
+    tile   units of length        a tile
+    0      pieces, no units       1 x SIZE
+    1      up to 16               SIZE/8 x 8      8: one 16-byte access of a 16-bit dtype
+    2      up to 128              SIZE/32 x 32
+    3      up to 1024             SIZE/256 x 256
+    4      longer                 1 x SIZE
+
+Where elements are accessed one at a time a tile has a quarter of SIZE.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from . import layout as at
+from .access import ACCESSES, ANY, ANY_WIDE, load, read, read_bool
+
+LONGEST = (16, 128, 1024)
+LONGEST_0, LONGEST_1, LONGEST_2 = (tl.constexpr(n) for n in LONGEST)
+TILES = tl.constexpr(len(LONGEST) + 2)
+
+
+def bit(access: int, tile: int, rule: int = 0) -> int:
+    """The bit that stands for a kind of chunk in a kernel's VARIANTS: kind = (rule * ACCESSES + access) * TILES + tile."""
+    return 1 << ((rule * ACCESSES.value + access) * TILES.value + tile)
+
+
+@triton.jit
+def tile_of(length):
+    return 1 + (length > LONGEST_0).to(tl.int32) + (length > LONGEST_1).to(tl.int32) + (length > LONGEST_2).to(tl.int32)
+
+
+@triton.jit
+def access_of(row, grad, plain):
+    dtype = read(row + at.row_param + at.operand_dtype, tl.int8).to(tl.int32)
+    slow = tl.where(dtype == at.DType_float64, ANY_WIDE, ANY)
+    return tl.where(plain & (grad % 16 == 0), dtype, slow)
+
+
+@triton.jit
+def share(job):
+    """The chunks of this program: neighbours, so that a program seldom changes rows."""
+    count = read(job + at.job_chunk_count, tl.int32)
+    each = count // tl.num_programs(0)
+    more = count - each * tl.num_programs(0)
+    pid = tl.program_id(0)
+    first = pid * each + tl.minimum(pid, more)
+    return first, first + each + (pid < more).to(tl.int32)
+
+
+@triton.jit
+def chunk_at(job, index):
+    return read(job + at.job_chunks, tl.int64) + index * at.Chunk
+
+
+@triton.jit
+def grad_of(job, number):
+    return read(read(job + at.job_grads, tl.int64) + number.to(tl.int64) * 8, tl.int64)
+
+
+@triton.jit
+def unscale_of(grad_scale):
+    if grad_scale is None:
+        return tl.full([], 1.0, tl.float64)
+    else:
+        return 1.0 / tl.load(grad_scale).to(tl.float64)
+
+
+@triton.jit
+def sum_tiles(
+    ACCESS: tl.constexpr, operand, data, unscale, start, stride, inside, length, WIDTH: tl.constexpr, T: tl.constexpr
+):
+    """Each unit's sum, (units, 1) in float64."""
+    total = tl.zeros([inside.shape[0], WIDTH], tl.float64)
+    for k in range(0, length, WIDTH):
+        column = k + tl.arange(0, WIDTH)[None, :]
+        x = load(ACCESS, operand, data, start, stride + column, inside & (column < length), T)
+        total += (x * unscale).to(tl.float64)
+    return tl.sum(total, axis=1)[:, None]
+
+
+@triton.jit
+def square_tiles(
+    ACCESS: tl.constexpr,
+    operand,
+    data,
+    unscale,
+    mean,
+    start,
+    stride,
+    inside,
+    length,
+    WIDTH: tl.constexpr,
+    T: tl.constexpr,
+):
+    """Each unit's sum of squares around ``mean``, (units, 1) in float64: no gradient in float32 is too large for it."""
+    total = tl.zeros([inside.shape[0], WIDTH], tl.float64)
+    for k in range(0, length, WIDTH):
+        column = k + tl.arange(0, WIDTH)[None, :]
+        mask = inside & (column < length)
+        x = load(ACCESS, operand, data, start, stride + column, mask, T)
+        x = tl.where(mask, x * unscale - mean, 0.0).to(tl.float64)
+        total += x * x
+    return tl.sum(total, axis=1)[:, None]
+
+
+# ---- rows put together: every chunk has a slot of its own, and the program that finishes a row's last chunk adds them in order
+
+BLOCK = tl.constexpr(256)
+
+
+@triton.jit
+def sum_chunks(job, first, end, FIELD: tl.constexpr):
+    """The sum of a slot's field over chunks [first, end)."""
+    total = tl.zeros([BLOCK], tl.float64)
+    sums = read(job + at.job_sums, tl.int64) + FIELD
+    for base in range(first, end, BLOCK):
+        c = base + tl.arange(0, BLOCK)
+        total += tl.load((sums + c.to(tl.int64) * at.Sums).to(tl.pointer_type(tl.float64)), mask=c < end, other=0.0)
+    return tl.sum(total, axis=0)
+
+
+@triton.jit
+def squares_around(job, first, end, mean, CENTRED: tl.constexpr):
+    """The same of squares, moved from each chunk's mean to ``mean`` (Chan et al. 1979)."""
+    total = tl.zeros([BLOCK], tl.float64)
+    sums = read(job + at.job_sums, tl.int64)
+    chunks = read(job + at.job_chunks, tl.int64)
+    for base in range(first, end, BLOCK):
+        c = base + tl.arange(0, BLOCK)
+        mask = c < end
+        slot = sums + c.to(tl.int64) * at.Sums
+        squares = tl.load((slot + at.sums_squares).to(tl.pointer_type(tl.float64)), mask=mask, other=0.0)
+        if CENTRED:
+            n = tl.load(
+                (chunks + c.to(tl.int64) * at.Chunk + at.chunk_count).to(tl.pointer_type(tl.int32)), mask=mask, other=1
+            ).to(tl.float64)
+            sum = tl.load((slot + at.sums_sum).to(tl.pointer_type(tl.float64)), mask=mask, other=0.0)
+            off = tl.where(mask, sum / n - mean, 0.0)
+            squares += n * off * off
+        total += squares
+    return tl.sum(total, axis=0)
+
+
+@triton.jit
+def is_last(job, row, number):
+    """Whether this program has just finished the last chunk of a row, so that all of them can be read. Integers only."""
+    tl.debug_barrier()
+    ticket = read(job + at.job_tickets, tl.int64) + (number.to(tl.int64) + 1) * 4
+    chunks = read(row + at.row_chunk1, tl.int32) - read(row + at.row_chunk0, tl.int32)
+    last = tl.atomic_add(ticket.to(tl.pointer_type(tl.int32)), 1, sem="acq_rel") == chunks - 1
+    if last:
+        tl.store(ticket.to(tl.pointer_type(tl.int32)), 0)
+        tl.debug_barrier()
+    return last
+
+
+@triton.jit
+def write(address, value, T: tl.constexpr):
+    tl.store(address.to(tl.pointer_type(T)), value.to(T))
+
+
+@triton.jit
+def centred_at_gradient(row, hyper):
+    at_gradient = read(hyper + at.hyper_centralize_at, tl.int8) == at.Centre_gradient
+    return read_bool(row + at.row_centre) & at_gradient

@@ -1,0 +1,80 @@
+"""Counter-based normal noise: Philox4x32-10 (Salmon et al. 2011) and Box-Muller, word for word that of the other backends."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def philox(seed, quad, parameter, step):
+    """Four words for each counter (quad low, quad high, parameter, step)."""
+    c0 = quad.to(tl.uint32)
+    c1 = (quad >> 32).to(tl.uint32)
+    return tl.philox(seed, c0, c1, c0 * 0 + parameter.to(tl.uint32), c0 * 0 + step.to(tl.uint32))
+
+
+@triton.jit
+def uniform(word):
+    """23 random bits in the open interval (0, 1), exact in float32."""
+    return ((word >> 9).to(tl.int32).to(tl.float32) + 0.5) * 1.1920928955078125e-7
+
+
+@triton.jit
+def log_normal_range(x):
+    """ln(x) for normal positive x, by the polynomial of csrc/math/noise.h: every backend draws the same values."""
+    i = x.to(tl.int32, bitcast=True) - 0x3F3504F3
+    e = (i >> 23).to(tl.float32)
+    m = ((i & 0x007FFFFF) + 0x3F3504F3).to(tl.float32, bitcast=True) - 1.0
+    z = m * m
+    y = m * 7.0376836292e-2 - 1.1514610310e-1
+    y = y * m + 1.1676998740e-1
+    y = y * m - 1.2420140846e-1
+    y = y * m + 1.4249322787e-1
+    y = y * m - 1.6668057665e-1
+    y = y * m + 2.0000714765e-1
+    y = y * m - 2.4999993993e-1
+    y = y * m + 3.3333331174e-1
+    y = y * m * z + e * -2.12194440e-4
+    y = y - 0.5 * z
+    return m + y + e * 0.693359375
+
+
+@triton.jit
+def sincos_turns(u):
+    """Sine and cosine of 2 pi u for u in (0, 1)."""
+    q = (u * 4.0 + 0.5).to(tl.int32)
+    r = (u - q.to(tl.float32) * 0.25) * 6.283185307179586
+    z = r * r
+    sine = ((z * -1.9515295891e-4 + 8.3321608736e-3) * z - 1.6666654611e-1) * z * r + r
+    cosine = ((z * 2.443315711809948e-5 - 1.388731625493765e-3) * z + 4.166664568298827e-2) * z * z - 0.5 * z + 1.0
+    swap = (q & 1) != 0
+    a = tl.where(swap, cosine, sine)
+    b = tl.where(swap, sine, cosine)
+    return tl.where((q & 2) != 0, -a, a), tl.where(((q + 1) & 2) != 0, -b, b)
+
+
+@triton.jit
+def box_muller(a, b):
+    """Two words to two independent standard normal values."""
+    r = tl.sqrt_rn(log_normal_range(uniform(a)) * -2.0)
+    s, c = sincos_turns(uniform(b))
+    return r * c, r * s
+
+
+@triton.jit
+def draw_quads(seed, quad, parameter, step):
+    """The normal values of elements 4 quad to 4 quad + 3, neighbours along the last dim, which gets four times as long."""
+    w0, w1, w2, w3 = philox(seed, quad, parameter, step)
+    z0, z1 = box_muller(w0, w1)
+    z2, z3 = box_muller(w2, w3)
+    return tl.interleave(tl.interleave(z0, z2), tl.interleave(z1, z3))
+
+
+@triton.jit
+def draw(seed, i, parameter, step):
+    """The normal values of elements ``i``, wherever they begin: each draws the words of its quad."""
+    w0, w1, w2, w3 = philox(seed, i // 4, parameter, step)
+    late = (i & 2) != 0
+    z0, z1 = box_muller(tl.where(late, w2, w0), tl.where(late, w3, w1))
+    return tl.where((i & 1) != 0, z1, z0)

@@ -1,0 +1,153 @@
+"""The first launch of a step whose recipe has a wide norm: centred sums of squares of every row, means of long units."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from . import layout as at
+from .access import ACCESSES, ANY, ANY_WIDE, hyper_of, read, read_bool, rows_of
+from .chunk import (
+    TILES,
+    access_of,
+    centred_at_gradient,
+    chunk_at,
+    grad_of,
+    is_last,
+    share,
+    square_tiles,
+    squares_around,
+    sum_chunks,
+    sum_tiles,
+    tile_of,
+    unscale_of,
+    write,
+)
+
+
+@triton.jit
+def measure(
+    job, chunk, index, row, hyper, grad, unscale64,
+    KIND: tl.constexpr, SIZE: tl.constexpr, AGC: tl.constexpr,
+):  # fmt: skip
+    """Fill a chunk's slot."""
+    ACCESS: tl.constexpr = KIND // TILES
+    TILE: tl.constexpr = KIND - KIND // TILES * TILES
+    T: tl.constexpr = tl.float64 if ACCESS == at.DType_float64 or ACCESS == ANY_WIDE else tl.float32
+    PACK: tl.constexpr = (
+        4 if ACCESS == at.DType_float32 else 2 if ACCESS == at.DType_float64 else 8 if ACCESS < ANY else 1
+    )
+    # One at a time there are addresses to hold for each element: smaller tiles keep the launch's registers few.
+    SPAN: tl.constexpr = SIZE if ACCESS < ANY else SIZE // 4
+    WIDTH: tl.constexpr = 8 if TILE == 1 else 32 if TILE == 2 else 256 if TILE == 3 else SPAN
+    HEIGHT: tl.constexpr = SPAN // WIDTH
+    unscale = unscale64.to(T)
+    begin = read(chunk + at.chunk_begin, tl.int64) // PACK * PACK
+    count = read(chunk + at.chunk_count, tl.int32)
+    length = count // PACK * PACK
+    if TILE > 0:
+        length = read(row + at.row_length, tl.int64).to(tl.int32) // PACK * PACK
+    units = count // length
+    centre = centred_at_gradient(row, hyper)
+    stride = tl.arange(0, HEIGHT)[:, None] * length
+    squares = tl.zeros([HEIGHT, 1], tl.float64)
+    sum = tl.zeros([HEIGHT, 1], tl.float64)
+    weights = tl.zeros([HEIGHT, 1], tl.float64)
+    for unit in range(0, units, HEIGHT):
+        start = begin + unit * length.to(tl.int64)
+        inside = (unit + tl.arange(0, HEIGHT)[:, None]) < units
+        if centre:
+            sum = sum_tiles(ACCESS, row + at.row_grad, grad, unscale, start, stride, inside, length, WIDTH, T)
+        mean = (sum / length).to(T)
+        squares += square_tiles(ACCESS, row + at.row_grad, grad, unscale, mean, start, stride, inside, length, WIDTH, T)
+        if AGC:
+            if read_bool(hyper + at.hyper_agc):
+                param = read(row + at.row_param + at.operand_data, tl.int64)
+                zero = tl.full([], 0.0, T)
+                one = tl.full([], 1.0, T)
+                weights += square_tiles(
+                    ACCESS, row + at.row_param, param, one, zero, start, stride, inside, length, WIDTH, T
+                )
+    slot = read(job + at.job_sums, tl.int64) + index * at.Sums
+    write(slot + at.sums_sum, tl.sum(tl.sum(sum, axis=1), axis=0), tl.float64)  # of the one unit, if it is a piece
+    write(slot + at.sums_squares, tl.sum(tl.sum(squares, axis=1), axis=0), tl.float64)
+    write(slot + at.sums_weight_squares, tl.sum(tl.sum(weights, axis=1), axis=0), tl.float64)
+
+
+@triton.jit
+def finish_split(job, row, CENTRED: tl.constexpr):
+    """Put a row's chunks together where a mean or norm of its units takes several. Returns the row's sum of squares."""
+    chunk0 = read(row + at.row_chunk0, tl.int32)
+    chunk1 = read(row + at.row_chunk1, tl.int32)
+    length = read(row + at.row_length, tl.int64)
+    numel = read(row + at.row_numel, tl.int64)
+    whole = read_bool(row + at.row_whole)
+    units = (numel // length).to(tl.int32)
+    known = read(job + at.job_units, tl.int64) + read(row + at.row_unit0, tl.int64) * at.Unit
+    mean = tl.full([], 0.0, tl.float64)
+    if CENTRED:
+        if whole:
+            mean = sum_chunks(job, chunk0, chunk1, at.sums_sum) / numel
+    total = tl.full([], 0.0, tl.float64)
+    if length <= at.block_unit:  # short units of a tensor centred whole: their norms are taken in the update
+        for base in range(0, units, 256):
+            u = base + tl.arange(0, 256)
+            to = (known + u.to(tl.int64) * at.Unit + at.unit_mean).to(tl.pointer_type(tl.float64))
+            tl.store(to, tl.zeros([256], tl.float64) + mean, mask=u < units)
+        total = squares_around(job, chunk0, chunk1, mean, CENTRED)
+    else:
+        pieces = ((length + (at.chunk_elements - 1)) // at.chunk_elements).to(tl.int32)
+        for u in range(units):
+            c0 = chunk0 + u * pieces
+            c1 = c0 + pieces
+            if CENTRED:
+                if not whole:
+                    mean = sum_chunks(job, c0, c1, at.sums_sum) / length
+            squares = squares_around(job, c0, c1, mean, CENTRED)
+            unit = known + u * at.Unit
+            write(unit + at.unit_mean, mean, tl.float64)
+            write(unit + at.unit_squares, squares, tl.float64)
+            write(unit + at.unit_weight_squares, sum_chunks(job, c0, c1, at.sums_weight_squares), tl.float64)
+            total += squares
+    return total
+
+
+@triton.jit
+def finish(job, row, number, centre):
+    squares = tl.full([], 0.0, tl.float64)
+    if read_bool(row + at.row_split):
+        if centre:
+            squares = finish_split(job, row, True)
+        else:
+            squares = finish_split(job, row, False)
+    else:
+        squares = sum_chunks(
+            job, read(row + at.row_chunk0, tl.int32), read(row + at.row_chunk1, tl.int32), at.sums_squares
+        )
+    write(read(job + at.job_squares, tl.int64) + number.to(tl.int64) * 8, squares, tl.float64)
+
+
+@triton.jit
+def stats(job, grad_scale, VARIANTS: tl.constexpr, AGC: tl.constexpr, SIZE: tl.constexpr, LAYOUT: tl.constexpr):
+    """Fills ``squares`` of every measured row. LAYOUT tells the cache one table's layout from another's."""
+    first, end = share(job)
+    unscale = unscale_of(grad_scale)
+    for index in range(first, end):
+        chunk = chunk_at(job, index)
+        number = read(chunk + at.chunk_row, tl.int32)
+        row = rows_of(job) + number.to(tl.int64) * at.DeviceRow
+        if read_bool(row + at.row_measured):
+            hyper = hyper_of(job, row)
+            grad = grad_of(job, number)
+            centre = centred_at_gradient(row, hyper)
+            by_units = centre & (read_bool(row + at.row_split) == 0)
+            tile = tl.where(by_units, tile_of(read(row + at.row_length, tl.int64)), 0)
+            # A piece, or a chunk of units that is measured as one.
+            tile = tl.where(read(chunk + at.chunk_lanes, tl.int16) == 0, 0, tile)
+            kind = access_of(row, grad, read_bool(chunk + at.chunk_plain)) * TILES + tile
+            for known in tl.static_range(ACCESSES * TILES):
+                if (VARIANTS >> known) & 1:
+                    if kind == known:
+                        measure(job, chunk, index, row, hyper, grad, unscale, known, SIZE, AGC)
+            if is_last(job, row, number):
+                finish(job, row, number, centre)

@@ -1,0 +1,65 @@
+"""Stages 0 to 6 of a step: what happens to a gradient before the update rule sees it."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from . import layout as at
+from .access import read
+
+
+@triton.jit
+def clamp(x, lo, hi):
+    """Comparisons are ordered so that a NaN stays, as in torch.clamp."""
+    x = tl.where(x < lo, lo, x)
+    return tl.where(x > hi, hi, x)
+
+
+@triton.jit
+def maximum(a, b):
+    """torch.maximum: a NaN on either side wins."""
+    return tl.where((b > a) | (b != b), b, a)
+
+
+@triton.jit
+def perturb_factor(hyper, norm):
+    """s(n) = clamp(a + b / (n + e), lo, hi), in float64."""
+    p = hyper + at.hyper_perturb
+    a = read(p + at.perturb_a, tl.float64)
+    b = read(p + at.perturb_b, tl.float64)
+    e = read(p + at.perturb_e, tl.float64)
+    return clamp(a + b / (norm + e), read(p + at.perturb_lo, tl.float64), read(p + at.perturb_hi, tl.float64))
+
+
+@triton.jit
+def agc_factor(radius, weight_norm, norm):
+    """Adaptive gradient clipping (Brock et al. 2021): min(1, radius * max(||w||, 1e-3) / max(n, 1e-6)), NaN kept."""
+    bound = radius * maximum(weight_norm, tl.zeros_like(norm) + 1e-3) / maximum(tl.zeros_like(norm) + 1e-6, norm)
+    return tl.where((bound < 1.0) | (bound != bound), bound, 1.0)
+
+
+@triton.jit
+def power(base, exponent):
+    """base ** exponent in float64, for base >= 0. No library call, so that the interpreter can run it."""
+    return tl.exp2(exponent * tl.log2(base))
+
+
+@triton.jit
+def noise_sigma(noise, decay, step):
+    """Annealed noise (Neelakantan et al. 2015): sigma_t for a step that counts from 0."""
+    return tl.sqrt(noise / power(1.0 + step, decay))
+
+
+@triton.jit
+def centred(g, unscale, mean):
+    return g * unscale - mean
+
+
+@triton.jit
+def transformed(g, z, p, unscale, mean, factor, hi, sigma, sign, decay, NOISE: tl.constexpr):
+    x = clamp(centred(g, unscale, mean) * factor, -hi, hi)
+    if NOISE:
+        x = x + sigma * z
+    x = x * sign
+    return tl.where(decay != 0.0, x + decay * p, x)  # without decay an infinite weight leaves the gradient alone
