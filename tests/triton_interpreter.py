@@ -1,7 +1,7 @@
 """Triton's interpreter, made fast enough for a test suite.
 
 It patches triton.language anew for every call of a @triton.jit function inside a kernel, a millisecond each. Once a launch is
-enough.
+enough. Nor need the interpreter be traced.
 """
 
 from __future__ import annotations
@@ -45,7 +45,12 @@ def hasten() -> None:
 
     def launch_afresh(self: Any, *args: Any, **kwargs: Any) -> Any:
         patched.clear()
-        return launch(self, *args, **kwargs)
+        tracer = sys.gettrace()  # coverage, which would look at every call within and triple the time
+        sys.settrace(None)
+        try:
+            return launch(self, *args, **kwargs)
+        finally:
+            sys.settrace(tracer)
 
     patch.hastened = True  # type: ignore[attr-defined]
     interpreter._patch_lang = patch
