@@ -1,5 +1,8 @@
-from collections.abc import Sequence
-from typing import Any
+# Each module has classes of its own, alike but for their launches.
+from ._cpu import Hyper as Hyper
+from ._cpu import Perturb as Perturb
+from ._cpu import Rows as Rows
+from ._cpu import Watch as Watch
 
 __version__: str
 ARCHS: str
@@ -8,42 +11,8 @@ WARP_UNIT: int
 BLOCK_UNIT: int
 EMULATED: bool
 
-_Operand = tuple[int, str, list[int], list[int]]
-
 def device_count() -> int: ...
-def runtime_version() -> int: ...
 def rules() -> list[str]: ...
-
-class Perturb:
-    def __init__(self, a: float, b: float, e: float, lo: float, hi: float) -> None: ...
-
-class Hyper:
-    """One group's numbers: the attributes of gradfused.backends.base.Settings, written only."""
-
-class Rows:
-    def hyper(self, index: int) -> Hyper: ...
-    def add(
-        self,
-        *,
-        rule: str,
-        param: _Operand,
-        grad: _Operand,
-        state: Sequence[_Operand],
-        numel: int,
-        length: int,
-        group: int,
-        parameter: int,
-        centre: bool,
-        whole: bool,
-        first: bool,
-        step: tuple[int, str] | None,
-    ) -> None: ...
-    def __len__(self) -> int: ...
-
-class Watch:
-    def __init__(self, tensor: type, groups: list[dict[str, Any]], state: dict[Any, Any]) -> None: ...
-    def add(self, param: Any, state: dict[str, Any], keys: list[str]) -> None: ...
-    def refresh(self, groups: list[dict[str, Any]], state: dict[Any, Any], table: Rows) -> bool: ...
 
 class Table(Rows):
     def __init__(self, groups: int) -> None: ...
@@ -54,6 +23,5 @@ class Table(Rows):
     def reconfigured(self) -> None: ...
     def needs_stats(self) -> bool: ...
     def chunks(self) -> int: ...
-    def full(self) -> bool: ...
     def stats(self, device: int, stream: int, grad_scale: int, found_inf: int) -> None: ...
     def apply(self, device: int, stream: int, grad_scale: int, found_inf: int) -> None: ...

@@ -6,6 +6,7 @@ import copy
 import math
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 
@@ -154,6 +155,16 @@ def test_lr_is_read_where_it_lies(backend: str) -> None:
             group["lr"] = value
         twin.step()
     assert_same_bits(run.outcome(), twin.outcome())
+
+
+def test_lr_on_another_device_is_refused(backend: str) -> None:
+    run = Run(CASES["adamw"], RECIPES["plain"], SHAPES, backend=backend).step()
+    table = run.optimizer._tables[0].table
+    elsewhere = [replace(s, lr_tensor=torch.tensor(0.1, device="meta")) for s in table.settings]
+    before = run.outcome()
+    with pytest.raises(ValueError, match="lr of group 0 is a tensor on meta, its parameters are on"):
+        table.configure(elsewhere)
+    assert_same_bits(run.outcome(), before)
 
 
 # ---- several devices

@@ -217,6 +217,7 @@ def test_the_stub_names_what_the_module_has(backend: str) -> None:
     module = {"cpu": cpu, "cuda": cuda}[backend].native()
     tree = ast.parse((ROOT / f"gradfused/_{backend}.pyi").read_text())
     declared = {n.name for n in tree.body if isinstance(n, (ast.FunctionDef, ast.ClassDef))}
+    declared |= {a.asname for n in tree.body if isinstance(n, ast.ImportFrom) for a in n.names if a.asname}
     declared |= {n.target.id for n in tree.body if isinstance(n, ast.AnnAssign) and isinstance(n.target, ast.Name)}
     assert declared == {n for n in dir(module) if not n.startswith("_")} | {"__version__"}
 

@@ -75,27 +75,27 @@ def wide_factor(job, row, number, hyper, global_squares):
 
 
 @triton.jit
-def steps_taken(row):
-    at_step = read(row + at.row_step, tl.int64)
-    taken = tl.full([], 0.0, tl.float64)
-    if at_step != 0:
-        if read(row + at.row_step_dtype, tl.int8) == at.DType_float64:
-            taken = read(at_step, tl.float64)
+def scalar_at(address, dtype, otherwise):
+    """The float32 or float64 scalar at an address; ``otherwise``, a float64, if that is 0."""
+    value = otherwise
+    if address != 0:
+        if dtype == at.DType_float64:
+            value = read(address, tl.float64)
         else:
-            taken = read(at_step, tl.float32).to(tl.float64)
-    return taken
+            value = read(address, tl.float32).to(tl.float64)
+    return value
+
+
+@triton.jit
+def steps_taken(row):
+    zero = tl.full([], 0.0, tl.float64)
+    return scalar_at(read(row + at.row_step, tl.int64), read(row + at.row_step_dtype, tl.int8), zero)
 
 
 @triton.jit
 def lr_of(hyper):
     lr = read(hyper + at.hyper_lr, tl.float64)
-    at_lr = read(hyper + at.hyper_lr_at, tl.int64)
-    if at_lr != 0:
-        if read(hyper + at.hyper_lr_dtype, tl.int8) == at.DType_float64:
-            lr = read(at_lr, tl.float64)
-        else:
-            lr = read(at_lr, tl.float32).to(tl.float64)
-    return lr
+    return scalar_at(read(hyper + at.hyper_lr_at, tl.int64), read(hyper + at.hyper_lr_dtype, tl.int8), lr)
 
 
 @triton.jit

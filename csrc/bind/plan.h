@@ -21,8 +21,7 @@ template <class P> void define_plan(py::class_<P, Rows>& of) {
           }, py::arg("to"), py::arg("base"), py::arg("squares"), py::arg("skipped"))
       .def("reconfigured", &P::reconfigured)
       .def("needs_stats", &P::needs_stats)
-      .def("chunks", &P::chunks)
-      .def("full", &P::full);
+      .def("chunks", &P::chunks);
 }
 
 }  // namespace gradfused::bind

@@ -43,9 +43,8 @@ struct Now {
   bool first, wide;
 };
 
-__device__ double step_of(const Row& row) {
-  if (!row.step) return 0;
-  return row.step_dtype == DType::float64 ? *reinterpret_cast<double*>(row.step) : double(*reinterpret_cast<float*>(row.step));
+__device__ double scalar_at(const char* at, DType dtype) {
+  return dtype == DType::float64 ? *reinterpret_cast<const double*>(at) : double(*reinterpret_cast<const float*>(at));
 }
 
 // The block's sum of f(i) over rows [begin, end).
@@ -96,10 +95,9 @@ __device__ void enter_row(const Job& job, Now& now, int index, double global) {
   __syncthreads();  // nobody reads the last row's any more
   if (threadIdx.x == 0) {
     Hyper h = group.hyper;
-    if (group.lr_at) h.lr = group.lr_dtype == DType::float64 ? *reinterpret_cast<const double*>(group.lr_at)
-                                                             : double(*reinterpret_cast<const float*>(group.lr_at));
+    if (group.lr_at) h.lr = scalar_at(group.lr_at, group.lr_dtype);
     const bool wide = row.param.dtype == DType::float64;
-    const double step = step_of(row) + 1;
+    const double step = 1 + (row.step ? scalar_at(row.step, row.step_dtype) : 0.0);
     const bool scoped = h.scope == Scope::global || h.scope == Scope::group || h.scope == Scope::param;
     // Powers are slow: most rows are of the last one's group and age.
     const bool known = now.row >= 0 && now.group == row.group && now.step == step && now.first == row.first && now.wide == wide;
@@ -214,18 +212,16 @@ template <class R, class A, bool kFull> class Stepper {
   }
 
   static __device__ __forceinline__ T get(const Pack& v, int k) { return T(math::widen(v.at[k])); }
-  __device__ __forceinline__ Pack load(const typename A::Handle& x, int i) const { return A::load(x, i); }
-  __device__ __forceinline__ void store(const typename A::Handle& x, int i, const Pack& v) const { A::store(x, i, v); }
 
   __device__ __forceinline__ States load_states(int i) const {
     States s;
 #pragma unroll
-    for (int n = 0; n < R::states; ++n) s.of[n] = load(state_[n], i);
+    for (int n = 0; n < R::states; ++n) s.of[n] = A::load(state_[n], i);
     return s;
   }
   __device__ __forceinline__ void store_states(int i, const States& s) const {
 #pragma unroll
-    for (int n = 0; n < R::states; ++n) store(state_[n], i, s.of[n]);
+    for (int n = 0; n < R::states; ++n) A::store(state_[n], i, s.of[n]);
   }
 
   __device__ __forceinline__ void draw_noise(int i, float* z) const {
@@ -262,7 +258,7 @@ template <class R, class A, bool kFull> class Stepper {
       Pack p{};
       States s{};
       float z[width];
-      if (t_.decay != T(0)) p = load(param_, i);
+      if (t_.decay != T(0)) p = A::load(param_, i);
       if (directed) s = load_states(i);
       const Pack g = g_.read(i);
       draw_noise(i, z);
@@ -294,7 +290,7 @@ template <class R, class A, bool kFull> class Stepper {
     }
     const bool moved = kept && directed;  // the states are where they shall be already
     g_.for_each([&](int i) {
-      Pack p = load(param_, i), g{};
+      Pack p = A::load(param_, i), g{};
       States s{};
       Late held{};
       float z[width];
@@ -315,7 +311,7 @@ template <class R, class A, bool kFull> class Stepper {
         math::put(weight * coef_.shrink - coef_.step * x, p.at[k]);
       }
       if (!moved) store_states(i, s);
-      store(param_, i, p);
+      A::store(param_, i, p);
     });
   }
 
@@ -334,7 +330,8 @@ template <class R, class A, bool kFull> class Stepper {
   Gradient<A> g_;
 };
 
-template <class R, bool kFull> struct StepChunk {
+// Where the block is.
+struct Place {
   const Job& job;
   const DeviceRow& r;
   const Chunk& c;
@@ -342,32 +339,24 @@ template <class R, bool kFull> struct StepChunk {
   char* tile;
   int index;
   bool rehearsal;
+};
 
-  template <class A> __device__ __forceinline__ void operator()(A) const { Stepper<R, A, kFull>(job, r, c, now, tile).run(index, rehearsal); }
+template <class R, bool kFull> struct StepChunk {
+  const Place& at;
+  template <class A> __device__ __forceinline__ void operator()(A) const {
+    Stepper<R, A, kFull>(at.job, at.r, at.c, at.now, at.tile).run(at.index, at.rehearsal);
+  }
 };
 
 template <bool kFull> struct StepRule {
-  const Job& job;
-  const DeviceRow& r;
-  const Chunk& c;
-  const Now& now;
-  char* tile;
-  int index;
-  bool rehearsal;
-
+  const Place& at;
   template <class R> __device__ __forceinline__ void operator()(R) const {
-    with_access<kFull>(r.row, job.grads[c.row], c.plain, StepChunk<R, kFull>{job, r, c, now, tile, index, rehearsal});
+    with_access<kFull>(at.r.row, at.job.grads[at.c.row], at.c.plain, StepChunk<R, kFull>{at});
   }
 };
 
 __device__ bool is_rehearsed(const Job& job, const DeviceRow& r) {
   return r.split && r.row.centre && job.hypers[r.row.group].hyper.centralize_at != Centre::gradient;
-}
-
-template <class F> __device__ __forceinline__ double sum_chunks(int begin, int end, F f) {
-  double total = 0;
-  for (int c = begin + int(threadIdx.x) % kLanes; c < end; c += kLanes) total += f(c);
-  return sum_lanes(total, kLanes);
 }
 
 // By the last block, when nobody reads the step counts any more: a warp a row.
@@ -422,7 +411,7 @@ template <bool kFull> __global__ void __launch_bounds__(kThreads, kFull ? 2 : 3)
     const DeviceRow& r = job.rows[c.row];
     if (rehearsal && !is_rehearsed(job, r)) continue;
     if (c.row != entered) enter_row(job, now, entered = c.row, global);
-    with_rule(r.row.rule, StepRule<kFull>{job, r, c, now, tile, index, rehearsal});
+    with_rule(r.row.rule, StepRule<kFull>{{job, r, c, now, tile, index, rehearsal}});
   }
   if (!last_block(job.tickets)) return;
   if (rehearsal) return finish_rehearsal(job);

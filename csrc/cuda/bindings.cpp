@@ -39,11 +39,6 @@ PYBIND11_MODULE(GRADFUSED_CUDA_MODULE, m) {
   m.attr("EMULATED") = false;
 #endif
   m.def("device_count", &device_count);
-  m.def("runtime_version", [] {
-    int version = 0;
-    cuda::check(cudaRuntimeGetVersion(&version), "asking for the runtime's version");
-    return version;
-  });
   bind::define(m);
 
   py::class_<cuda::Table, Rows> table(m, "Table", py::module_local());

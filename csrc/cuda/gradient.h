@@ -54,7 +54,7 @@ template <class A> struct Gradient {
     for (int i = lane * width; i < count; i += lanes * width) f(i);
   }
 
-  // f(i, pack) over an operand in memory, four loads under way at a time: one would leave half the bandwidth unused.
+  // f(i, pack) over an operand in memory, four loads under way at a time: with one, too few bytes are in flight.
   template <class F> __device__ __forceinline__ void for_each_of(const typename A::Handle& x, F f) const {
     constexpr int kAhead = 4;
     const int step = lanes * width;
@@ -129,6 +129,14 @@ struct Share {
 };
 __device__ __forceinline__ Share share_of(int count) {
   return {int(int64_t(count) * blockIdx.x / gridDim.x), int(int64_t(count) * (blockIdx.x + 1) / gridDim.x)};
+}
+
+// A warp's sum of f(chunk) over chunks [begin, end).
+template <class F> __device__ __forceinline__ double sum_chunks(int begin, int end, F f) {
+  double total = 0;
+#pragma unroll 4
+  for (int c = begin + int(threadIdx.x) % kLanes; c < end; c += kLanes) total += f(c);
+  return sum_lanes(total, kLanes);
 }
 
 __device__ __forceinline__ double unscale_of(const Job& job) { return job.grad_scale ? 1.0 / double(*job.grad_scale) : 1.0; }

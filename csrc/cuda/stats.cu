@@ -34,14 +34,6 @@ template <class A> __device__ __forceinline__ void measure_units(const Job& job,
   if (threadIdx.x == 0) job.sums[index] = {0, squares, 0};
 }
 
-// A warp's sum of f(chunk) over chunks [begin, end).
-template <class F> __device__ __forceinline__ double sum_chunks(int begin, int end, F f) {
-  double total = 0;
-#pragma unroll 4
-  for (int c = begin + int(threadIdx.x) % kLanes; c < end; c += kLanes) total += f(c);
-  return sum_lanes(total, kLanes);
-}
-
 // One warp puts a row's chunks together where a mean or norm of its units takes several. Returns the row's sum of squares.
 __device__ double finish_split_row(const Job& job, const DeviceRow& r, bool centre) {
   const Row& row = r.row;

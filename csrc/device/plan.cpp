@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <numeric>
 #include <stdexcept>
 
 namespace gradfused::device {
@@ -97,6 +98,9 @@ void Plan::plan() {
   if (planned_) return;
   device_rows_.resize(rows_.size());
   kinds_.resize(rows_.size());
+  first_row_.assign(hypers_.size() + 1, 0);
+  for (const Row& row : rows_) ++first_row_[size_t(row.group) + 1];
+  std::partial_sum(first_row_.begin(), first_row_.end(), first_row_.begin());
   for (size_t i = 0; i < rows_.size(); ++i) {
     if (std::strcmp(family_of(rows_[i].rule), family_of(rows_[0].rule)) != 0) {
       throw std::invalid_argument("rules of two families in one table");
@@ -130,11 +134,8 @@ DeviceHyper Plan::device_hyper(size_t group) const {
   d.hyper = hypers_[group];
   d.lr_at = lr_at_[group].data;
   d.lr_dtype = lr_at_[group].dtype;
-  // Rows come group by group.
-  const auto of_group = [&](const Row& row) { return size_t(row.group) == group; };
-  const auto first = std::find_if(rows_.begin(), rows_.end(), of_group);
-  d.row0 = int32_t(first - rows_.begin());
-  d.row1 = int32_t(std::find_if_not(first, rows_.end(), of_group) - rows_.begin());
+  d.row0 = first_row_[group];
+  d.row1 = first_row_[group + 1];
   return d;
 }
 

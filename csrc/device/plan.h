@@ -78,6 +78,7 @@ class Plan : public Rows {
   std::vector<DeviceRow> device_rows_;
   std::vector<Chunk> chunks_;
   std::vector<Kinds> kinds_;
+  std::vector<int32_t> first_row_;  // of each group, and the end: rows come group by group
   int64_t units_ = 0;
   size_t shape_words_ = 0, scratch_bytes_ = 0;
 };

@@ -39,6 +39,7 @@ class Part(ABC):
         self.sums = torch.zeros(len(rows), dtype=torch.float64, device=device)
         self.skipped = torch.zeros((), dtype=torch.float64, device=device)
         self.native = self.make(len(settings))
+        self._groups = {row.group for row, mine in zip(rows, own, strict=True) if mine}
         self._known: list[Settings | None] = [None] * len(settings)
         self.configure(settings)
         for row, mine in zip(rows, own, strict=True):
@@ -73,7 +74,14 @@ class Part(ABC):
         return image
 
     def configure(self, settings: Sequence[Settings]) -> None:
-        """See BackendTable."""
+        """See BackendTable. Raises ValueError if a group's lr is a tensor on another device than its parameters."""
+        for i in self._groups:
+            lr = settings[i].lr_tensor
+            if lr is not None and lr.device != self.device:
+                raise ValueError(
+                    f"lr of group {i} is a tensor on {lr.device}, its parameters are on {self.device}: expected both on "
+                    "one device; give each device's parameters a group of their own, or pass lr as a number"
+                )
         changed = natives.configure(self.module(), self.native, self._known, settings)
         for i, new in enumerate(settings):
             lr = new.lr_tensor

@@ -5,7 +5,6 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Callable, Iterable
 from dataclasses import replace
-from functools import partial
 from typing import Any, overload
 
 import torch
@@ -184,9 +183,11 @@ class Optimizer(torch.optim.Optimizer):
         capturing = torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
         for i, table in enumerate(self._tables):
             if table.still_describes(self.param_groups, self.state, plans):
-                self._tables.pop(i)
-                # The graph's from now on: it replays with the addresses that are in it.
-                (self._captured.append if capturing else partial(self._tables.insert, 0))(table)
+                del self._tables[i]
+                if capturing:  # the graph's from now on: it replays with the addresses that are in it
+                    self._captured.append(table)
+                else:
+                    self._tables.insert(0, table)
                 return table
         if capturing:
             raise RuntimeError(
