@@ -2,10 +2,12 @@
 
 from ._version import __version__
 from .optim import LAMB, LARS, SGD, Adagrad, Adam, AdamW, Adan, Lion, NAdam, RAdam, RMSprop
+from .sam import SAM, frozen_statistics
 
 __all__ = [
     "LAMB",
     "LARS",
+    "SAM",
     "SGD",
     "Adagrad",
     "Adam",
@@ -16,4 +18,5 @@ __all__ = [
     "RAdam",
     "RMSprop",
     "__version__",
+    "frozen_statistics",
 ]

@@ -378,6 +378,7 @@ class StepTable:
         self._plans = list(plans)
         self._sources = sources
         self.params = [row.param for row in rows]
+        self.stepped = frozenset(self.params)
         self.may_skip = any(plan.settings.skip_nonfinite for plan in plans)
         self._names = [row.name.strip("'") for row in rows]
         self.measures = self.table.needs_stats

@@ -68,6 +68,7 @@ class Optimizer(torch.optim.Optimizer):
         self._plans: list[tuple[list[Any], GroupPlan]] = []
         self._skipped: int | Tensor = 0
         self._sources: dict[Tensor, Tensor] | None = None  # where SAM keeps the weights between its two halves
+        self._stepped: frozenset[Tensor] = frozenset()  # parameters that the last step moved
         self._averaged = False  # swap_ema() is under way
 
     # ---- the rule
@@ -179,8 +180,9 @@ class Optimizer(torch.optim.Optimizer):
         return loss
 
     @_disable_dynamo
-    def _take_step(self) -> bool:
-        """False if the host knows that the step was not taken."""
+    def _take_step(self) -> None:
+        """Takes the step unless the host knows reasons not to."""
+        self._stepped = frozenset()
         if self._averaged:
             raise RuntimeError(
                 "step() inside swap_ema(): the weights are the averaged ones, and would be lost; leave the block first"
@@ -188,26 +190,26 @@ class Optimizer(torch.optim.Optimizer):
         scaling = Scaling(getattr(self, "grad_scale", None), getattr(self, "found_inf", None))
         if scaling.found_inf is not None and not scaling.found_inf.is_cuda and scaling.forbids:
             self._zero_unused()
-            return False
+            return
         table = self._table_for(self._current_plans())
         if not table.params:
             self._seen = table
-            return True
+            return
         if not table.table.on_device and scaling.forbids:
             self._forget(table)
-            return False
+            return
         self._seen = table
         if table.measures:
             table.table.stats(scaling)
         if table.table.apply(scaling):
             table.keep_state()
+            self._stepped = table.stepped
             torch.autograd.graph.increment_version(table.params)
             if table.table.on_device and (scaling.found_inf is not None or table.may_skip):
                 self._zero_unused()
-            return True
+            return
         self._skipped += 1
         self._forget(table)
-        return False
 
     @torch.no_grad()
     def _zero_unused(self) -> None:
