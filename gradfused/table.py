@@ -188,6 +188,15 @@ def _scalar_dtype() -> torch.dtype:
     return torch.float64 if torch.get_default_dtype() == torch.float64 else torch.float32
 
 
+def state_dtype(key: str, p: Tensor, asked: torch.dtype | None) -> torch.dtype | None:
+    """Dtype of a state tensor; None for state of one element, which has its own. ``asked`` is what the user wants."""
+    if key in SCALARS:
+        return None
+    if key in ("master", "ema"):
+        return torch.float32 if p.dtype in SHORT else p.dtype
+    return p.dtype if key == "kahan_comp" or asked is None else asked
+
+
 class _States:
     """Reads and creates optimizer state; what it created can be taken back."""
 
@@ -200,8 +209,11 @@ class _States:
         self._state[p][key] = value
         return value
 
-    def tensor(self, name: str, p: Tensor, key: str, dtype: torch.dtype, initial: float | Tensor = 0.0) -> Tensor:
+    def tensor(
+        self, name: str, p: Tensor, key: str, initial: float | Tensor = 0.0, asked: torch.dtype | None = None
+    ) -> Tensor:
         """State shaped like ``p``; a new one holds ``initial``, a number or a tensor of that shape."""
+        dtype = state_dtype(key, p, asked)
         value = self._state[p].get(key) if p in self._state else None
         if value is None:
             made = torch.empty_like(p, dtype=dtype, memory_format=torch.preserve_format, requires_grad=False)
@@ -278,19 +290,18 @@ def _row(
     unit, centre, whole = _unit_shape(p, plan)
     had_state = p in states._state and all(states._state[p].get(k) is not None for k in plan.states)
     rounding = plan.rounding if p.dtype in SHORT else "nearest"
-    wide = torch.float32 if p.dtype in SHORT else p.dtype
     weights = p if source is None else source
     kept: dict[str, Tensor] = {
-        key: states.tensor(name, p, key, plan.state_dtype or p.dtype, initial)
+        key: states.tensor(name, p, key, initial, plan.state_dtype)
         for key, initial in zip(plan.states, plan.initial or (0.0,) * len(plan.states), strict=True)
     }
     state = dict(kept)
     if rounding == "master":
-        source = kept["master"] = states.tensor(name, p, "master", wide, weights)
+        source = kept["master"] = states.tensor(name, p, "master", weights)
     if rounding == "kahan":
-        kept["kahan_comp"] = states.tensor(name, p, "kahan_comp", p.dtype)
+        kept["kahan_comp"] = states.tensor(name, p, "kahan_comp")
     if plan.ema:
-        kept["ema"] = states.tensor(name, p, "ema", wide, weights)
+        kept["ema"] = states.tensor(name, p, "ema", weights)
     if plan.counts:
         kept["step"] = states.scalar(name, p, "step", make.step_device(p))
     if plan.product:

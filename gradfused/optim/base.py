@@ -14,7 +14,7 @@ from torch._compile import _disable_dynamo
 
 from .. import options
 from ..backends import Scaling, Settings
-from ..table import RIDERS, SCALARS, GroupPlan, StepTable, check_disjoint, check_parameter, parameter_name
+from ..table import RIDERS, SCALARS, GroupPlan, StepTable, check_disjoint, check_parameter, parameter_name, state_dtype
 
 Params = Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]]
 _NOT_OPTIONS = frozenset(("params", "param_names"))
@@ -340,19 +340,17 @@ class Optimizer(torch.optim.Optimizer):
         self._restore_dtypes(seen[-1])
 
     def _restore_dtypes(self, saved: dict[str, Any]) -> None:
-        """torch casts loaded state to the parameters' dtypes: what had another one gets its own values back."""
-        numbers = [i for group in saved["param_groups"] for i in group["params"]]
-        params = [p for group in self.param_groups for p in group["params"]]
-        for number, p in zip(numbers, params, strict=True):
-            for key, value in saved["state"].get(number, {}).items():
-                mine = self.state[p].get(key)
-                if (
-                    isinstance(value, Tensor)
-                    and isinstance(mine, Tensor)
-                    and value.dtype != mine.dtype
-                    and key != "step"
-                ):
-                    self.state[p][key] = value.detach().to(device=mine.device, copy=True)
+        """torch casts loaded state to the parameters' dtypes: what is to have another one gets its own values back."""
+        numbers = iter([i for group in saved["param_groups"] for i in group["params"]])
+        for group in self.param_groups:
+            for p, number in zip(group["params"], numbers, strict=False):
+                for key, value in saved["state"].get(number, {}).items():
+                    if isinstance(value, Tensor) and value.is_floating_point() and key != "step":
+                        dtype = state_dtype(key, p, options.STATE_DTYPES.get(group["state_dtype"])) or value.dtype
+                        if self.state[p][key].dtype != dtype:
+                            self.state[p][key] = value.detach().to(
+                                device=self.state[p][key].device, dtype=dtype, copy=True
+                            )
 
     def _checked(self, state_dict: dict[str, Any]) -> dict[str, Any]:
         """The state dict with options that it lacks filled in."""
