@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -178,6 +178,15 @@ def check_disjoint(tensors: Sequence[tuple[str, Tensor]]) -> None:
             if _share_elements(other, t):
                 raise ValueError(f"{other_name} and {name} overlap in memory: pass the tensor that holds both, once")
         active.append((first, last, name, t))
+
+
+def _meet(tensors: Sequence[Tensor]) -> bool:
+    """Whether two of the tensors, or two elements of one, share memory."""
+    try:
+        check_disjoint([("", t) for t in tensors])
+    except ValueError:
+        return True
+    return False
 
 
 # ---- rows
@@ -360,6 +369,9 @@ class StepTable:
         state: Its state; what is missing is created.
         plans: The groups' options.
         sources: Where the weights of some parameters are to be read in their place.
+
+    Attributes:
+        zero_apart: Gradients that are to be left at zero share memory, which takes a pass of its own.
     """
 
     def __init__(
@@ -381,7 +393,9 @@ class StepTable:
                 for g, number, name, p in found
             ]
             check_disjoint([tensor for row in rows for tensor in _written(row)])
-            self.table = make(rows, [plan.settings for plan in plans])
+            zeroed = [r.grad for r in rows if plans[r.group].settings.zero_grad]
+            self.zero_apart = bool(zeroed) and _meet(zeroed)
+            self.table = make(rows, self._settings(plans))
         except BaseException:
             self._states.take_back()
             raise
@@ -397,6 +411,10 @@ class StepTable:
         # On the sums' device already, so that looking at a norm does not wait for it.
         self._measured_at = torch.tensor(self._measured, dtype=torch.int64, device=self.table.sums.device)
 
+    def _settings(self, plans: Sequence[GroupPlan]) -> list[Settings]:
+        """What the backend is told: not to zero what it has yet to read elsewhere."""
+        return [replace(plan.settings, zero_grad=False) if self.zero_apart else plan.settings for plan in plans]
+
     def still_describes(
         self,
         groups: list[Group],
@@ -410,7 +428,7 @@ class StepTable:
         if plans != self._plans:
             if [plan.structure for plan in plans] != [plan.structure for plan in self._plans]:
                 return False
-            self.table.configure([plan.settings for plan in plans])
+            self.table.configure(self._settings(plans))
             self._plans = list(plans)
         return self.table.refresh(groups, state)
 

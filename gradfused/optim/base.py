@@ -205,7 +205,8 @@ class Optimizer(torch.optim.Optimizer):
             table.keep_state()
             self._stepped = table.stepped
             torch.autograd.graph.increment_version(table.params)
-            if table.table.on_device and (scaling.found_inf is not None or table.may_skip):
+            uncertain = table.table.on_device and (scaling.found_inf is not None or table.may_skip)
+            if uncertain or table.zero_apart:
                 self._zero_unused()
             return
         self._skipped += 1
