@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any, overload
 
 import torch
@@ -25,14 +26,23 @@ def frozen_statistics(model: nn.Module) -> Iterator[None]:
 
     For SAM's second forward pass, whose weights are not the model's.
     """
-    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._NormBase) and m.track_running_stats]
-    for norm in norms:
+    batch_norms = [
+        m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats
+    ]
+    # Without tracking these would still write theirs.
+    instance_norms = [m for m in model.modules() if isinstance(m, nn.modules.instancenorm._InstanceNorm)]
+    momenta = [m.momentum for m in instance_norms]
+    for norm in batch_norms:
         norm.track_running_stats = False
+    for norm in instance_norms:
+        norm.momentum = 0.0
     try:
         yield
     finally:
-        for norm in norms:
+        for norm in batch_norms:
             norm.track_running_stats = True
+        for norm, momentum in zip(instance_norms, momenta, strict=True):
+            norm.momentum = momentum
 
 
 class SAM(torch.optim.Optimizer):
@@ -204,7 +214,12 @@ class SAM(torch.optim.Optimizer):
             by_weight=self.adaptive,
             eta=self.eta,
         )
-        return [GroupPlan("ascend", ("backup",), False, "off", g["backend"], settings) for g in self.param_groups]
+
+        def plan(group: dict[str, Any]) -> GroupPlan:
+            mine = replace(settings, zero_grad=group["zero_grad_in_step"])
+            return GroupPlan("ascend", ("backup",), False, "off", group["backend"], mine)
+
+        return [plan(group) for group in self.param_groups]
 
     def _current_masters(self) -> dict[Tensor, Tensor] | None:
         """Where parameters of 16 bits have their weights in float32: the same dict while they are the same tensors."""
@@ -220,6 +235,7 @@ class SAM(torch.optim.Optimizer):
     @torch.no_grad()
     def _ascend(self, scaling: Scaling) -> None:
         if scaling.forbids:
+            self.optimizer._zero_unused()
             return
         plans, masters = self._plans(), self._current_masters()
         table = self._table
@@ -230,8 +246,11 @@ class SAM(torch.optim.Optimizer):
         table.table.stats(scaling)
         skips = any(group["nonfinite"] == "skip" for group in self.param_groups)
         if skips and not bool(torch.isfinite(table.table.sums).all()):
+            self.optimizer._zero_unused()
             return
         table.table.apply(scaling)
+        if table.zero_apart:
+            self.optimizer._zero_unused()
         table.keep_state()
         torch.autograd.graph.increment_version(table.params)
         backups = {p: self._state[p]["backup"] for p in table.params}
