@@ -32,17 +32,17 @@ def frozen_statistics(model: nn.Module) -> Iterator[None]:
     # Without tracking these would still write theirs.
     instance_norms = [m for m in model.modules() if isinstance(m, nn.modules.instancenorm._InstanceNorm)]
     momenta = [m.momentum for m in instance_norms]
-    for norm in batch_norms:
-        norm.track_running_stats = False
-    for norm in instance_norms:
-        norm.momentum = 0.0
+    for batch_norm in batch_norms:
+        batch_norm.track_running_stats = False
+    for instance_norm in instance_norms:
+        instance_norm.momentum = 0.0
     try:
         yield
     finally:
-        for norm in batch_norms:
-            norm.track_running_stats = True
-        for norm, momentum in zip(instance_norms, momenta, strict=True):
-            norm.momentum = momentum
+        for batch_norm in batch_norms:
+            batch_norm.track_running_stats = True
+        for instance_norm, momentum in zip(instance_norms, momenta, strict=True):
+            instance_norm.momentum = momentum
 
 
 class SAM(torch.optim.Optimizer):

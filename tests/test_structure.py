@@ -30,7 +30,7 @@ LAYERS: list[tuple[str, ...]] = [
     ("gradfused.backends.device",),
     ("gradfused.backends.reference", "gradfused.backends.cpu", "gradfused.backends.cuda", "gradfused.backends.triton"),
     ("gradfused.backends",),
-    ("gradfused.options", "gradfused.table"),
+    ("gradfused.options", "gradfused.memory", "gradfused.table"),
     ("gradfused.optim", "gradfused.sam", "gradfused.nn"),
     ("gradfused",),
     ("gradfused.__main__",),

@@ -14,7 +14,8 @@ from torch._compile import _disable_dynamo
 
 from .. import options
 from ..backends import Scaling, Settings
-from ..table import RIDERS, SCALARS, GroupPlan, StepTable, check_disjoint, check_parameter, parameter_name, state_dtype
+from ..memory import check_disjoint
+from ..table import RIDERS, SCALARS, GroupPlan, StepTable, check_parameter, parameter_name, state_dtype
 
 Params = Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]]
 _NOT_OPTIONS = frozenset(("params", "param_names"))
