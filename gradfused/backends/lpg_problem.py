@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NoReturn
 
 import torch
 from torch import Tensor
@@ -34,6 +35,14 @@ class Problem:
     def classes(self) -> int:
         """C."""
         return self.logits.shape[1]
+
+
+def refuse_stray(problem: Problem, row: int) -> NoReturn:
+    """Raise for a target that is no class."""
+    raise IndexError(
+        f"target: expected classes from 0 to {problem.classes - 1} or ignore_index={problem.ignore_index}, "
+        f"got {int(problem.target[row])} at position {row} of {problem.target.numel()}"
+    )
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .lpg_problem import Kernels, Measured, Perturbation, Problem
+from .lpg_problem import Kernels, Measured, Perturbation, Problem, refuse_stray
 
 
 def _kept(problem: Problem) -> tuple[Tensor, Tensor]:
@@ -32,8 +32,12 @@ def _losses(problem: Problem, log_p: Tensor, kept: Tensor, classes: Tensor, weig
 
 def forward(problem: Problem, tally: bool) -> Measured:
     """The losses and what backward needs: the log-probabilities."""
-    log_p = F.log_softmax(problem.logits.to(problem.wide), 1)
     kept, classes = _kept(problem)
+    if classes.device.type == "cpu":  # elsewhere the gather below asserts on the device
+        stray = ((classes < 0) | (classes >= problem.classes)).nonzero()
+        if len(stray):
+            refuse_stray(problem, int(stray[0]))
+    log_p = F.log_softmax(problem.logits.to(problem.wide), 1)
     weight = log_p.new_ones(problem.classes) if problem.weight is None else problem.weight
     loss = _losses(problem, log_p, kept, classes, weight)
     total = torch.stack((loss.double().sum(), torch.where(kept, weight[classes], 0).double().sum()))
