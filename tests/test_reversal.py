@@ -183,6 +183,20 @@ def test_compiles_whole_and_once_while_lambda_moves(layer: nn.Module) -> None:
     assert counters["stats"]["unique_graphs"] == 1
 
 
+@pytest.mark.parametrize("compiled", [False, True])
+def test_lambda_moved_before_the_backward_is_the_old_one_or_refused(compiled: bool) -> None:
+    torch._dynamo.reset()
+    layer, x = GradientReversal(0.5), leaf(3, dtype=torch.float32)
+    y = (torch.compile(layer, fullgraph=True, backend="aot_eager") if compiled else layer)(x)
+    layer.lambda_ = 3.0
+    if compiled:
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            y.sum().backward()
+    else:
+        y.sum().backward()
+        assert torch.equal(x.grad, torch.full_like(x, -0.5))
+
+
 def test_the_function_compiles() -> None:
     torch._dynamo.reset()
     compiled = torch.compile(grad_reverse, fullgraph=True, backend="aot_eager")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -161,3 +163,26 @@ def test_bad_numbers_are_refused_and_nothing_moves(options, error: type[Exceptio
 def test_targets_with_nothing_to_move_are_refused(make, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         DANNSchedule(make(), 10)
+
+
+# ---- the documentation's example
+
+
+def test_the_example_runs_and_trains() -> None:
+    text = (Path(__file__).parent.parent / "docs" / "reversal.md").read_text()
+    code = re.search(r"```python\n(.*?)```", text, re.DOTALL)
+    assert code is not None
+    torch.manual_seed(0)
+    batches = [(torch.randn(8, 4), torch.randint(3, (8,))) for _ in range(5)]
+    names = {
+        "extractor": nn.Linear(4, 256),
+        "label_head": nn.Linear(256, 3),
+        "loader": batches,
+        "target_loader": [x for x, _ in batches],
+        "epochs": 1,
+    }
+    before = names["extractor"].weight.clone()
+    exec(code[1], names)
+    assert names["schedule"].steps == 5
+    assert names["domain_head"][0].lambda_ == pytest.approx(formula(1.0))
+    assert not torch.equal(before, names["extractor"].weight)
