@@ -64,9 +64,8 @@ template <class T> struct Lanes {
 };
 
 template <class T> GRADFUSED_MATH Lanes<T> load(const T* from) {
-  Lanes<T> to;
-  memcpy(to.r, from, sizeof to.r);
-  return to;
+  typedef typename Lanes<T>::Register Anywhere __attribute__((aligned(sizeof(T)), may_alias));
+  return Lanes<T>::each([from](int k) { return reinterpret_cast<const Anywhere*>(from)[k]; });
 }
 template <class T> GRADFUSED_MATH Lanes<T> load(const BFloat16* from) {
   T wide[kAbreast];
@@ -85,7 +84,10 @@ template <class T, class S> GRADFUSED_MATH Lanes<T> load_some(const S* from, int
   return Lanes<T>::of(wide);
 }
 
-template <class T> GRADFUSED_MATH void store(const Lanes<T>& x, T* to) { memcpy(to, x.r, sizeof x.r); }
+template <class T> GRADFUSED_MATH void store(const Lanes<T>& x, T* to) {
+  typedef typename Lanes<T>::Register Anywhere __attribute__((aligned(sizeof(T)), may_alias));
+  for (int k = 0; k < Lanes<T>::kRegisters; ++k) reinterpret_cast<Anywhere*>(to)[k] = x.r[k];
+}
 template <class T, class S> GRADFUSED_MATH void store(const Lanes<T>& x, S* to) {
   T wide[kAbreast];
   x.spill(wide);

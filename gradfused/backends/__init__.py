@@ -12,7 +12,17 @@ from torch import Tensor
 from . import cpu, cuda, reference, triton
 from .base import Availability, BackendTable, Row, Scaling, Settings
 
-__all__ = ["NAMES", "Availability", "BackendTable", "Row", "Scaling", "Settings", "availability", "choose", "choose_name"]
+__all__ = [
+    "NAMES",
+    "Availability",
+    "BackendTable",
+    "Row",
+    "Scaling",
+    "Settings",
+    "availability",
+    "choose",
+    "choose_name",
+]
 
 NAMES = ("auto", "cuda", "cpu", "triton", "reference")
 _TABLES: dict[str, type[BackendTable]] = {
@@ -52,7 +62,9 @@ def choose(request: str, tensors: Sequence[Tensor]) -> type[BackendTable]:
     return _TABLES[choose_name(request, tensors)]
 
 
-def choose_name(request: str, tensors: Sequence[Tensor], offered: Sequence[str] = tuple(_TABLES), what: str = "") -> str:
+def choose_name(
+    request: str, tensors: Sequence[Tensor], offered: Sequence[str] = tuple(_TABLES), what: str = ""
+) -> str:
     """The backend to use for ``tensors``, of those in ``offered``; ``what`` names the work that the others have no kernels for.
 
     ``"auto"`` asks the environment variable GRADFUSED_BACKEND, then takes the fastest backend that can run; leaving a

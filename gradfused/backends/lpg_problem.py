@@ -52,8 +52,8 @@ class Measured:
     Attributes:
         loss: (n,) losses in ``wide``, class weight included; 0 where ignored.
         total: (2,) float64: the sum of the losses, and of the class weights of rows that count.
-        tally: (3, C) float64, if asked for: of each class's rows their number, the sum of their own-class probabilities and the sum
-            of their logit gradients' norms.
+        tally: (3, C) float64, if asked for: of each class's rows their number, the sum of their own-class probabilities
+            and the sum of their logit gradients' norms.
         saved: What ``backward`` wants back.
     """
 
@@ -84,8 +84,8 @@ class Perturbation:
     def reach(self) -> Tensor:
         """``bound`` shortened to what the solver's steps can cover: its result is the closed form within that.
 
-        Every iterate lies on the line of the gradient, and every step along it is of full length until it meets the ball's edge
-        or, where it dampens, the origin.
+        Every iterate lies on the line of the gradient, and every step along it is of full length until it meets the
+        ball's edge or, where it dampens, the origin.
         """
         if not self.steps or self.step_size is None:
             return self.bound
@@ -98,8 +98,8 @@ class Kernels:
 
     Attributes:
         forward: (problem, whether a tally is wanted) -> what the logits hold.
-        backward: (problem, saved, factor, perturbation) -> the gradient, (n, C) in the logits' dtype. ``factor``, (n,) in ``wide``, is
-            what each row's loss is multiplied by on its way to the scalar that is differentiated.
+        backward: (problem, saved, factor, perturbation) -> the gradient, (n, C) in the logits' dtype. ``factor``, (n,)
+            in ``wide``, is what each row's loss is multiplied by on its way to the scalar that is differentiated.
         class_sums: (problem, saved) -> (C, C) in ``wide``: the sums of each class's logit gradients.
     """
 

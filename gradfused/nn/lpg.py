@@ -1,19 +1,18 @@
 """Cross-entropy whose backward perturbs the logit gradient class by class: LPG as a function.
 
-After "Gradient Perturbation: Learning to Perturb Gradients for Adaptive Training" (arXiv 2605.29494). docs/lpg.md says what is the paper's
-and what is this package's reading of it.
+After "Gradient Perturbation: Learning to Perturb Gradients for Adaptive Training" (arXiv 2605.29494). docs/lpg.md says
+what is the paper's and what is this package's reading of it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 from torch._compile import _disable_dynamo
-from torch.autograd.function import once_differentiable
 
 from ..backends import lpg as backends
 from ..backends.lpg import Kernels, Measured, Perturbation, Problem
@@ -28,8 +27,8 @@ _DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 class PGD:
     """Projected gradient descent in place of the closed form: it reaches the same delta.
 
-    Each step moves delta by ``step_size`` along the normalised gradient of ``||G + delta||`` (against it, and not beyond the origin,
-    where the class is dampened), then projects onto the ball.
+    Each step moves delta by ``step_size`` along the normalised gradient of ``||G + delta||`` (against it, and not
+    beyond the origin, where the class is dampened), then projects onto the ball.
 
     Args:
         steps: How many, at least 1.
@@ -91,23 +90,24 @@ def per_class(name: str, value: Any, classes: int, *, default_dtype: torch.dtype
     tensor = value if isinstance(value, Tensor) else torch.as_tensor(value, dtype=default_dtype)
     if tensor.shape != (classes,):
         raise ValueError(f"{name}: expected shape ({classes},), one value a class, got {tuple(tensor.shape)}")
-    return tensor.detach()
+    detached: Tensor = tensor.detach()
+    return detached
 
 
-def checked_sign(sign: Any, classes: int) -> Tensor:
-    """``sign``, one of -1, 0 and 1 a class. Values on a GPU are not looked at, which would wait for it."""
-    sign = per_class("sign", sign, classes)
+def checked_sign(value: Any, classes: int) -> Tensor:
+    """``value``, one of -1, 0 and 1 a class. Values on a GPU are not looked at, which would wait for it."""
+    sign = per_class("sign", value, classes)
     if sign.device.type == "cpu" and not ((sign == 0) | (sign.abs() == 1)).all():
         bad = int((~((sign == 0) | (sign.abs() == 1))).nonzero()[0])
         raise ValueError(f"sign: expected -1, 0 or 1 for each class, got {sign[bad].item()} for class {bad}")
     return sign
 
 
-def checked_radius(radius: Any, classes: int) -> float | Tensor:
-    """``radius``, finite and not negative: a float, or one value a class."""
-    if not isinstance(radius, (Tensor, list, tuple)) or (isinstance(radius, Tensor) and radius.dim() == 0):
-        return finite("radius", radius)
-    radius = per_class("radius", radius, classes)
+def checked_radius(value: Any, classes: int) -> float | Tensor:
+    """``value``, finite and not negative: a float, or one value a class."""
+    if not isinstance(value, (Tensor, list, tuple)) or (isinstance(value, Tensor) and value.dim() == 0):
+        return finite("radius", value)
+    radius = per_class("radius", value, classes)
     if radius.device.type == "cpu" and not (radius.isfinite() & (radius >= 0)).all():
         bad = int((~(radius.isfinite() & (radius >= 0))).nonzero()[0])
         raise ValueError(f"radius: expected finite values of 0 or more, got {radius[bad].item()} for class {bad}")
@@ -157,7 +157,8 @@ class Call:
     """One evaluation of the loss.
 
     Attributes:
-        perturb: Called once the logits have been read: (problem, kernels, what they hold) -> the perturbation of the backward.
+        perturb: Called once the logits have been read: (problem, kernels, what they hold) -> the perturbation of the
+            backward.
     """
 
     options: Options
@@ -178,6 +179,21 @@ def _result_dtype(logits: Tensor) -> torch.dtype:
     return torch.float32 if autocast and logits.dtype != torch.float64 else logits.dtype
 
 
+class _Once(torch.autograd.Function):
+    """A gradient of the loss, as it is: differentiating it again is refused in place of leaving its own gradient out."""
+
+    @staticmethod
+    def forward(ctx: Any, gradient: Tensor, logits: Tensor, upstream: Tensor) -> Tensor:
+        return gradient.view_as(gradient)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> NoReturn:
+        raise RuntimeError(
+            "lpg_cross_entropy: expected to be differentiated once, got a second derivative of it; its perturbed gradient "
+            "is no function's gradient and has none here. Use F.cross_entropy for the term that needs one"
+        )
+
+
 class _CrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logits: Tensor, target: Tensor, call: Call) -> Tensor:
@@ -193,9 +209,18 @@ class _CrossEntropy(torch.autograd.Function):
         return (loss / measured.total[1] if call.options.reduction == "mean" else loss).to(dtype)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         logits, target, total, *saved = ctx.saved_tensors
+        with torch.no_grad():
+            found = _CrossEntropy._gradient(ctx, logits, target, total, saved, gradient)
+        if torch.is_grad_enabled():  # create_graph=True
+            found = _Once.apply(found, logits, gradient)
+        return found, None, None
+
+    @staticmethod
+    def _gradient(
+        ctx: Any, logits: Tensor, target: Tensor, total: Tensor, saved: list[Tensor], gradient: Tensor
+    ) -> Tensor:
         call = ctx.call
         problem = call.problem(logits, target, call.weight)
         factor = gradient.to(problem.wide)
@@ -203,14 +228,14 @@ class _CrossEntropy(torch.autograd.Function):
             factor = (factor.double() / total[1]).to(problem.wide)
         factor = factor.reshape(-1).expand(problem.target.shape)
         rows = call.kernels.backward(problem, tuple(saved), factor, ctx.how)
-        return _like(rows, logits), None, None
+        return _like(rows, logits)
 
 
-def class_weight(weight: Any, logits: Tensor) -> Tensor | None:
-    """``weight`` in the dtype of the arithmetic, checked."""
-    if weight is None:
+def class_weight(value: Tensor | None, logits: Tensor) -> Tensor | None:
+    """``value`` in the dtype of the arithmetic, checked."""
+    if value is None:
         return None
-    weight = per_class("weight", weight, class_count(logits))
+    weight = per_class("weight", value, class_count(logits))
     if weight.device != logits.device:
         raise ValueError(f"weight: expected a tensor on {logits.device}, as the logits, got one on {weight.device}")
     return weight.to(torch.float64 if logits.dtype == torch.float64 else torch.float32)
@@ -223,13 +248,13 @@ def signed_bound(sign: Tensor, radius: float | Tensor, logits: Tensor) -> Tensor
     return bound * (radius.to(logits.device, wide) if isinstance(radius, Tensor) else radius)
 
 
-@_disable_dynamo
 def evaluate(logits: Tensor, target: Tensor, call: Call) -> Tensor:
-    """The loss. Outside graphs: kernels take addresses."""
+    """The loss."""
     loss: Tensor = _CrossEntropy.apply(logits, target, call)
     return loss
 
 
+@_disable_dynamo  # the kernels take addresses
 def lpg_cross_entropy(
     logits: Tensor,
     target: Tensor,
@@ -246,16 +271,18 @@ def lpg_cross_entropy(
 ) -> Tensor:
     """Cross-entropy whose value is ``F.cross_entropy``'s and whose backward perturbs each sample's logit gradient.
 
-    For a sample of class c with logit gradient ``g = softmax(u) - target distribution`` (before class weight and reduction) the backward
-    uses ``g + delta_c`` with ``||delta_c||_2 <= radius[c]``, where ``delta_c`` makes the mean gradient of the batch's samples of class c as
-    long (``sign[c] = 1``) or as short (``-1``) as it can.
+    For a sample of class c with logit gradient ``g = softmax(u) - target distribution`` (before class weight and
+    reduction) the backward uses ``g + delta_c`` with ``||delta_c||_2 <= radius[c]``, where ``delta_c`` makes the mean
+    gradient of the batch's samples of class c as long (``sign[c] = 1``) or as short (``-1``) as it can.
 
     Args:
-        logits: (N, C), (N, C, d1, ...) or (C,), of float32, float64, float16 or bfloat16; arithmetic is float32, or float64 for float64.
+        logits: (N, C), (N, C, d1, ...) or (C,), of float32, float64, float16 or bfloat16; arithmetic is float32, or
+            float64 for float64.
         target: Class indices, int64, of the logits' shape without C.
         sign: (C,): 1 amplifies a class, -1 dampens it, 0 leaves it.
         radius: The bound eps of every class, or (C,), one a class.
-        scope: ``"class"``: one delta a class; ``"sample"``: each sample's own g is made longer or shorter by the radius, not below 0.
+        scope: ``"class"``: one delta a class; ``"sample"``: each sample's own g is made longer or shorter by the
+            radius, not below 0.
         weight: (C,) class weights.
         label_smoothing: As of ``F.cross_entropy``; the target distribution is the smoothed one.
         ignore_index: Targets of this value count nowhere.

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch._compile import _disable_dynamo
 
 from ..backends import lpg as backends
 from ..backends.lpg import Kernels, Measured, Perturbation, Problem
@@ -33,26 +34,29 @@ MOST_BYTES = 2**31
 class LPGCrossEntropyLoss(nn.Module):
     """Cross-entropy whose backward perturbs the logit gradients of each class within a bound (arXiv 2605.29494).
 
-    The value is ``nn.CrossEntropyLoss``'s. In training mode, each call first updates the classes' statistics from its own batch, then
-    decides by ``mode`` which classes to amplify (their mean logit gradient made as long as the bound allows) and which to dampen. In
-    evaluation mode, and where no gradients are recorded, it is plain cross-entropy and the statistics stay.
+    The value is ``nn.CrossEntropyLoss``'s. In training mode, each call first updates the classes' statistics from its
+    own batch, then decides by ``mode`` which classes to amplify (their mean logit gradient made as long as the bound
+    allows) and which to dampen. In evaluation mode, and where no gradients are recorded, it is plain cross-entropy and
+    the statistics stay.
 
     Args:
         num_classes: C, 2 or more.
         radius: The bound eps of the perturbation of ``softmax - target distribution``: a number, or (C,), one a class.
-        mode: ``"balanced"``: classes with own-class confidence below the mean of classes are amplified, above it dampened.
-            ``"longtail"``: by ``counts``; rare classes are amplified and frequent ones dampened, within the radius times the distance of
-            their rank from the middle, in [0, 1]. ``"noisy"``: classes whose gradient norm is high for their confidence are dampened.
+        mode: ``"balanced"``: classes with own-class confidence below the mean of classes are amplified, above it
+            dampened. ``"longtail"``: by ``counts``; rare classes are amplified and frequent ones dampened, within the
+            radius times the distance of their rank from the middle, in [0, 1]. ``"noisy"``: classes whose gradient norm
+            is high for their confidence are dampened.
         counts: (C,) samples a class, of the whole training set; for ``"longtail"``, and only for it.
         sign: (C,) of -1, 0 and 1: these signs for good, in place of a mode.
         scope: ``"class"``: one delta a class; ``"sample"``: each sample's own gradient made longer or shorter.
         solver: ``"closed_form"``, ``"pgd"`` or a ``PGD(steps, step_size)``.
-        momentum: Of the moving averages of statistics and of class-mean gradients, in [0, 1): ``m * old + (1 - m) * batch`` for the
-            classes a batch has; a class's first batch counts whole. 0: the batch alone. More than 0 keeps (C, C) float32.
+        momentum: Of the moving averages of statistics and of class-mean gradients, in [0, 1): ``m * old + (1 - m) *
+            batch`` for the classes a batch has; a class's first batch counts whole. 0: the batch alone. More than 0
+            keeps (C, C) float32.
         weight: (C,) class weights.
         label_smoothing, ignore_index, reduction: As of ``nn.CrossEntropyLoss``.
-        sync: Add up statistics over the default process group at each training call: (3, C) float64, and (C, C) with momentum. Without
-            momentum class-mean gradients are each process's own. Every process must make every call.
+        sync: Add up statistics over the default process group at each training call: (3, C) float64, and (C, C) with
+            momentum. Without momentum class-mean gradients are each process's own. Every process must make every call.
         backend: ``"auto"``, ``"cpu"``, ``"triton"`` or ``"reference"``.
 
     Shape:
@@ -73,6 +77,8 @@ class LPGCrossEntropyLoss(nn.Module):
     seen: Tensor
     mean_gradient: Tensor | None
     weight: Tensor | None
+    _sign: Tensor | None
+    _radius: Tensor | None
 
     def __init__(
         self,
@@ -138,7 +144,7 @@ class LPGCrossEntropyLoss(nn.Module):
         return lpg_modes.longtail(counts, self.num_classes) if self.mode == "longtail" else None
 
     def signs(self) -> Tensor:
-        """(C,): the sign of each class's perturbation by the present statistics; times its share of the radius in ``"longtail"``."""
+        """(C,): the sign of each class's perturbation by the present statistics, in ``"longtail"`` times its share."""
         if self._sign is not None:
             return self._sign
         if self.mode == "noisy":
@@ -146,6 +152,7 @@ class LPGCrossEntropyLoss(nn.Module):
             return lpg_modes.noisy(self.confidence.float(), self.gradient_norm.float(), self.seen > 0, smoothing)
         return lpg_modes.balanced(self.confidence.float(), self.seen > 0)
 
+    @_disable_dynamo
     def forward(self, logits: Tensor, target: Tensor) -> Tensor:
         """The loss, in the logits' dtype (float32 under autocast). Its gradient is perturbed."""
         check_inputs(logits, target)
@@ -175,10 +182,15 @@ class LPGCrossEntropyLoss(nn.Module):
             if sums is not None:
                 dist.all_reduce(sums)
         self._update(tally, sums)
-        radius = self._radius if self.radius is None else self.radius
-        bound = signed_bound(self.signs(), radius, problem.logits)
+        bound = signed_bound(self.signs(), self._bounds(), problem.logits)
         means = None if self.mean_gradient is None else self.mean_gradient.to(problem.wide, copy=True)
         return self.options.perturbation(bound, means)
+
+    def _bounds(self) -> float | Tensor:
+        if self._radius is not None:
+            return self._radius
+        assert self.radius is not None
+        return self.radius
 
     def _update(self, tally: Tensor, sums: Tensor | None) -> None:
         count = tally[0]
