@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -48,13 +49,48 @@ def oracle(tensors: Tensors, plain: bool) -> Sequence[Tensor]:
     return [-picked.mean(), gradient / len(target)]
 
 
-def eager_lpg(
+class EagerLPG(torch.autograd.Function):
+    """The formula as one writes it in torch, as a loss for training: cross-entropy forward, perturbed backward."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, target: Tensor, sign: Tensor, radius: Tensor) -> Tensor:
+        log_p = logits.log_softmax(1, dtype=exact_dtype(logits))
+        ctx.save_for_backward(log_p, target, sign, radius)
+        ctx.dtype = logits.dtype
+        return F.nll_loss(log_p, target)
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None, None, None]:
+        log_p, target, sign, radius = ctx.saved_tensors
+        rows = torch.arange(len(target), device=target.device)
+        gradient = log_p.exp()
+        gradient[rows, target] -= 1
+        classes, members, counts = target.unique(return_inverse=True, return_counts=True)
+        means = gradient.new_zeros(len(classes), gradient.shape[1]).index_add(0, members, gradient) / counts[:, None]
+        norms = means.norm(dim=1)
+        delta = means * (lengths(norms, sign[classes], radius[classes]) / norms.clamp_min(1e-12))[:, None]
+        perturbed = (gradient + delta[members]) * (upstream / len(target))
+        return perturbed.to(ctx.dtype), None, None, None
+
+
+def exact_dtype(logits: Tensor) -> torch.dtype:
+    """float32 for 16-bit logits."""
+    return torch.promote_types(logits.dtype, torch.float32)
+
+
+def lengths(norms: Tensor, sign: Tensor, radius: Tensor) -> Tensor:
+    """How far each class's mean moves along itself."""
+    radius = radius.to(norms.dtype)
+    return torch.where(sign > 0, radius, torch.where(sign < 0, -radius.minimum(norms), 0.0))
+
+
+def frugal_lpg(
     log_p: Tensor, tensors: Tensors, members: Tensor, counts: Tensor, classes: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """The formula in the fewest and most frugal of torch's operations that we know.
+    """The formula in the fewest of torch's operations that we know, in place, the gradient made along with the loss.
 
     Args:
-        log_p: Log-softmax of the logits, which may be overwritten.
+        log_p: Log-softmax of the logits; overwritten.
         tensors: The case's.
         members: The place of each row's class among those in the batch.
         counts: Rows of each of those.
@@ -66,35 +102,40 @@ def eager_lpg(
     gradient.scatter_add_(1, target, gradient.new_full((1, 1), -1.0).expand(rows, 1))
     means = gradient.new_zeros(len(counts), log_p.shape[1]).index_add_(0, members, gradient)
     means.div_(counts[:, None])
-    norms, sign, radius = means.norm(dim=1), tensors["sign"][classes], tensors["radius"][classes].to(log_p.dtype)
-    length = torch.where(sign > 0, radius, torch.where(sign < 0, -radius.minimum(norms), 0.0))
+    norms = means.norm(dim=1)
+    length = lengths(norms, tensors["sign"][classes], tensors["radius"][classes])
     means.mul_((length / norms.clamp_min(1e-12))[:, None])
     gradient.add_(means.index_select(0, members))
     return loss, gradient.div_(rows)
 
 
-def formula(run: Callable[..., tuple[Tensor, Tensor]]) -> Run:
-    """The eager formula, given that the classes of a batch are known; in float32 for 16-bit logits."""
+def frugally(run: Callable[..., tuple[Tensor, Tensor]]) -> Run:
+    """The frugal formula with what it takes for given."""
 
     def loss_and_gradient(tensors: Tensors) -> list[Tensor]:
         logits = tensors["logits"].detach()
-        exact = torch.promote_types(logits.dtype, torch.float32)
         classes, members, counts = tensors["target"].unique(return_inverse=True, return_counts=True)
-        loss, gradient = run(logits.log_softmax(1, dtype=exact), tensors, members, counts, classes)
+        loss, gradient = run(logits.log_softmax(1, dtype=exact_dtype(logits)), tensors, members, counts, classes)
         return [loss, gradient.to(logits.dtype)]
 
     return loss_and_gradient
 
 
 def build_compiled() -> Run:
-    """torch.compile of all that follows the batch's classes, the number of which it cannot know."""
+    """torch.compile of all that follows the batch's classes, whose number it cannot know."""
     torch.compiler.reset()
-    return formula(torch.compile(eager_lpg, dynamic=True))
+    return frugally(torch.compile(frugal_lpg, dynamic=True))
 
 
 def run_gradfused(tensors: Tensors) -> list[Tensor]:
     """gradfused's loss."""
     loss = lpg_cross_entropy(tensors["logits"], tensors["target"], tensors["sign"], tensors["radius"])
+    return gradients(loss, tensors)
+
+
+def run_eager(tensors: Tensors) -> list[Tensor]:
+    """The formula as one writes it."""
+    loss = EagerLPG.apply(tensors["logits"], tensors["target"], tensors["sign"], tensors["radius"])
     return gradients(loss, tensors)
 
 
@@ -111,13 +152,15 @@ LPG = Function(
     oracle,
     (
         Way(OURS, "gradfused.nn.lpg_cross_entropy", lambda: run_gradfused),
+        Way("eager-lpg", "the formula as one writes it, an autograd function", lambda: run_eager, copies=7),
+        Way("eager-lpg-frugal", "in place, the gradient made with the loss", lambda: frugally(frugal_lpg), copies=5),
         Way(
-            "eager-lpg",
-            "the formula in torch's operations, in place where that helps",
-            lambda: formula(eager_lpg),
+            "torch-compile",
+            "torch.compile of the frugal formula; slow to compile",
+            build_compiled,
+            opt_in=True,
             copies=5,
         ),
-        Way("torch-compile", "torch.compile of the formula; slow to compile", build_compiled, opt_in=True, copies=5),
         Way(CROSS_ENTROPY, "F.cross_entropy, nothing perturbed", lambda: run_cross_entropy, yardstick=True, copies=3),
     ),
     standard="eager-lpg",

@@ -34,6 +34,7 @@ PEER_COLOURS = {
     "gradfused-layer": "#f2a679",
     "autograd-function": "#98bade",
     "eager-lpg": "#98bade",
+    "eager-lpg-frugal": "#5d8fc0",
     "pytorch-revgrad": "#9a9ea3",
 }
 WITHOUT = "nothing perturbed or reversed"
