@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
 
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .models import Model, Shape
-from .recipes import Recipe, Rule
+from .recipes import RECIPES, Recipe, Rule
 
 ALIGNMENT = {"cpu": 64, "cuda": 512}  # bytes; that of torch's own allocations
 CPU = torch.device("cpu")
@@ -43,6 +43,28 @@ class Case:
     lr: float = 1e-5
     weight_decay: float = 0.01
     captured: bool = False
+
+    work = "optimizer step"
+
+    @property
+    def rule_name(self) -> str:
+        """Of the update rule."""
+        return self.rule.name
+
+    @property
+    def plain(self) -> Case:
+        """The same without transforms."""
+        return replace(self, recipe=RECIPES["plain"])
+
+    @property
+    def title(self) -> str:
+        """What a table is about."""
+        per_element = self.rule.bytes_per_element(self.recipe, self.dtype.itemsize)
+        return (
+            f"{self.model.name} | {self.recipe.name} | {self.rule.name} | {self.dtype_name} on "
+            f"{self.device.type} ({len(self.model.shapes)} tensors, "
+            f"{self.model.elements / 1e6:.1f}M elements, {per_element} bytes each)"
+        )
 
     @property
     def dtype_name(self) -> str:

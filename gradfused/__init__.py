@@ -1,5 +1,6 @@
 """Optimizers that centralise, clip, perturb, add noise to and reverse gradients inside the step, in one pass over memory."""
 
+from . import nn
 from ._version import __version__
 from .optim import LAMB, LARS, SGD, Adagrad, Adam, AdamW, Adan, Lion, NAdam, RAdam, RMSprop
 from .sam import SAM, frozen_statistics
@@ -19,4 +20,5 @@ __all__ = [
     "RMSprop",
     "__version__",
     "frozen_statistics",
+    "nn",
 ]
