@@ -6,7 +6,6 @@ import argparse
 import gc
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
 from itertools import product
 from math import sqrt
 
@@ -86,7 +85,8 @@ def rule_line(name: str) -> str:
     rule = RULES[name]
     options = "".join(f", {key}={value}" for key, value in rule.options.items())
     moved = rule.bytes_per_element(RECIPES["plain"], 4)
-    return f"torch.optim.{rule.class_name}{options}: {moved} bytes an element in float32"
+    where = "torch.optim" if hasattr(torch.optim, rule.class_name) else "gradfused"
+    return f"{where}.{rule.class_name}{options}: {moved} bytes an element in float32"
 
 
 def size_line(name: str) -> str:
@@ -192,7 +192,7 @@ def measured(
     peers, held = chosen_peers(args.peers, args.device), None
     sets: list[Workload] = []
     for index, case in enumerate(cases):
-        key, meter = replace(case, recipe=RECIPES["plain"]), meter_for(case.device)
+        key, meter = case.tensors, meter_for(case.device)
         if key != held:
             sets.clear()  # before the next are made: never two models at a time
             release_memory(args.device)
