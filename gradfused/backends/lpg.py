@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from . import choose_name, lpg_cpu, lpg_reference
+from . import choose_name, lpg_cpu, lpg_reference, lpg_triton
 from .lpg_problem import Kernels, Measured, Perturbation, Problem
 
 __all__ = ["Kernels", "Measured", "Perturbation", "Problem", "choose"]
 
-_KERNELS = {"cpu": lpg_cpu.KERNELS, "reference": lpg_reference.KERNELS}
+_KERNELS = {"cpu": lpg_cpu.KERNELS, "triton": lpg_triton.KERNELS, "reference": lpg_reference.KERNELS}
 
 
 def choose(request: str, logits: Tensor) -> Kernels:
