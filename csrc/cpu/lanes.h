@@ -53,6 +53,10 @@ template <class T> struct Lanes {
   GRADFUSED_MATH Lanes operator*(const Lanes& o) const { return each([&](int k) { return r[k] * o.r[k]; }); }
   // The greater; the other where one is no number.
   GRADFUSED_MATH Lanes or_greater(const Lanes& o) const { return each([&](int k) { return o.r[k] > r[k] ? o.r[k] : r[k]; }); }
+  // a where a lane is `key`, else b.
+  GRADFUSED_MATH Lanes equal(T key, const Lanes& a, const Lanes& b) const {
+    return each([&](int k) { return r[k] == key ? a.r[k] : b.r[k]; });
+  }
   GRADFUSED_MATH Lanes exp() const { return each([&](int k) { return exp_of(r[k]); }); }
 
   GRADFUSED_MATH void spill(T (&to)[kAbreast]) const { memcpy(to, r, sizeof to); }

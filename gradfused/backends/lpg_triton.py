@@ -124,7 +124,7 @@ def _numbers(problem: Problem) -> Tensor:
 
 
 def _rows(problem: Problem) -> tuple[Tensor, Tensor]:
-    logits = problem.logits
+    logits = problem.rows
     if logits.stride(1) != 1 and logits.shape[1] > 1:
         logits = logits.contiguous()
     return _readable(logits), problem.target.contiguous()
@@ -152,7 +152,7 @@ def _tally(problem: Problem, confidence: Tensor, norm: Tensor) -> Tensor:
 def forward(problem: Problem, tally: bool) -> Measured:
     """One reading of the logits."""
     _check(problem)
-    n, classes = problem.logits.shape
+    n, classes = problem.target.numel(), problem.classes
     device = problem.logits.device
     logits, target = _rows(problem)
 
@@ -187,7 +187,7 @@ def _along(how: Perturbation) -> Tensor | None:
 def backward(problem: Problem, saved: tuple[Tensor, ...], factor: Tensor, how: Perturbation) -> Tensor:
     """The perturbed gradient."""
     out = torch.empty(problem.logits.shape, dtype=problem.logits.dtype, device=problem.logits.device)
-    if len(out):
+    if problem.target.numel():
         with _on(out.device):
             _launch(problem, saved[0], factor, how, _readable(out))
     return out
