@@ -97,6 +97,14 @@ template <class T, class S> GRADFUSED_MATH void store(const Lanes<T>& x, S* to) 
   x.spill(wide);
   narrow_run(wide, to, kAbreast);
 }
+// Register by register: left to vectorise sixteen roundings, GCC 12 took 1.4 ns an element more.
+GRADFUSED_MATH void store(const Lanes<float>& x, BFloat16* to) {
+  typedef uint16_t Halves __attribute__((vector_size(sizeof(Floats) / 2)));
+  for (int k = 0; k < Lanes<float>::kRegisters; ++k) {
+    const Halves halves = __builtin_convertvector(rounded_bfloat16(x.r[k], (Pairs)x.r[k]) >> 16, Halves);
+    memcpy(static_cast<void*>(to + k * kPairs), &halves, sizeof halves);
+  }
+}
 template <class T, class S> GRADFUSED_MATH void store_some(const Lanes<T>& x, S* to, int64_t count) {
   T wide[kAbreast];
   x.spill(wide);

@@ -14,9 +14,9 @@ from .native import DTYPES
 _SAVED = 3  # numbers a row that the native forward leaves for the backward
 
 
-#: Up to how many classes a lane of the kernels is a row: beyond, rows are long enough to have lanes of their own, and dense predictions
-#: that share deltas by class (their sums are (C, C)) are copied to lie by row.
-COLUMNS, DENSE_COLUMNS = 64, 128
+#: Up to how many classes a lane of the kernels is a row. With more, rows are long enough for lanes of their own, and dense
+#: predictions that share deltas by class, whose sums would be (C, C) for each piece, are copied to lie by row.
+COLUMNS, DENSE_COLUMNS = 64, 512
 
 
 def _is_dense(logits: Tensor) -> bool:
