@@ -25,7 +25,10 @@ def _is_dense(logits: Tensor) -> bool:
 
 
 def _arranged(problem: Problem, sums: bool) -> Tensor:
-    """The logits as the kernels take them: (N, D, C) dense, or (n, C) with rows that lie together. ``sums``: by class are wanted."""
+    """The logits as the kernels take them: (N, D, C) dense, or (n, C) with rows that lie together.
+
+    ``sums``: Sums by class are wanted.
+    """
     logits = problem.logits
     if _is_dense(logits) and (problem.classes <= DENSE_COLUMNS or not sums):
         return logits
