@@ -28,6 +28,7 @@ test: native
 test-all: native
 	@$(PY) -m pytest --interpret-all
 	@$(PY) tools/check_triton.py --all
+	@$(PY) tools/check_triton_lpg.py --all
 
 lint: $(READY)
 	$(PY) -m ruff check .

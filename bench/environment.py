@@ -20,6 +20,7 @@ from .quiet import usable_cpus
 PEER_PACKAGES = (
     "torch-optimi",
     "pytorch_optimizer",
+    "pytorch-revgrad",
     "deepspeed",
     "apex",
     "bitsandbytes",

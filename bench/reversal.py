@@ -20,7 +20,7 @@ LAMBDA = 0.5
 
 SIZES = (
     Size("pooled-features", "256 images' features of a ResNet-50 into a domain head of 1024", (256, 2048), 1024),
-    Size("token-features", "16384 tokens' features of width 768 into a domain head of 256", (16384, 768), 256),
+    Size("token-features", "16384 tokens' features of width 768 into a domain head of 100", (16384, 768), 100),
     Size("feature-map", "32 maps of 256 channels, reversal alone", (32, 256, 56, 56)),
 )
 

@@ -22,7 +22,7 @@ def tiny_case(recipe: str = "clip", rule: str = "adamw", dtype: torch.dtype = to
 
 
 def workload_of(case: Case) -> Workload:
-    workload = workload_of(case)
+    workload = Workload(case.model.shapes, case.rule, case.dtype, case.device, case.recipe)
     workload.reset()
     return workload
 

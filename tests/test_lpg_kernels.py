@@ -21,17 +21,18 @@ pytestmark = [
 
 def all_of(logits: Tensor, target: Tensor, smoothing: float) -> list[Tensor]:
     """Everything the kernels make of a batch."""
-    weight = torch.rand(logits.shape[1], generator=torch.Generator().manual_seed(2)).to(
+    classes = logits.shape[-1]
+    weight = torch.rand(classes, generator=torch.Generator().manual_seed(2)).to(
         torch.float64 if logits.dtype == torch.float64 else torch.float32
     )
     problem = Problem(logits, target, weight, smoothing)
     measured = lpg_cpu.forward(problem, True)
-    bound = torch.where(torch.arange(logits.shape[1]) % 3 == 0, -0.2, 0.1).to(problem.wide)
+    bound = torch.where(torch.arange(classes) % 3 == 0, -0.2, 0.1).to(problem.wide)
     factor = torch.linspace(0.5, 2, len(target), dtype=problem.wide)
     found = [measured.loss, measured.total, measured.tally, *measured.saved]
     for scope in ("class", "sample"):
         found.append(lpg_cpu.backward(problem, measured.saved, factor, Perturbation(bound, scope)))
-    if logits.shape[1] < 3000:
+    if classes < 3000:
         found.append(lpg_cpu.class_sums(problem, measured.saved))
         how = Perturbation(bound, means=found[-1])
         found.append(lpg_cpu.backward(problem, measured.saved, factor, how))
@@ -53,6 +54,38 @@ def test_threads_change_nothing(size: tuple[int, int], dtype: torch.dtype) -> No
             assert torch.equal(one, many)
 
 
+def dense(n: int, classes: int, pixels: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Logits (n, C, pixels) seen as (n, pixels, C), and targets by row."""
+    logits, target = batch(n * pixels, classes, dtype, ignored=5)
+    return logits.view(n, pixels, classes).transpose(1, 2).contiguous().transpose(1, 2), target
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("size", [(2, 3, 4500), (3, 70, 37), (1, 5, 1), (2, 600, 20)], ids=str)
+def test_dense_predictions_are_rows(size: tuple[int, int, int], dtype: torch.dtype) -> None:
+    """Whatever the layout, as by row, for any number of threads; sums run over other pieces, so not to the bit."""
+    logits, target = dense(*size, dtype)
+    alone = all_of(logits, target, 0.1)
+    torch.set_num_threads(2)
+    for one, many in zip(alone, all_of(logits, target, 0.1), strict=True):
+        assert torch.equal(one, many)
+    rows = all_of(logits.reshape(-1, size[1]), target, 0.1)
+    tolerance = {torch.float64: 1e-11, torch.float32: 2e-5}.get(dtype, 2e-2)
+    for one, row in zip(alone, rows, strict=True):
+        torch.testing.assert_close(one.reshape(row.shape), row, rtol=tolerance, atol=tolerance)
+
+
+def test_dense_predictions_are_not_copied() -> None:
+    logits, target = dense(2, 12, 3000, torch.float32)
+    u = logits.transpose(1, 2).requires_grad_()
+    with torch.profiler.profile(profile_memory=True) as profile:
+        lpg_cross_entropy(u, target.view(2, 3000), torch.ones(12), 0.1, backend="cpu").backward()
+    allocated = sum(max(0, e.self_cpu_memory_usage) for e in profile.key_averages())
+    assert allocated < 2 * 4 * logits.numel()
+    assert u.grad is not None
+    assert u.grad.is_contiguous()
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("size", [(300, 3), (200, 1000), (20, 5000)], ids=str)
 def test_instruction_sets_agree(size: tuple[int, int], dtype: torch.dtype) -> None:
@@ -60,7 +93,7 @@ def test_instruction_sets_agree(size: tuple[int, int], dtype: torch.dtype) -> No
     found = {}
     for isa in cpu.native().isas():
         cpu.native().use_isa(isa)
-        found[isa] = all_of(logits, target, 0.1)
+        found[isa] = all_of(logits, target, 0.1) + all_of(*dense(2, size[1], 33, dtype), 0.1)
     for isa in found:
         for one, other in zip(found["generic"], found[isa], strict=True):
             assert torch.equal(one, other), isa

@@ -318,6 +318,15 @@ def test_sparse_inputs_are_named() -> None:
         grad_reverse(torch.eye(2).to_sparse())
 
 
+def test_nested_tensors_are_reversed_but_not_multiplied() -> None:
+    rows = [torch.randn(2, 3), torch.randn(4, 3)]
+    x = torch.nested.nested_tensor(rows, layout=torch.jagged, requires_grad=True)
+    GradientReversal(0.5)(x).values().sum().backward()
+    assert torch.equal(x.grad.values(), torch.full((6, 3), -0.5))
+    with pytest.raises(TypeError, match=r"got layout torch.jagged: use grad_reverse, then F.linear"):
+        ReversalLinear(3, 2)(x)
+
+
 @pytest.mark.parametrize(
     ("lambda_", "error", "message"),
     [

@@ -38,9 +38,10 @@ void roof(const std::vector<uintptr_t>& written, const std::vector<uintptr_t>& r
 // LPG cross-entropy of one batch; see gradfused.backends.lpg_cpu.
 class Lpg {
  public:
-  Lpg(uintptr_t logits, const std::string& dtype, int64_t rows, int64_t classes, int64_t stride, uintptr_t target, int64_t ignore_index,
+  Lpg(uintptr_t logits, const std::string& dtype, int64_t rows, int64_t classes, int64_t inner, int64_t outer_stride,
+      int64_t inner_stride, int64_t class_stride, bool columns, uintptr_t target, int64_t ignore_index,
       uintptr_t weight, double weight_sum, double smoothing, uintptr_t saved, int threads)
-      : problem_{reinterpret_cast<const char*>(logits), bind::dtype_named(dtype), rows, classes, stride,
+      : problem_{reinterpret_cast<const char*>(logits), bind::dtype_named(dtype), rows, classes, inner, outer_stride, inner_stride, class_stride, columns,
                  reinterpret_cast<const int64_t*>(target), ignore_index, reinterpret_cast<const void*>(weight), weight_sum, smoothing,
                  reinterpret_cast<void*>(saved)},
         threads_(threads) {}
@@ -87,8 +88,9 @@ PYBIND11_MODULE(_cpu, m) {
 
   const auto released = py::call_guard<py::gil_scoped_release>();
   py::class_<Lpg>(m, "Lpg", py::module_local())
-      .def(py::init<uintptr_t, const std::string&, int64_t, int64_t, int64_t, uintptr_t, int64_t, uintptr_t, double, double, uintptr_t, int>(),
-           py::kw_only(), py::arg("logits"), py::arg("dtype"), py::arg("rows"), py::arg("classes"), py::arg("stride"), py::arg("target"),
+      .def(py::init<uintptr_t, const std::string&, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, bool, uintptr_t, int64_t, uintptr_t, double, double, uintptr_t, int>(),
+           py::kw_only(), py::arg("logits"), py::arg("dtype"), py::arg("rows"), py::arg("classes"), py::arg("inner"), py::arg("outer_stride"), py::arg("inner_stride"),
+           py::arg("class_stride"), py::arg("columns"), py::arg("target"),
            py::arg("ignore_index"), py::arg("weight"), py::arg("weight_sum"), py::arg("smoothing"), py::arg("saved"), py::arg("threads"))
       .def("stray", &Lpg::stray, released)
       .def("forward", &Lpg::forward, py::arg("loss"), py::arg("total"), py::arg("tally"), released)

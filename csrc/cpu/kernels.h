@@ -63,6 +63,7 @@ struct Kernels {
   void (*roof)(float* const* written, int writes, const float* const* read, int reads, int64_t begin, int64_t end,
                float nothing);
   const LpgKernels& (*lpg)();
+  const LpgColumnKernels& (*lpg_columns)();
 };
 
 const Kernels& kernels_generic();

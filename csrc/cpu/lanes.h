@@ -53,6 +53,10 @@ template <class T> struct Lanes {
   GRADFUSED_MATH Lanes operator*(const Lanes& o) const { return each([&](int k) { return r[k] * o.r[k]; }); }
   // The greater; the other where one is no number.
   GRADFUSED_MATH Lanes or_greater(const Lanes& o) const { return each([&](int k) { return o.r[k] > r[k] ? o.r[k] : r[k]; }); }
+  // a where a lane is `key`, else b.
+  GRADFUSED_MATH Lanes equal(T key, const Lanes& a, const Lanes& b) const {
+    return each([&](int k) { return r[k] == key ? a.r[k] : b.r[k]; });
+  }
   GRADFUSED_MATH Lanes exp() const { return each([&](int k) { return exp_of(r[k]); }); }
 
   GRADFUSED_MATH void spill(T (&to)[kAbreast]) const { memcpy(to, r, sizeof to); }
@@ -92,6 +96,14 @@ template <class T, class S> GRADFUSED_MATH void store(const Lanes<T>& x, S* to) 
   T wide[kAbreast];
   x.spill(wide);
   narrow_run(wide, to, kAbreast);
+}
+// Register by register: left to vectorise sixteen roundings, GCC 12 took 1.4 ns an element more.
+GRADFUSED_MATH void store(const Lanes<float>& x, BFloat16* to) {
+  typedef uint16_t Halves __attribute__((vector_size(sizeof(Floats) / 2)));
+  for (int k = 0; k < Lanes<float>::kRegisters; ++k) {
+    const Halves halves = __builtin_convertvector(rounded_bfloat16(x.r[k], (Pairs)x.r[k]) >> 16, Halves);
+    memcpy(static_cast<void*>(to + k * kPairs), &halves, sizeof halves);
+  }
 }
 template <class T, class S> GRADFUSED_MATH void store_some(const Lanes<T>& x, S* to, int64_t count) {
   T wide[kAbreast];

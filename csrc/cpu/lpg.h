@@ -9,7 +9,11 @@ namespace gradfused::cpu {
 struct LpgProblem {
   const char* logits;
   DType dtype;
-  int64_t rows, classes, stride;  // elements from one row to the next; a row lies together
+  int64_t rows, classes;
+  // Where logit j of row i lies, in elements: i / inner * outer_stride + i % inner * inner_stride + j * class_stride. The kernels by row
+  // want class_stride 1 and rows at one distance: inner = rows.
+  int64_t inner, outer_stride, inner_stride, class_stride;
+  bool columns;  // a lane is a row: LpgColumnKernels
   const int64_t* target;
   int64_t ignore_index;
   const void* weight;  // T a class, or null
@@ -55,6 +59,24 @@ struct LpgKernels {
   // to[j] <- the sum of parts[k * classes + j] over k, plus `offset`, for begin <= j < end. to may be the first part.
   void (*combine)(const LpgProblem&, const void* parts, int64_t count, double offset, void* to, int64_t begin, int64_t end);
 };
+
+// How a gradient by column is perturbed: by one of these, or not at all.
+struct LpgColumns {
+  const double* bound;  // a class: each row along its own gradient
+  const void* deltas;   // T: class c's delta in column c, classes * classes
+};
+
+// The same with a lane a row. Gradients are written as the logits lie, without gaps.
+struct LpgColumnKernels {
+  void (*forward)(const LpgProblem&, const LpgRows&, int64_t begin, int64_t end);
+  // sums, classes * classes <- in row c, of its rows, the sums of the probabilities; for c itself minus those of the other classes.
+  void (*add)(const LpgProblem&, int64_t begin, int64_t end, void* sums);
+  void (*write)(const LpgProblem&, const LpgGradient&, const LpgColumns&, int64_t begin, int64_t end);
+};
+
+const LpgColumnKernels& lpg_column_kernels_generic();
+const LpgColumnKernels& lpg_column_kernels_avx2();
+const LpgColumnKernels& lpg_column_kernels_avx512();
 
 const LpgKernels& lpg_kernels_generic();
 const LpgKernels& lpg_kernels_avx2();

@@ -28,6 +28,20 @@ double wide_at(const LpgProblem& p, const void* values, int64_t i) {
   return p.dtype == DType::float64 ? static_cast<const double*>(values)[i] : double(static_cast<const float*>(values)[i]);
 }
 
+// The closed form, as a multiple of a gradient of this norm; 0 where that has no direction.
+double along(double bound, double norm) {
+  if (!(norm > 0)) return 0;
+  return (bound < 0 ? -std::min(-bound, norm) : bound) / norm;
+}
+
+void put_wide(const LpgProblem& p, void* values, int64_t i, double value) {
+  if (p.dtype == DType::float64) {
+    static_cast<double*>(values)[i] = value;
+  } else {
+    static_cast<float*>(values)[i] = float(value);
+  }
+}
+
 // Calls work(index, worker) for each index below count. Which thread takes which changes no result.
 void for_each(int64_t count, int threads, const std::function<void(int64_t, int)>& work) {
   std::atomic<int64_t> next{0};
@@ -137,21 +151,13 @@ class Backward {
       const double rest = large ? large->rest : k_.accumulate(p_, piece.rows, piece.count, sums);
       const double count = double(large ? large->count : piece.count);
       k_.combine(p_, sums, 1, -p_.share() * count, to + row * size_t(piece.c), 0, p_.classes);
-      put(to + row * size_t(piece.c), piece.c, count * (p_.smoothing - p_.share()) - rest);
+      put_wide(p_, to + row * size_t(piece.c), piece.c, count * (p_.smoothing - p_.share()) - rest);
     });
   }
 
  private:
   static int worth(const LpgProblem& p, int threads) {
     return int(std::clamp<int64_t>(p.rows * p.classes / (kElements / 2), 1, std::max(1, threads)));
-  }
-
-  void put(void* row, int64_t i, double value) const {
-    if (p_.dtype == DType::float64) {
-      static_cast<double*>(row)[i] = value;
-    } else {
-      static_cast<float*>(row)[i] = float(value);
-    }
   }
 
   void* totals_of(const Large& large) const { return large_sums_->at(first_sums_[size_t(large.first_piece)]); }
@@ -214,18 +220,75 @@ class Backward {
     return delta;
   }
 
-  // The closed form, as a multiple of a gradient of this norm; 0 where that has no direction.
-  static double along(double bound, double norm) {
-    if (!(norm > 0)) return 0;
-    return (bound < 0 ? -std::min(-bound, norm) : bound) / norm;
-  }
-
   const LpgProblem& p_;
   const LpgKernels& k_;
   const int threads_;
   const Sums scratch_;
   std::unique_ptr<Sums> large_sums_;
   std::vector<int64_t> first_sums_;  // a piece's place in large_sums_
+};
+
+// With a lane a row: for few classes, whose means have a matrix.
+class ByColumn {
+ public:
+  ByColumn(const LpgProblem& p, int threads) : p_(p), k_(kernels().lpg_columns()), threads_(threads) {}
+
+  void write(const LpgGradient& gradient, const LpgHow& how) {
+    std::unique_ptr<char[]> deltas;
+    if (!how.by_sample && std::any_of(how.bound, how.bound + p_.classes, [](double b) { return b != 0; })) deltas = learn(how);
+    const LpgColumns columns = {how.by_sample ? how.bound : nullptr, deltas.get()};
+    for_pieces([&](int64_t begin, int64_t end, int64_t) { k_.write(p_, gradient, columns, begin, end); });
+  }
+
+  // The sums of each class's gradients, and how many rows it has.
+  std::vector<int64_t> sums(void* to) {
+    const size_t size = size_t(p_.classes * p_.classes) * wide_size(p_);
+    const int64_t pieces = (p_.rows + rows_in_piece() - 1) / rows_in_piece();
+    const std::unique_ptr<char[]> parts(new char[size * size_t(pieces)]);
+    for_pieces([&](int64_t begin, int64_t end, int64_t i) { k_.add(p_, begin, end, parts.get() + size * size_t(i)); });
+    std::vector<int64_t> counts(size_t(p_.classes), 0);
+    for (int64_t i = 0; i < p_.rows; ++i) {
+      if (p_.counts(i)) ++counts[size_t(p_.target[i])];
+    }
+    for (int64_t at = 0; at < p_.classes * p_.classes; ++at) {
+      const int64_t c = at / p_.classes, j = at % p_.classes;
+      double sum = double(counts[size_t(c)]) * (c == j ? p_.smoothing - p_.share() : -p_.share());
+      for (int64_t k = 0; k < pieces; ++k) sum += wide_at(p_, parts.get() + size * size_t(k), at);
+      put_wide(p_, to, at, sum);
+    }
+    return counts;
+  }
+
+ private:
+  // A piece has sums of its own, so it has several times as many rows.
+  int64_t rows_in_piece() const { return std::max<int64_t>(4096, 8 * p_.classes); }
+
+  template <class F> void for_pieces(F work) {
+    const int64_t step = rows_in_piece();
+    for_each((p_.rows + step - 1) / step, threads_, [&](int64_t i, int) { work(i * step, std::min(p_.rows, (i + 1) * step), i); });
+  }
+
+  // Class c's delta in column c.
+  std::unique_ptr<char[]> learn(const LpgHow& how) {
+    const int64_t n = p_.classes;
+    std::unique_ptr<char[]> own(how.means ? nullptr : new char[size_t(n * n) * wide_size(p_)]);
+    std::vector<int64_t> counts(size_t(n), 1);
+    if (own) counts = sums(own.get());
+    const void* from = own ? own.get() : how.means;
+    std::unique_ptr<char[]> deltas(new char[size_t(n * n) * wide_size(p_)]);
+    for (int64_t c = 0; c < n; ++c) {
+      const double scale = counts[size_t(c)] ? 1 / double(counts[size_t(c)]) : 0;
+      double squares = 0;
+      for (int64_t j = 0; j < n; ++j) squares += std::pow(scale * wide_at(p_, from, c * n + j), 2);
+      const double a = how.bound[c] == 0 ? 0 : along(how.bound[c], std::sqrt(squares));
+      for (int64_t j = 0; j < n; ++j) put_wide(p_, deltas.get(), j * n + c, a == 0 ? 0 : a * scale * wide_at(p_, from, c * n + j));
+    }
+    return deltas;
+  }
+
+  const LpgProblem& p_;
+  const LpgColumnKernels& k_;
+  const int threads_;
 };
 
 }  // namespace
@@ -242,8 +305,9 @@ void lpg_forward(const LpgProblem& p, void* loss, const LpgTotals& to, int threa
   const std::unique_ptr<char[]> found(new char[2 * bytes]);
   const LpgRows rows = {loss, bytes ? found.get() : nullptr, bytes ? found.get() + bytes : nullptr};
   const int64_t step = std::max<int64_t>(1, kElements / std::max<int64_t>(1, p.classes));
+  const auto forward = p.columns ? kernels().lpg_columns().forward : kernels().lpg().forward;
   for_each((p.rows + step - 1) / step, threads, [&](int64_t i, int) {
-    kernels().lpg().forward(p, rows, i * step, std::min(p.rows, (i + 1) * step));
+    forward(p, rows, i * step, std::min(p.rows, (i + 1) * step));
   });
   to.total[0] = to.total[1] = 0;
   for (int64_t i = 0; i < p.rows; ++i) {
@@ -259,10 +323,17 @@ void lpg_forward(const LpgProblem& p, void* loss, const LpgTotals& to, int threa
 }
 
 void lpg_backward(const LpgProblem& p, const LpgGradient& gradient, const LpgHow& how, int threads) {
+  if (p.columns) return ByColumn(p, threads).write(gradient, how);
   Backward backward(p, threads);
   how.by_sample ? backward.write_by_row(gradient, how) : backward.write_by_class(gradient, how);
 }
 
-void lpg_class_sums(const LpgProblem& p, void* to, int threads) { Backward(p, threads).class_sums(static_cast<char*>(to)); }
+void lpg_class_sums(const LpgProblem& p, void* to, int threads) {
+  if (p.columns) {
+    ByColumn(p, threads).sums(to);
+    return;
+  }
+  Backward(p, threads).class_sums(static_cast<char*>(to));
+}
 
 }  // namespace gradfused::cpu

@@ -32,6 +32,11 @@ def native() -> ModuleType:
     return _native
 
 
+def native_or_none() -> ModuleType | None:
+    """The compiled module, if it loaded."""
+    return _native
+
+
 def availability() -> Availability:
     """Whether the compiled module loads, and the instruction set it chose."""
     if _native is None:

@@ -14,20 +14,44 @@ from .native import DTYPES
 _SAVED = 3  # numbers a row that the native forward leaves for the backward
 
 
-def _native(problem: Problem, saved: Tensor) -> tuple[Any, list[Tensor]]:
-    """The native problem, and the tensors whose memory it reads."""
+#: Up to how many classes a lane of the kernels is a row. With more, rows are long enough for lanes of their own, and dense
+#: predictions that share deltas by class, whose sums would be (C, C) for each piece, are copied to lie by row.
+COLUMNS, DENSE_COLUMNS = 64, 512
+
+
+def _is_dense(logits: Tensor) -> bool:
+    """Neighbours in memory are rows, not classes."""
+    return logits.dim() == 3 and logits.stride(1) == 1 and logits.stride(2) != 1
+
+
+def _arranged(problem: Problem, sums: bool) -> Tensor:
+    """The logits as the kernels take them: (N, D, C) dense, or (n, C) with rows that lie together.
+
+    ``sums``: Sums by class are wanted.
+    """
     logits = problem.logits
-    if logits.stride(1) != 1 and logits.shape[1] > 1:
-        logits = logits.contiguous()
+    if _is_dense(logits) and (problem.classes <= DENSE_COLUMNS or not sums):
+        return logits
+    logits = problem.rows
+    return logits if logits.stride(1) == 1 or problem.classes == 1 else logits.contiguous()
+
+
+def _native(problem: Problem, logits: Tensor, saved: Tensor) -> tuple[Any, list[Tensor]]:
+    """The native problem, and the tensors whose memory it reads. ``logits`` are arranged."""
     target = problem.target.contiguous()
     weight = None if problem.weight is None else problem.weight.contiguous()
-    rows, classes = logits.shape
+    rows, classes = target.numel(), problem.classes
+    dense = logits.dim() == 3
     native = cpu.native().Lpg(
         logits=logits.data_ptr(),
         dtype=DTYPES[logits.dtype],
         rows=rows,
         classes=classes,
-        stride=logits.stride(0),
+        inner=logits.shape[1] if dense else max(1, rows),
+        outer_stride=logits.stride(0) if dense else 0,
+        inner_stride=1 if dense else logits.stride(0),
+        class_stride=logits.stride(2) if dense else 1,
+        columns=dense or classes <= COLUMNS,
         target=target.data_ptr(),
         ignore_index=problem.ignore_index,
         weight=0 if weight is None else weight.data_ptr(),
@@ -41,9 +65,9 @@ def _native(problem: Problem, saved: Tensor) -> tuple[Any, list[Tensor]]:
 
 def forward(problem: Problem, tally: bool) -> Measured:
     """One reading of the logits."""
-    rows, classes = problem.logits.shape
+    rows, classes = problem.target.numel(), problem.classes
     saved = torch.empty(rows, _SAVED, dtype=problem.wide)
-    native, _alive = _native(problem, saved)
+    native, _alive = _native(problem, _arranged(problem, sums=False), saved)
     stray = native.stray()
     if stray >= 0:
         refuse_stray(problem, stray)
@@ -56,8 +80,10 @@ def forward(problem: Problem, tally: bool) -> Measured:
 
 def backward(problem: Problem, saved: tuple[Tensor, ...], factor: Tensor, how: Perturbation) -> Tensor:
     """The perturbed gradient."""
-    native, _alive = _native(problem, saved[0])
-    out = torch.empty(problem.logits.shape, dtype=problem.logits.dtype)
+    logits = _arranged(problem, sums=how.scope == "class")
+    native, _alive = _native(problem, logits, saved[0])
+    shape = logits.shape
+    out = torch.empty(shape if logits.dim() == 2 else (shape[0], shape[2], shape[1]), dtype=logits.dtype)
     if factor.dim() and factor.stride(0) == 0:
         factor, stride = factor[:1].double(), 0
     else:
@@ -72,12 +98,12 @@ def backward(problem: Problem, saved: tuple[Tensor, ...], factor: Tensor, how: P
         by_sample=how.scope == "sample",
         means=0 if means is None else means.data_ptr(),
     )
-    return out
+    return out.view(problem.logits.shape) if out.dim() == 2 else out.transpose(1, 2)
 
 
 def class_sums(problem: Problem, saved: tuple[Tensor, ...]) -> Tensor:
     """(C, C): the sums of each class's logit gradients."""
-    native, _alive = _native(problem, saved[0])
+    native, _alive = _native(problem, _arranged(problem, sums=True), saved[0])
     sums = torch.empty(problem.classes, problem.classes, dtype=problem.wide)
     native.class_sums(sums.data_ptr())
     return sums

@@ -15,7 +15,7 @@ class Problem:
     """Cross-entropy over rows of logits. ``n`` rows, ``C`` classes.
 
     Attributes:
-        logits: (n, C).
+        logits: (n, C), or a view (N, D, C) of dense predictions with n = N * D.
         target: (n,), int64: class indices or ``ignore_index``.
         weight: (C,) class weights in ``wide``, or None.
     """
@@ -34,7 +34,12 @@ class Problem:
     @property
     def classes(self) -> int:
         """C."""
-        return self.logits.shape[1]
+        return self.logits.shape[-1]
+
+    @property
+    def rows(self) -> Tensor:
+        """The logits as (n, C): copied if dense predictions lie otherwise."""
+        return self.logits.reshape(-1, self.logits.shape[-1])
 
 
 def refuse_stray(problem: Problem, row: int) -> NoReturn:
@@ -98,7 +103,7 @@ class Kernels:
 
     Attributes:
         forward: (problem, whether a tally is wanted) -> what the logits hold.
-        backward: (problem, saved, factor, perturbation) -> the gradient, (n, C) in the logits' dtype. ``factor``, (n,)
+        backward: (problem, saved, factor, perturbation) -> the gradient, as the logits and in the logits' dtype. ``factor``, (n,)
             in ``wide``, is what each row's loss is multiplied by on its way to the scalar that is differentiated.
         class_sums: (problem, saved) -> (C, C) in ``wide``: the sums of each class's logit gradients.
     """

@@ -37,7 +37,7 @@ def forward(problem: Problem, tally: bool) -> Measured:
         stray = ((classes < 0) | (classes >= problem.classes)).nonzero()
         if len(stray):
             refuse_stray(problem, int(stray[0]))
-    log_p = F.log_softmax(problem.logits.to(problem.wide), 1)
+    log_p = F.log_softmax(problem.rows.to(problem.wide), 1)
     weight = log_p.new_ones(problem.classes) if problem.weight is None else problem.weight
     loss = _losses(problem, log_p, kept, classes, weight)
     total = torch.stack((loss.double().sum(), torch.where(kept, weight[classes], 0).double().sum()))
@@ -103,7 +103,8 @@ def backward(problem: Problem, saved: tuple[Tensor, ...], factor: Tensor, how: P
         out = (1 - s) * own * (p - one_hot) + own * delta
         if s:
             out = out + s / problem.classes * (problem.weight.sum() * p - problem.weight)
-    return torch.where(kept[:, None], factor[:, None] * out, 0).to(problem.logits.dtype)
+    out = torch.where(kept[:, None], factor[:, None] * out, 0).to(problem.logits.dtype)
+    return out.view(problem.logits.shape)
 
 
 KERNELS = Kernels("reference", forward, backward, class_sums)

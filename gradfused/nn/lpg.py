@@ -139,17 +139,15 @@ def class_count(logits: Tensor) -> int:
 
 
 def _rows(logits: Tensor) -> Tensor:
-    """(n, C): dense predictions with their class dim last, copied unless they lie so in memory."""
+    """(n, C), or of dense predictions (N, D, C): a view wherever the layout allows one."""
     if logits.dim() == 1:
         return logits[None]
-    return logits.movedim(1, -1).reshape(-1, logits.shape[1])
+    return logits if logits.dim() == 2 else logits.flatten(2).transpose(1, 2)
 
 
 def _like(rows: Tensor, logits: Tensor) -> Tensor:
-    """``rows``, (n, C), as a gradient of ``logits``."""
-    if logits.dim() <= 2:
-        return rows.view(logits.shape)
-    return rows.view(logits.shape[0], *logits.shape[2:], logits.shape[1]).movedim(-1, 1)
+    """What ``_rows`` made of ``logits``, undone."""
+    return rows.view(logits.shape) if logits.dim() <= 2 else rows.transpose(1, 2).reshape(logits.shape)
 
 
 @dataclass(frozen=True)

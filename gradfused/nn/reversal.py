@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from ..options import finite
 
 Factor = float | Tensor  # minus lambda; in a tensor of no dims where that may move under what was recorded
+_ELEMENTWISE = (torch.strided, torch.jagged)  # layouts that have a view and a product
 
 
 def grad_reverse(x: Tensor, lambda_: float | Tensor = 1.0) -> Tensor:
@@ -29,7 +30,7 @@ def grad_reverse(x: Tensor, lambda_: float | Tensor = 1.0) -> Tensor:
         TypeError: ``x`` is not floating point or not strided, or ``lambda_`` is no number.
         ValueError: ``lambda_`` is negative, not finite, of 1 or more dims, or on a device that ``x`` cannot use.
     """
-    _check_input("grad_reverse", x)
+    _check_input("grad_reverse", x, _ELEMENTWISE)
     return _reverse(x, _factor(lambda_, x))
 
 
@@ -111,7 +112,7 @@ class GradientReversal(_Reversing):
 
     def forward(self, x: Tensor) -> Tensor:
         """``x`` itself, as a view."""
-        _check_input("GradientReversal", x)
+        _check_input("GradientReversal", x, _ELEMENTWISE)
         return _reverse(x, self._factor(x))
 
     def extra_repr(self) -> str:
@@ -160,12 +161,13 @@ class ReversalLinear(_Reversing, nn.Linear):
 # ---- checks
 
 
-def _check_input(name: str, x: Tensor) -> None:
+def _check_input(name: str, x: Tensor, layouts: Sequence[torch.layout] = (torch.strided,)) -> None:
     if not x.is_floating_point():
         remedy = "reverse its real and imaginary parts (torch.view_as_real)" if x.is_complex() else "convert it first"
         raise TypeError(f"{name}: expected a floating-point input, got {x.dtype}: {remedy}")
-    if x.layout not in (torch.strided, torch.jagged):
-        raise TypeError(f"{name}: expected a dense input, got layout {x.layout}: use x.to_dense()")
+    if x.layout not in layouts:
+        remedy = "use grad_reverse, then F.linear" if x.layout == torch.jagged else "use x.to_dense()"
+        raise TypeError(f"{name}: expected a dense input, got layout {x.layout}: {remedy}")
 
 
 def _factor(lambda_: float | Tensor, x: Tensor) -> Factor:
@@ -200,7 +202,7 @@ class _Reverse(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, Factor], output: Tensor) -> None:
-        _keep_factor(ctx, inputs[1])
+        ctx.save_for_forward(*_keep_factor(ctx, inputs[1]))
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
@@ -212,7 +214,7 @@ class _Reverse(torch.autograd.Function):
 
 
 class _ReverseCompiled(torch.autograd.Function):
-    """The same for torch.compile, which takes no ``jvp`` and, before torch 2.7 or so, no ``setup_context``."""
+    """The same for torch.compile, which takes no ``jvp`` and, in older versions, no ``setup_context``."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, factor: Factor) -> Tensor:
@@ -224,12 +226,12 @@ class _ReverseCompiled(torch.autograd.Function):
         return grad * _kept_factor(ctx), None
 
 
-def _keep_factor(ctx: Any, factor: Factor, *others: Tensor) -> None:
-    """A tensor has to be saved as such: only then does vmap know it."""
+def _keep_factor(ctx: Any, factor: Factor, *others: Tensor) -> tuple[Tensor, ...]:
+    """Saves the factor for the backward pass, a tensor as such: only then does vmap know it. Returns what is saved."""
     ctx.factor = None if isinstance(factor, Tensor) else factor
     saved = (*others, factor) if isinstance(factor, Tensor) else others
     ctx.save_for_backward(*saved)
-    ctx.save_for_forward(*saved)
+    return saved
 
 
 def _kept_factor(ctx: Any) -> Factor:
@@ -266,7 +268,7 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor | None, Factor], output: Tensor) -> None:
         x, weight, _, factor = inputs
-        _keep_factor(ctx, factor, x, weight)
+        ctx.save_for_forward(*_keep_factor(ctx, factor, x, weight))
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:

@@ -130,7 +130,7 @@ void roof(float* const* written, int writes, const float* const* read, int reads
 
 const Kernels& GRADFUSED_NAME(kernels_, GRADFUSED_ISA)() {
   static constexpr Kernels kernels = {GRADFUSED_TEXT(GRADFUSED_ISA), sum, squares, rehearse, weigh, apply, roof,
-                                      GRADFUSED_NAME(lpg_kernels_, GRADFUSED_ISA)};
+                                      GRADFUSED_NAME(lpg_kernels_, GRADFUSED_ISA), GRADFUSED_NAME(lpg_column_kernels_, GRADFUSED_ISA)};
   return kernels;
 }
 

@@ -1,8 +1,6 @@
 // LPG cross-entropy's kernels of one instruction set, compiled like kernels.cpp. No row's softmax is ever in memory: probabilities are made
 // from the logits where they are wanted.
-#include "cpu/lpg.h"
-
-#include "cpu/lanes.h"
+#include "cpu/lpg_rows.h"
 
 namespace gradfused::cpu {
 namespace {
@@ -10,17 +8,7 @@ namespace {
 // Columns whose greatest is found before their exponentials: they stay in the L1 cache in between. Sums are widened as often.
 constexpr int64_t kColumns = 2048;
 
-template <class S> struct WideOf { using Type = float; };
-template <> struct WideOf<double> { using Type = double; };
-
-template <class S> const S* row_of(const LpgProblem& p, int64_t row) { return reinterpret_cast<const S*>(p.logits) + row * p.stride; }
-
-template <class T> struct Saved {
-  T greatest, others, squares;
-};
-template <class T> Saved<T>& saved_of(const LpgProblem& p, int64_t row) { return reinterpret_cast<Saved<T>*>(p.saved)[row]; }
-
-inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+template <class S> const S* row_of(const LpgProblem& p, int64_t row) { return reinterpret_cast<const S*>(p.logits) + row * p.inner_stride; }
 
 template <class T, class S> T greatest_of(const S* x, int64_t n, T than) {
   Lanes<T> most = Lanes<T>::all(than);
@@ -76,21 +64,6 @@ template <class T, class S> double weighted_sum(const S* x, const T* weight, int
   return total(sum) + rest;
 }
 
-template <class T> double weight_of(const LpgProblem& p, int64_t c) { return p.weight ? double(static_cast<const T*>(p.weight)[c]) : 1.0; }
-
-// What one row's saved numbers and its own class's logit say.
-struct Own {
-  double exponential;  // of its own class
-  double sum;          // of all classes
-  double rest;         // the other classes' probability
-  double gradient;     // softmax - target distribution, for its own class: no 1 - 1
-  template <class T> Own(const LpgProblem& p, const Saved<T>& s, T logit)
-      : exponential(double(exp_one(logit - s.greatest))),
-        sum(exponential + double(s.others)),
-        rest(double(s.others) / sum),
-        gradient(p.smoothing - p.share() - rest) {}
-};
-
 template <class S> class Reader {
  public:
   using T = typename WideOf<S>::Type;
@@ -100,11 +73,11 @@ template <class S> class Reader {
     Saved<T>& saved = saved_of<T>(p_, row);
     if (!p_.counts(row)) {
       saved = {};
-      return put(to, row, 0, 0, 0);
+      return put_row<T>(to, row, 0, 0, 0);
     }
     const S* x = row_of<S>(p_, row);
     const int64_t y = p_.target[row];
-    T most = std_lowest(T());
+    T most = lowest(T());
     double others = 0, squares = 0, weighted = 0;
     T origin = 0;
     for (int64_t at = 0; at < p_.classes; at += kColumns) {
@@ -121,36 +94,11 @@ template <class S> class Reader {
       if (p_.smoothing > 0) weighted += weighted_sum(x + at, weight_ ? weight_ + at : nullptr, n, origin);
     }
     saved = {most, T(others), T(squares)};
-    finish(to, row, T(widen(x[y])), saved, weighted, origin);
+    const T logit = T(widen(x[y]));
+    finish_row(p_, to, row, logit, own_of(p_, saved, logit), weighted, origin);
   }
 
  private:
-  static float std_lowest(float) { return -3.402823466e+38f; }
-  static double std_lowest(double) { return -1.7976931348623157e+308; }
-
-  void finish(const LpgRows& to, int64_t row, T logit, const Saved<T>& saved, double weighted, T origin) const {
-    const Own own(p_, saved, logit);
-    const double below = double(saved.greatest) - double(logit);
-    const double log_sum = own.exponential == 1 ? log1p(double(saved.others)) : log(own.sum);
-    const double s = p_.smoothing;
-    double loss = (1 - s) * weight_of<T>(p_, p_.target[row]) * (log_sum + below);
-    if (s == 1) loss = 0;  // not 0 * inf
-    if (s > 0) loss += p_.share() * (p_.weight_sum * (log_sum + double(saved.greatest) - double(origin)) - weighted);
-    double norm = 0;
-    if (to.norm) {
-      const double rest = double(saved.squares) / (own.sum * own.sum) - 2 * p_.share() * own.rest +
-                          double(p_.classes - 1) * p_.share() * p_.share();
-      norm = sqrt(own.gradient * own.gradient + (rest < 0 ? 0 : rest));
-    }
-    put(to, row, loss, own.exponential / own.sum, norm);
-  }
-
-  static void put(const LpgRows& to, int64_t row, double loss, double confidence, double norm) {
-    static_cast<T*>(to.loss)[row] = T(loss);
-    if (to.confidence) static_cast<T*>(to.confidence)[row] = T(confidence);
-    if (to.norm) static_cast<T*>(to.norm)[row] = T(norm);
-  }
-
   const LpgProblem& p_;
   const T* const weight_;
 };
@@ -174,7 +122,7 @@ template <class S> double accumulate_rows(const LpgProblem& p, const int64_t* ro
   for (int64_t k = 0; k < count; ++k) {
     const S* x = row_of<S>(p, rows[k]);
     const Saved<T>& saved = saved_of<T>(p, rows[k]);
-    const Own own(p, saved, T(widen(x[p.target[rows[k]]])));
+    const Own own = own_of(p, saved, T(widen(x[p.target[rows[k]]])));
     const T inverse = T(1 / own.sum);
     rest += own.rest;
     k ? add_probabilities<false>(x, p.classes, saved.greatest, inverse, sums)
@@ -189,7 +137,7 @@ template <class S> double row_norm(const LpgProblem& p, int64_t row) {
   const S* x = row_of<S>(p, row);
   const int64_t y = p.target[row];
   const Saved<T>& saved = saved_of<T>(p, row);
-  const Own own(p, saved, T(widen(x[y])));
+  const Own own = own_of(p, saved, T(widen(x[y])));
   double rest = double(saved.squares) / (own.sum * own.sum);
   if (p.smoothing > 0) {
     rest = 0;
@@ -253,10 +201,10 @@ template <class S> void write_row(const LpgProblem& p, const LpgGradient& gradie
   const S* x = row_of<S>(p, row);
   const int64_t y = p.target[row];
   const Saved<T>& saved = saved_of<T>(p, row);
-  const Own own(p, saved, T(widen(x[y])));
+  const Own own = own_of(p, saved, T(widen(x[y])));
   const double f = gradient.factor[row * gradient.factor_stride], w = weight_of<T>(p, y);
-  const double s = p.smoothing, b = p.share(), along = w * delta.along;
-  const double slope = (1 - s) * w + b * p.weight_sum + (delta.mean ? 0 : along);
+  const double b = p.share(), along = w * delta.along;
+  const double slope = slope_of(p, w) + (delta.mean ? 0 : along);
   const double offset = along * (delta.mean ? delta.offset : -b);
   const T* weight = b > 0 ? static_cast<const T*>(p.weight) : nullptr;
   const T* mean = static_cast<const T*>(delta.mean);
@@ -267,17 +215,7 @@ template <class S> void write_row(const LpgProblem& p, const LpgGradient& gradie
   } else {
     mean ? write_line<false, true>(x, p.classes, line, weight, mean, to) : write_line<false, false>(x, p.classes, line, weight, mean, to);
   }
-  const double plain = b * (p.weight_sum * (1 - own.rest) - w) - (1 - s) * w * own.rest;
-  put(T(f * (plain + along * (mean ? delta.own_mean : own.gradient))), to[y]);
-}
-
-template <class F> auto in_dtype(const LpgProblem& p, F run) {
-  switch (p.dtype) {
-    case DType::float64: return run(double{});
-    case DType::float16: return run(Half{});
-    case DType::bfloat16: return run(BFloat16{});
-    default: return run(float{});
-  }
+  put(T(f * (plain_of(p, own, w) + along * (mean ? delta.own_mean : own.gradient))), to[y]);
 }
 
 template <class F> auto in_wide(const LpgProblem& p, F run) { return p.dtype == DType::float64 ? run(double{}) : run(float{}); }

@@ -1,0 +1,130 @@
+"""Compiles the LPG kernels ahead of time for GPUs that need not be there, and reads their registers and spills.
+
+    python tools/check_triton_lpg.py [--all] [--target sm_90 ...]
+
+Fails where a kernel spills. A target that this Triton cannot compile for is left out, with the reason.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import check_triton  # takes TRITON_INTERPRET away before Triton is imported
+import torch
+from check_triton import TARGETS, gpu_target, read_amd, read_cuda, unable
+
+from gradfused.backends import lpg_triton
+
+POINTERS = {
+    "i64": ("target", "order", "starts", "slot", "pieces", "heads", "firsts"),
+    "fp32": (
+        "loss",
+        "saved",
+        "confidence",
+        "norm",
+        "numbers",
+        "bound",
+        "along",
+        "sums",
+        "squares",
+        "factor",
+        "means",
+        "weight",
+    ),
+}
+SCALARS = ("classes", "stride", "rows", "factor_stride", "ignore_index")
+OPTIONAL = ("means", "along", "weight")
+#: name -> (kernel, dtype of logits, classes, what is not None of OPTIONAL, label smoothing)
+VARIANTS = {
+    "forward float32": ("forward", "fp32", 32000, (), False),
+    "forward bfloat16 smooth": ("forward", "bf16", 1000, ("weight",), True),
+    "forward float64": ("forward", "fp64", 1000, (), False),
+    "tally": ("tally", "fp32", 1000, (), False),
+    "class_sums": ("class_sums", "fp32", 1000, (), False),
+    "accumulate small": ("accumulate", "fp16", 10, (), False),
+    "accumulate": ("accumulate", "fp32", 32000, (), False),
+    "measure": ("measure", "fp32", 32000, (), False),
+    "measure small": ("measure", "fp32", 10, (), False),
+    "write": ("write", "fp32", 32000, (), False),
+    "write small": ("write", "bf16", 21, (), False),
+    "write smooth weighted": ("write", "bf16", 1000, ("weight",), True),
+    "write means": ("write", "fp32", 1000, ("means", "along"), False),
+    "write float64": ("write", "fp64", 1000, (), False),
+}
+
+FEW = ("forward float32", "accumulate", "measure", "write", "write small")
+
+
+def signature(name: str, dtype: str, present: tuple[str, ...]) -> str:
+    """The type of an argument of the kernels; constexpr where it is None."""
+    if name in OPTIONAL and name not in present:
+        return "constexpr"
+    if name in ("logits", "out"):
+        return f"*{dtype}"
+    if name in SCALARS:
+        return "i32"
+    if name in POINTERS["i64"]:
+        return "*i64"
+    return "*fp64" if dtype == "fp64" else "*fp32"
+
+
+def source(variant: str) -> Any:
+    """A kernel specialised, as a launch would."""
+    from triton.compiler import ASTSource
+
+    kernel_name, dtype, classes, present, smooth = VARIANTS[variant]
+    kernel = getattr(lpg_triton._kernels(), kernel_name)
+    block, height = lpg_triton.tile(classes, torch.float64 if dtype == "fp64" else torch.float32)
+    constants: dict[str, Any] = {"SMOOTH": smooth, "TALLY": True, "BLOCK": block, "HEIGHT": height}
+    types = {}
+    for name in kernel.arg_names:
+        if name.isupper():
+            types[name] = "constexpr"
+        elif name == "to":
+            types[name] = "*fp64" if kernel_name == "tally" else "*fp32"
+        else:
+            types[name] = signature(name, dtype, present)
+        if types[name] == "constexpr":
+            constants.setdefault(name, None)
+    places = {(kernel.arg_names.index(n),): v for n, v in constants.items() if n in kernel.arg_names}
+    numbers = ("classes", "stride") if classes % 16 == 0 else ()
+    divided = [i for i, n in enumerate(kernel.arg_names) if types[n].startswith("*") or n in numbers]
+    aligned = {(i,): [["tt.divisibility", 16]] for i in divided}
+    return ASTSource(fn=kernel, signature=types, constexprs=places, attrs=aligned)
+
+
+def reports(target: str, variants: Iterable[str]) -> Iterator[tuple[str, Any]]:
+    """Each variant with what came of it."""
+    import triton
+
+    for variant in variants:
+        compiled = triton.compile(source(variant), target=gpu_target(target))
+        yield variant, read_cuda(compiled) if target.startswith("sm_") else read_amd(compiled)
+
+
+def main() -> None:
+    """Print a line a kernel; exit with a message if one spills."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--all", action="store_true", help="every variant, not only what most models run")
+    parser.add_argument("--target", nargs="+", choices=TARGETS, default=TARGETS)
+    options = parser.parse_args()
+    if reason := check_triton.backend.missing():
+        raise SystemExit(f"triton {reason}")
+    wrong = 0
+    print(f"{'target':8}{'registers':>10}{'spills':>8}{'16-byte loads':>15}{'stores':>8}  kernel")
+    for target in options.target:
+        if reason := unable(target):
+            print(f"{target:8} left out: {reason}", flush=True)
+            continue
+        for variant, report in reports(target, VARIANTS if options.all else FEW):
+            wrong += bool(report.spills)
+            numbers = f"{report.registers:>10}{report.spills:>8}{report.wide_loads:>15}{report.wide_stores:>8}"
+            print(f"{target:8}{numbers}  {variant}{'  FAULT: spills' if report.spills else ''}", flush=True)
+    if wrong:
+        raise SystemExit(f"{wrong} kernels spill")
+
+
+if __name__ == "__main__":
+    main()
