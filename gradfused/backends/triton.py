@@ -29,7 +29,8 @@ OLDEST = (3, 3)
 # 128 bytes of reads under way a thread, 64 KiB a multiprocessor. AMD's warps are of 64 threads.
 TILE, THREADS = 1024, 128
 # Programs a multiprocessor, each of which takes its share of the chunks: as many as are resident, by the registers that
-# tools/check_triton.py reads, up to 96 in lean kernels and 128 in those with noise, norms by unit or late centring.
+# tools/check_triton.py reads, up to 96 in lean kernels and 128 in those with noise, norms by unit, late centring, riders on the
+# weights or four state tensors, and in those that weigh.
 LEAN_PROGRAMS, FULL_PROGRAMS = 5, 4
 # In the interpreter, where they run one after the other: more than one, so that what programs leave to each other is tried.
 INTERPRETED_PROGRAMS = 2
@@ -127,6 +128,7 @@ class Options:
     agc: bool
     by_weight: bool
     product: bool
+    many_states: bool
     source: bool
     kahan: bool
     stochastic: bool
@@ -149,6 +151,7 @@ class Options:
             agc=any(s.agc for _, s in where),
             by_weight=any(s.by_weight for _, s in where),
             product=any(row.product is not None for row in rows),
+            many_states=any(len(row.state) > 3 for row in rows),
             source=any(row.source is not None for row in rows),
             **{name: any(row.rounding == name for row in rows) for name in ("kahan", "stochastic", "master")},
             ema=any(row.ema is not None for row in rows),
@@ -158,7 +161,7 @@ class Options:
     @property
     def full(self) -> bool:
         """Whether the kernel is one of those that take the most registers."""
-        return self.noise or self.by_unit or self.late or self.riders != 0
+        return self.noise or self.by_unit or self.late or self.riders != 0 or self.many_states
 
     @property
     def riders(self) -> int:
@@ -237,7 +240,8 @@ class _Part(Part):
     def _launch(self, kernel: Any, *arguments: Any, **constants: Any) -> None:
         most = INTERPRETED_PROGRAMS
         if self.device.type == "cuda":
-            most = (FULL_PROGRAMS if self._options.full else LEAN_PROGRAMS) * _processors(self.device)
+            full = self._options.full or self.native.weighs() or self.native.weighs_first()
+            most = (FULL_PROGRAMS if full else LEAN_PROGRAMS) * _processors(self.device)
         grid = (max(1, min(self.native.chunks(), most)),)
         constants |= {"SIZE": TILE, "LAYOUT": self._kernels.layout}
         if self.device.type == "cuda":
