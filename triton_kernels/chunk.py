@@ -38,7 +38,6 @@ def kinds(known: Iterable[int]) -> dict[str, int]:
     return {"KINDS": sum(n * 4096**i for i, n in enumerate(numbers)), "COUNT": len(numbers)}
 
 
-
 @triton.jit
 def tile_of(length):
     return 1 + (length > LONGEST_0).to(tl.int32) + (length > LONGEST_1).to(tl.int32) + (length > LONGEST_2).to(tl.int32)

@@ -51,7 +51,9 @@ def state_of(row, N: tl.constexpr):
 
 
 @triton.jit
-def load_state(ACCESS: tl.constexpr, N: tl.constexpr, STATES: tl.constexpr, row, at_states, start, local, mask, T: tl.constexpr):
+def load_state(
+    ACCESS: tl.constexpr, N: tl.constexpr, STATES: tl.constexpr, row, at_states, start, local, mask, T: tl.constexpr
+):
     """State tensor N; zeros where the rule has none."""
     if N < STATES:
         return load(ACCESS, row + (at.row_state + N * at.Operand), at_states[N], start, local, mask, T)
