@@ -60,6 +60,23 @@ interpreted_only = pytest.mark.skipif(not triton_interpreter.INTERPRETED, reason
         ("adamw", "tensor-clip-unit"),
         ("adamw", "full-decayed"),
         ("adamw-amsgrad", "tensor-update-agc"),
+        ("adagrad", "centralize-clip"),
+        ("rmsprop", "full"),
+        ("rmsprop-momentum", "full-unit"),
+        ("rmsprop-centered", "centralize-clip"),
+        ("rmsprop-both", "full-update"),
+        ("nadam", "full-decayed"),
+        ("nadamw", "plain"),
+        ("radam", "centralize-agc"),
+        ("radamw", "plain"),
+        ("lion", "full"),
+        ("lamb", "full"),
+        ("lamb-plain", "plain"),
+        ("lars", "full-decayed"),
+        ("lars", "tensor-update-agc"),
+        ("lars-plain", "tensor-decayed-clip-unit"),
+        ("adan", "full"),
+        ("adan-no-prox", "plain"),
     ],
 )
 def test_recipes(case: str, recipe: str, backend: str) -> None:
@@ -78,6 +95,12 @@ def test_recipes(case: str, recipe: str, backend: str) -> None:
 @pytest.mark.parametrize("recipe", ["plain", "full"])
 def test_dtypes(recipe: str, dtype: str, grad_dtype: str | None, backend: str) -> None:
     check("adamw", recipe, backend, dtype=DTYPES[dtype], grad_dtype=DTYPES[grad_dtype] if grad_dtype else None)
+
+
+@pytest.mark.parametrize("dtype", ["float64", "float16", "bfloat16"])
+@pytest.mark.parametrize("case", ["rmsprop-both", "nadam", "lamb", "lars", "adan"])
+def test_rules_in_dtypes(case: str, dtype: str, backend: str) -> None:
+    check(case, "plain", backend, dtype=DTYPES[dtype])
 
 
 @pytest.mark.parametrize(
@@ -119,12 +142,14 @@ def test_lengths_of_units(recipe: dict[str, Any], backend: str) -> None:
     assert_close(outcome(backend), outcome("reference", True), 1.3e-6, 1e-5, lambda: outcome("reference"))
 
 
-@pytest.mark.parametrize("recipe", ["full", "tensor-update-agc"])
+@pytest.mark.parametrize(("case", "recipe"), [("adam", "full"), ("adam", "tensor-update-agc"), ("lamb", "full-update")])
 @interpreted_only
-def test_results_do_not_depend_on_the_grid(recipe: str, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_results_do_not_depend_on_the_grid(
+    case: str, recipe: str, backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def outcome(programs: int) -> dict[str, torch.Tensor]:
         monkeypatch.setattr(triton, "INTERPRETED_PROGRAMS", programs)
-        return Run(CASES["adam"], RECIPES[recipe], ((40, 33), (12, 800), ()), backend=backend).step(2).outcome()
+        return Run(CASES[case], RECIPES[recipe], ((12, 33), (12, 800), ()), backend=backend).step(2).outcome()
 
     expected = outcome(1)
     assert_same_bits(outcome(2), expected)
@@ -191,9 +216,10 @@ def test_lr_is_read_where_it_lies(dtype: torch.dtype, backend: str) -> None:
     assert_same_bits(run.outcome(), twin.outcome())
 
 
+@pytest.mark.parametrize("case", ["adam", "lamb", "nadam"])
 @pytest.mark.parametrize("planted", [math.inf, math.nan])
-def test_a_step_that_saw_no_number_is_skipped(planted: float, backend: str) -> None:
-    run = Run(CASES["adam"], RECIPES["full"], SHAPES, backend=backend).step()
+def test_a_step_that_saw_no_number_is_skipped(planted: float, case: str, backend: str) -> None:
+    run = Run(CASES[case], RECIPES["full"], SHAPES, backend=backend).step()
     before = run.outcome()
     run.fill()
     run.grads[2][3] = planted
@@ -213,8 +239,9 @@ def test_large_gradients_have_a_norm(backend: str) -> None:
 
 
 @pytest.mark.parametrize("found", [0.0, 1.0])
-def test_overflow_and_scale_are_heeded_on_the_device(found: float, backend: str) -> None:
-    run, twin = (Run(CASES["adamw"], RECIPES["centralize-clip"], ((5, 4), (7,)), backend=backend).step() for _ in "ab")
+@pytest.mark.parametrize("case", ["adamw", "lamb", "lars", "nadam"])
+def test_overflow_and_scale_are_heeded_on_the_device(case: str, found: float, backend: str) -> None:
+    run, twin = (Run(CASES[case], RECIPES["centralize-clip"], ((5, 4), (7,)), backend=backend).step() for _ in "ab")
     device = run.params[0].device
     table = run.optimizer._tables[0].table
     before = run.outcome()
@@ -251,23 +278,36 @@ def test_devices_share_norms(recipe: str, backend: str, monkeypatch: pytest.Monk
 
 
 def test_launches_of_a_step(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One, or two with a wide norm; three where a late mean takes several chunks."""
+    """One, or two with a wide norm; one more where a late mean takes several chunks, and one for trust ratios."""
     launches: list[object] = []
     launch = triton._Part._launch
     monkeypatch.setattr(
         triton._Part, "_launch", lambda self, kernel, *a, **k: (launches.append(kernel), launch(self, kernel, *a, **k))
     )
     counts, small = [], ((6, 5), (), (9, 3))
-    for recipe, shapes in (
-        ("plain", small),
-        ("centralize-agc", small),
-        ("full", small),
-        ("full-update", ((1, 66000),)),
+    for case, recipe, shapes in (
+        ("adamw", "plain", small),
+        ("adamw", "centralize-agc", small),
+        ("adamw", "full", small),
+        ("lamb", "plain", small),
+        ("lamb-plain", "plain", small),
+        ("lars", "full-update", ((1, 66000),)),
     ):
         before = len(launches)
-        Run(CASES["adamw"], RECIPES[recipe], shapes, backend=backend).step()
+        Run(CASES[case], RECIPES[recipe], shapes, backend=backend).step()
         counts.append(len(launches) - before)
-    assert counts == [1, 1, 2, 3]
+    assert counts == [1, 1, 2, 2, 1, 4]
+
+
+@pytest.mark.parametrize(("case", "at"), [("lamb", "update"), ("lars", "update"), ("lars", "decayed")])
+def test_trust_in_what_takes_several_chunks(at: str, case: str, backend: str) -> None:
+    """Rehearsed means and norms of whole rows need each other, in an order that depends on the rule."""
+
+    def outcome(backend: str, exact: bool = False) -> dict[str, torch.Tensor]:
+        recipe = {"centralize": True, "centralize_at": at}
+        return Run(CASES[case], recipe, ((1, 66000), (3, 20)), backend=backend, exact=exact).step().outcome()
+
+    assert_close(outcome(backend), outcome("reference", True), 1.3e-6, 1e-5, lambda: outcome("reference"))
 
 
 # ---- who may use it

@@ -34,19 +34,33 @@ DTYPES = {"float32": 4, "float64": 8, "float16": 2, "bfloat16": 2}
 RULES = tuple(_cpu.rules())
 NARROW = ("any", "any-wide")
 ACCESSES = (*DTYPES, *NARROW)
-LEAN: dict[str, dict[str, bool]] = {
+LEAN: dict[str, dict[str, Any]] = {
     "plain": {},
     "centre": {"CENTRE": True},
     "clip": {"WIDE_NORMS": True, "SKIP": True},
     "centre-clip": {"CENTRE": True, "WIDE_NORMS": True},
 }
-FULL: dict[str, dict[str, bool]] = {
+FULL: dict[str, dict[str, Any]] = {
     "noise": {"NOISE": True},
     "unit-norms": {"CENTRE": True, "UNIT_NORMS": True},
     "late": {"LATE": True, "EMPTY": True},
     "everything": dict.fromkeys(("CENTRE", "WIDE_NORMS", "UNIT_NORMS", "LATE", "NOISE", "SKIP", "EMPTY"), True),
-    "rehearsal": {"LATE": True, "REHEARSAL": True},
+    "rehearsal": {"LATE": True, "PHASE": "rehearse"},
+    "weighing": {"PHASE": "weigh"},
 }
+# What rides on the weights, and how many tensors more it has a kernel read and write.
+RIDING: dict[str, tuple[tuple[str, ...], int, int]] = {
+    "backup": (("source",), 0, 0),
+    "kahan": (("kahan",), 1, 1),
+    "stochastic": (("stochastic",), 0, 0),
+    "master": (("source", "master"), 0, 1),
+    "ema": (("ema",), 1, 1),
+    "zero": (("zero",), 0, 1),
+    "master-ema-zero": (("source", "master", "ema", "zero"), 1, 3),
+}
+# Stages that do not write what a step writes.
+PARTIAL = ("rehearsal", "weighing")
+TRUSTING = ("lamb", "lars", "lars_momentum")
 
 
 @dataclass(frozen=True)
@@ -68,7 +82,16 @@ class Variant:
     @property
     def lean(self) -> bool:
         """Of those that may not spill or be slow: no noise, norms by unit or late centring."""
-        return self.kernel == "stats" or self.stages in LEAN
+        return self.kernel == "stats" or self.stages in LEAN or self.stages in RIDING or self.stages == "weighing"
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """What its stages and riders have the kernel compiled for."""
+        known = backend.kernels()
+        options = LEAN.get(self.stages) or FULL.get(self.stages) or {}
+        names, _, _ = RIDING.get(self.stages, ((), 0, 0))
+        riders = sum(known.riders[name] for name in names)
+        return options | {"PHASE": known.phases[options.get("PHASE", "step")], "RIDERS": riders}
 
     @property
     def aligned(self) -> bool:
@@ -85,18 +108,31 @@ def few(target: str) -> Iterator[Variant]:
         yield Variant("apply", "centre-clip", "adam", ("float32",), (0, 2, 3, 4))
         yield Variant("apply", "clip", "adam", ("float32", "any"), (0,), scaled=True)
         yield Variant("apply", "everything", "adam", ("float32",), (0, 4))
+        yield Variant("apply", "plain", "adan", ("float32",), (0,))
+        yield Variant("apply", "weighing", "lamb", ("float32",), (0,))
+        yield Variant("apply", "master-ema-zero", "adam", ("bfloat16",), (0,))
+        yield Variant("apply", "kahan", "adam", ("bfloat16",), (0,))
         yield Variant("stats", "stats", "", ("float32", "float64"), (0, 1, 2, 3, 4))
 
 
 def every() -> Iterator[Variant]:
     """Every rule, dtype, tile and stage, alone and as they meet."""
     yield from few("sm_90")
-    for rule, access, stages in itertools.product(RULES, ACCESSES, (*LEAN, *FULL)):
+    for access, stages in itertools.product(ACCESSES, (*LEAN, *FULL)):
         units = any(LEAN.get(stages, FULL.get(stages, {})).get(key) for key in ("CENTRE", "UNIT_NORMS", "LATE"))
-        for tiles in ((0,), (1,), (2,), (3,), (4,)) if units and rule == "adam" else ((0, 3),) if units else ((0,),):
-            yield Variant("apply", stages, rule, (access,), tiles)
+        for tiles in ((0,), (1,), (2,), (3,), (4,)) if units else ((0,),):
+            yield Variant("apply", stages, "adam", (access,), tiles)
+    for rule, access in itertools.product(RULES, ACCESSES):
+        yield Variant("apply", "plain", rule, (access,), (0,))
+        yield Variant("apply", "everything", rule, (access,), (0, 3))
+    for rule, access in itertools.product(TRUSTING, ACCESSES):
+        yield Variant("apply", "weighing", rule, (access,), (0, 3))
+    for access, riders in itertools.product(ACCESSES, RIDING):
+        if access not in ("float32", "float64", "any-wide") or riders in ("backup", "ema", "zero"):
+            yield Variant("apply", riders, "adam", (access,), (0,))
     for access, tile in itertools.product(ACCESSES, range(5)):
         yield Variant("stats", "stats", "", (access,), (tile,))
+        yield Variant("stats", "by-weight", "", (access,), (tile,))
 
 
 @dataclass
@@ -133,19 +169,17 @@ def source(variant: Variant) -> Any:
 
     known = backend.kernels()
     kernel = getattr(known, variant.kernel)
-    bits = 0
-    for access, tile in itertools.product(variant.accesses, variant.tiles):
-        rule = 0 if variant.kernel == "stats" else RULES.index(variant.rule)
-        bits |= known.bit(ACCESSES.index(access), tile, rule)
-    constants: dict[str, Any] = {"VARIANTS": bits, "SIZE": backend.TILE, "LAYOUT": known.layout}
+    rule = 0 if variant.kernel == "stats" else RULES.index(variant.rule)
+    kinds = [
+        known.kind_of(ACCESSES.index(access), tile, rule)
+        for access, tile in itertools.product(variant.accesses, variant.tiles)
+    ]
+    constants: dict[str, Any] = known.kinds(kinds) | {"SIZE": backend.TILE, "LAYOUT": known.layout}
     if variant.kernel == "apply":
-        constants |= dict.fromkeys(
-            ("CENTRE", "WIDE_NORMS", "UNIT_NORMS", "LATE", "NOISE", "SKIP", "EMPTY", "REHEARSAL"), False
-        )
-        constants |= LEAN.get(variant.stages) or FULL.get(variant.stages) or {}
-        constants |= {"RULES": len(RULES), "STATES": sum(known.states[n] << (4 * i) for i, n in enumerate(RULES))}
+        constants |= dict.fromkeys(("CENTRE", "WIDE_NORMS", "UNIT_NORMS", "LATE", "NOISE", "SKIP", "EMPTY"), False)
+        constants |= {"STATES": known.all_states, "PRODUCT": variant.rule == "nadam"} | variant.options
     else:
-        constants["AGC"] = False
+        constants |= {"AGC": False, "BY_WEIGHT": variant.stages == "by-weight", "RIDERS": 0}
     signature = dict.fromkeys(kernel.arg_names, "constexpr") | {"job": "i64"}
     for name in ("grad_scale", "found_inf"):
         if name in kernel.arg_names:
@@ -218,7 +252,7 @@ def faults(variant: Variant, target: str, report: Report) -> list[str]:
     found = []
     if variant.lean and report.inside:
         found.append(f"{report.inside} accesses of local memory in hot loops")
-    if not variant.aligned or variant.stages == "rehearsal":
+    if not variant.aligned or variant.stages in PARTIAL:
         return found
     if variant.lean and report.narrow:
         found.append("narrow in hot loops: " + ", ".join(f"{n} {name}" for name, n in report.narrow.items()))
@@ -228,7 +262,11 @@ def faults(variant: Variant, target: str, report: Report) -> list[str]:
         variant.tiles
     )
     states = backend.kernels().states.get(variant.rule, 0)
-    loads, stores = (a_tile * (2 + states), a_tile * (1 + states)) if variant.kernel == "apply" else (a_tile, 0)
+    _, more_loads, more_stores = RIDING.get(variant.stages, ((), 0, 0))
+    unread = states if variant.rule == "ascend" else 0
+    loads, stores = a_tile * (2 + states - unread + more_loads), a_tile * (1 + states + more_stores)
+    if variant.kernel == "stats":
+        loads, stores = a_tile, 0
     if report.wide_loads < loads:
         found.append(f"{report.wide_loads} loads of 16 bytes, expected {loads}")
     if report.wide_stores < stores:

@@ -98,6 +98,15 @@ def store_as(S: tl.constexpr, address, where, x, mask, ALIGNED: tl.constexpr):
 
 
 @triton.jit
+def rounded_as(S: tl.constexpr, x):
+    """``x`` in float32 as dtype S would hold it."""
+    if S == tl.bfloat16 and at.INTERPRETED:
+        return widen_bfloat16(narrow_bfloat16(x))
+    else:
+        return x.to(S).to(tl.float32)
+
+
+@triton.jit
 def load(ACCESS: tl.constexpr, operand, data, start, local, mask, T: tl.constexpr):
     """Elements ``start + local`` of the operand at ``data`` in memory.
 
@@ -159,3 +168,29 @@ def store_any(operand, data, i, x, mask):
         store_as(tl.float16, data, where, x, mask, 1)
     else:
         store_as(tl.bfloat16, data, where, x, mask, 1)
+
+
+@triton.jit
+def load_mixed(ACCESS: tl.constexpr, MIXED: tl.constexpr, operand, data, dtype, start, local, mask, T: tl.constexpr):
+    """``load`` of an operand that may, if MIXED, be of float32 in a row of another dtype."""
+    if not MIXED or ACCESS == at.DType_float32 or ACCESS >= ANY:
+        return load(ACCESS, operand, data, start, local, mask, T)
+    else:
+        x = tl.zeros(mask.shape, T)
+        if dtype == at.DType_float32:
+            x = load(at.DType_float32, operand, data, start, local, mask, T)
+        else:
+            x = load(ACCESS, operand, data, start, local, mask, T)
+        return x
+
+
+@triton.jit
+def store_mixed(ACCESS: tl.constexpr, operand, data, dtype, start, local, x, mask):
+    """The counterpart of ``load_mixed``, where MIXED."""
+    if ACCESS == at.DType_float32 or ACCESS >= ANY:
+        store(ACCESS, operand, data, start, local, x, mask)
+    else:
+        if dtype == at.DType_float32:
+            store(at.DType_float32, operand, data, start, local, x, mask)
+        else:
+            store(ACCESS, operand, data, start, local, x, mask)

@@ -14,20 +14,28 @@ Where elements are accessed one at a time a tile has a quarter of SIZE.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import triton
 import triton.language as tl
 
 from . import layout as at
-from .access import ACCESSES, ANY, ANY_WIDE, load, read, read_bool
+from .access import ACCESSES, ANY, ANY_WIDE, load, load_mixed, read, read_bool
 
 LONGEST = (16, 128, 1024)
 LONGEST_0, LONGEST_1, LONGEST_2 = (tl.constexpr(n) for n in LONGEST)
 TILES = tl.constexpr(len(LONGEST) + 2)
 
 
-def bit(access: int, tile: int, rule: int = 0) -> int:
-    """The bit that stands for a kind of chunk in a kernel's VARIANTS: kind = (rule * ACCESSES + access) * TILES + tile."""
-    return 1 << ((rule * ACCESSES.value + access) * TILES.value + tile)
+def kind_of(access: int, tile: int, rule: int = 0) -> int:
+    """The number of a kind of chunk."""
+    return (rule * ACCESSES.value + access) * TILES.value + tile
+
+
+def kinds(known: Iterable[int]) -> dict[str, int]:
+    """KINDS and COUNT of a kernel: the numbers of the kinds of chunks that it is compiled for, as digits to base 4096."""
+    numbers = sorted(set(known))
+    return {"KINDS": sum(n * 4096**i for i, n in enumerate(numbers)), "COUNT": len(numbers)}
 
 
 @triton.jit
@@ -72,6 +80,20 @@ def unscale_of(grad_scale):
 
 
 @triton.jit
+def elements_of(start, length, k, HEIGHT: tl.constexpr, WIDTH: tl.constexpr):
+    """The numbers in the row of a tile's elements, column ``k`` of the units first."""
+    unit = tl.arange(0, HEIGHT)[:, None] * length + tl.arange(0, WIDTH)[None, :]
+    return start + k + unit.to(tl.int64)
+
+
+@triton.jit
+def quads_of(start, length, k, HEIGHT: tl.constexpr, WIDTH: tl.constexpr):
+    """The same of groups of four, where units begin with one."""
+    unit = tl.arange(0, HEIGHT)[:, None] * (length // 4) + tl.arange(0, WIDTH // 4)[None, :]
+    return start // 4 + k // 4 + unit.to(tl.int64)
+
+
+@triton.jit
 def sum_tiles(
     ACCESS: tl.constexpr, operand, data, unscale, start, stride, inside, length, WIDTH: tl.constexpr, T: tl.constexpr
 ):
@@ -86,24 +108,18 @@ def sum_tiles(
 
 @triton.jit
 def square_tiles(
-    ACCESS: tl.constexpr,
-    operand,
-    data,
-    unscale,
-    mean,
-    start,
-    stride,
-    inside,
-    length,
-    WIDTH: tl.constexpr,
-    T: tl.constexpr,
-):
-    """Each unit's sum of squares around ``mean``, (units, 1) in float64: no gradient in float32 is too large for it."""
+    ACCESS: tl.constexpr, MIXED: tl.constexpr, operand, data, dtype, unscale, mean,
+    start, stride, inside, length, WIDTH: tl.constexpr, T: tl.constexpr,
+):  # fmt: skip
+    """Each unit's sum of squares around ``mean``, (units, 1) in float64: no gradient in float32 is too large for it.
+
+    MIXED and ``dtype`` are as in load_mixed.
+    """
     total = tl.zeros([inside.shape[0], WIDTH], tl.float64)
     for k in range(0, length, WIDTH):
         column = k + tl.arange(0, WIDTH)[None, :]
         mask = inside & (column < length)
-        x = load(ACCESS, operand, data, start, stride + column, mask, T)
+        x = load_mixed(ACCESS, MIXED, operand, data, dtype, start, stride + column, mask, T)
         x = tl.where(mask, x * unscale - mean, 0.0).to(tl.float64)
         total += x * x
     return tl.sum(total, axis=1)[:, None]

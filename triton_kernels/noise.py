@@ -7,10 +7,10 @@ import triton.language as tl
 
 
 @triton.jit
-def philox(seed, quad, parameter, step):
-    """Four words for each counter (quad low, quad high, parameter, step)."""
+def philox(seed, quad, parameter, step, MARK: tl.constexpr):
+    """Four words for each counter (quad low, quad high, parameter, step). MARK tells draws of one kind from another's."""
     c0 = quad.to(tl.uint32)
-    c1 = (quad >> 32).to(tl.uint32)
+    c1 = (quad >> 32).to(tl.uint32) | MARK
     return tl.philox(seed, c0, c1, c0 * 0 + parameter.to(tl.uint32), c0 * 0 + step.to(tl.uint32))
 
 
@@ -65,7 +65,7 @@ def box_muller(a, b):
 @triton.jit
 def draw_quads(seed, quad, parameter, step):
     """The normal values of elements 4 quad to 4 quad + 3, neighbours along the last dim, which gets four times as long."""
-    w0, w1, w2, w3 = philox(seed, quad, parameter, step)
+    w0, w1, w2, w3 = philox(seed, quad, parameter, step, 0)
     z0, z1 = box_muller(w0, w1)
     z2, z3 = box_muller(w2, w3)
     return tl.interleave(tl.interleave(z0, z2), tl.interleave(z1, z3))
@@ -74,7 +74,7 @@ def draw_quads(seed, quad, parameter, step):
 @triton.jit
 def draw(seed, i, parameter, step):
     """The normal values of elements ``i``, wherever they begin: each draws the words of its quad."""
-    w0, w1, w2, w3 = philox(seed, i // 4, parameter, step)
+    w0, w1, w2, w3 = philox(seed, i // 4, parameter, step, 0)
     late = (i & 2) != 0
     z0, z1 = box_muller(tl.where(late, w2, w0), tl.where(late, w3, w1))
     return tl.where((i & 1) != 0, z1, z0)

@@ -1,6 +1,8 @@
-"""The update rules, as torch.optim computes them: for each, the numbers of a step and the direction it takes.
+"""The update rules, as torch.optim or their papers have them: for each, the numbers of a step and the direction it takes.
 
-``coefficients`` and ``direction`` choose among them by the number that csrc/rules.def gives a rule.
+``coefficients`` and ``direction`` choose among them by the number that csrc/rules.def gives a rule. The numbers of a step are made of
+the group's options at ``hyper`` and of what is passed, scalars in float64: ``lr``, the ``step``'s number from 1, whether it is the ``first``
+that the state sees, the ``product`` of NAdam's momenta and the ``ratio`` by which a rule trusts its step.
 """
 
 from __future__ import annotations
@@ -13,7 +15,25 @@ from .access import read, read_bool
 from .transforms import maximum, power
 
 # State tensors of a rule, by name.
-STATES = {"sgd": 0, "sgd_momentum": 1, "adam": 2, "adam_amsgrad": 3}
+STATES = {
+    "sgd": 0,
+    "sgd_momentum": 1,
+    "adam": 2,
+    "adam_amsgrad": 3,
+    "adagrad": 1,
+    "rmsprop": 1,
+    "rmsprop_momentum": 2,
+    "rmsprop_centered": 2,
+    "rmsprop_centered_momentum": 3,
+    "nadam": 2,
+    "radam": 2,
+    "lion": 1,
+    "lamb": 2,
+    "lars": 0,
+    "lars_momentum": 1,
+    "adan": 4,
+    "ascend": 1,
+}
 
 
 @triton.jit
@@ -34,88 +54,379 @@ def root(x):
 
 
 @triton.jit
-def sgd_coefficients(hyper, lr, step, first, T: tl.constexpr):
+def option(hyper, FIELD: tl.constexpr):
+    return read(hyper + FIELD, tl.float64)
+
+
+@triton.jit
+def shrunk(hyper, lr, T: tl.constexpr):
+    """What decoupled weight decay leaves of the weights."""
+    decay = option(hyper, at.hyper_weight_decay)
+    return tl.where(read_bool(hyper + at.hyper_decoupled), 1.0 - lr * decay, 1.0).to(T)
+
+
+@triton.jit
+def moments(g, s0, s1, fresh, beta2, fresh_sq):
+    """Adam's, moved. In torch's order, which keeps gradients of 1e20 finite."""
+    return s0 + (g - s0) * fresh, s1 * beta2 + g * fresh_sq * g
+
+
+@triton.jit
+def sgd_coefficients(hyper, lr, T: tl.constexpr):
     return tl.full([], 1.0, T), lr.to(T), (lr.to(T),)
 
 
 @triton.jit
-def sgd(g, s0, s1, s2, c):
+def sgd(g, p, s0, s1, s2, s3, c):
     """torch.optim.SGD without momentum."""
-    return g, s0, s1, s2
+    return g, s0, s1, s2, s3
 
 
 @triton.jit
-def sgd_momentum_coefficients(hyper, lr, step, first, T: tl.constexpr):
-    momentum = read(hyper + at.hyper_momentum, tl.float64)
-    fresh = tl.where(
-        first, 1.0, 1.0 - read(hyper + at.hyper_dampening, tl.float64)
-    )  # the first fills the buffer undamped
+def sgd_momentum_coefficients(hyper, lr, first, T: tl.constexpr):
+    momentum = option(hyper, at.hyper_momentum)
+    fresh = tl.where(first, 1.0, 1.0 - option(hyper, at.hyper_dampening))  # the first fills the buffer undamped
     ahead = tl.where(read_bool(hyper + at.hyper_nesterov), momentum, 0.0)
     return tl.full([], 1.0, T), lr.to(T), (momentum.to(T), fresh.to(T), ahead.to(T))
 
 
 @triton.jit
-def sgd_momentum(g, s0, s1, s2, c):
+def sgd_momentum(g, p, s0, s1, s2, s3, c):
     """torch.optim.SGD with momentum (Sutskever et al. 2013)."""
     s0 = s0 * c[0] + g * c[1]
-    return tl.where(c[2] != 0.0, g + s0 * c[2], s0), s0, s1, s2
+    return tl.where(c[2] != 0.0, g + s0 * c[2], s0), s0, s1, s2, s3
 
 
 @triton.jit
-def adam_coefficients(hyper, lr, step, first, T: tl.constexpr):
-    beta1 = read(hyper + at.hyper_beta1, tl.float64)
-    beta2 = read(hyper + at.hyper_beta2, tl.float64)
+def adam_coefficients(hyper, lr, step, T: tl.constexpr):
+    beta1 = option(hyper, at.hyper_beta1)
+    beta2 = option(hyper, at.hyper_beta2)
     correction1 = 1.0 - power(beta1, step)
     correction2 = 1.0 - power(beta2, step)
-    decay = tl.where(read_bool(hyper + at.hyper_decoupled), read(hyper + at.hyper_weight_decay, tl.float64), 0.0)
     numbers = (
         (1.0 - beta1).to(T),
         beta2.to(T),
         (1.0 - beta2).to(T),
         (1.0 / tl.sqrt(correction2)).to(T),
-        read(hyper + at.hyper_eps, tl.float64).to(T),
+        option(hyper, at.hyper_eps).to(T),
     )
-    return (1.0 - lr * decay).to(T), (lr / correction1).to(T), numbers
+    return shrunk(hyper, lr, T), (lr / correction1).to(T), numbers
 
 
 @triton.jit
-def adam(g, s0, s1, s2, c):
+def adam(g, p, s0, s1, s2, s3, c):
     """torch.optim.Adam and AdamW (Kingma & Ba 2015; Loshchilov & Hutter 2019)."""
-    s0 = s0 + (g - s0) * c[0]
-    s1 = s1 * c[1] + g * c[2] * g  # in torch's order, which keeps gradients of 1e20 finite
-    return divide(s0, root(s1) * c[3] + c[4]), s0, s1, s2
+    s0, s1 = moments(g, s0, s1, c[0], c[1], c[2])
+    return divide(s0, root(s1) * c[3] + c[4]), s0, s1, s2, s3
 
 
 @triton.jit
-def adam_amsgrad(g, s0, s1, s2, c):
+def adam_amsgrad(g, p, s0, s1, s2, s3, c):
     """The same with amsgrad=True (Reddi et al. 2018)."""
-    s0 = s0 + (g - s0) * c[0]
-    s1 = s1 * c[1] + g * c[2] * g
+    s0, s1 = moments(g, s0, s1, c[0], c[1], c[2])
     s2 = maximum(s2, s1)
-    return divide(s0, root(s2) * c[3] + c[4]), s0, s1, s2
+    return divide(s0, root(s2) * c[3] + c[4]), s0, s1, s2, s3
 
 
 @triton.jit
-def coefficients(RULE: tl.constexpr, hyper, lr, step, first, T: tl.constexpr):
+def adagrad_coefficients(hyper, lr, step, T: tl.constexpr):
+    rate = lr / (1.0 + (step - 1.0) * option(hyper, at.hyper_lr_decay))
+    return tl.full([], 1.0, T), rate.to(T), (option(hyper, at.hyper_eps).to(T),)
+
+
+@triton.jit
+def adagrad(g, p, s0, s1, s2, s3, c):
+    """torch.optim.Adagrad (Duchi et al. 2011)."""
+    s0 = s0 + g * g
+    return divide(g, root(s0) + c[0]), s0, s1, s2, s3
+
+
+@triton.jit
+def rmsprop_coefficients(hyper, lr, T: tl.constexpr):
+    alpha = option(hyper, at.hyper_beta2)
+    eps = option(hyper, at.hyper_eps)
+    momentum = option(hyper, at.hyper_momentum)
+    return tl.full([], 1.0, T), lr.to(T), (alpha.to(T), (1.0 - alpha).to(T), eps.to(T), momentum.to(T))
+
+
+@triton.jit
+def rmsprop(g, p, s0, s1, s2, s3, c):
+    """torch.optim.RMSprop (Hinton 2012)."""
+    s0 = s0 * c[0] + g * c[1] * g
+    return divide(g, root(s0) + c[2]), s0, s1, s2, s3
+
+
+@triton.jit
+def rmsprop_momentum(g, p, s0, s1, s2, s3, c):
+    """The same with momentum."""
+    d, s0, s1, s2, s3 = rmsprop(g, p, s0, s1, s2, s3, c)
+    s1 = s1 * c[3] + d
+    return s1, s0, s1, s2, s3
+
+
+@triton.jit
+def deviation(g, square, mean, c):
+    """(direction, square, mean) of RMSprop with centered=True (Graves 2013)."""
+    square = square * c[0] + g * c[1] * g
+    mean = mean + (g - mean) * c[1]
+    return divide(g, root(square - mean * mean) + c[2]), square, mean
+
+
+@triton.jit
+def rmsprop_centered(g, p, s0, s1, s2, s3, c):
+    """torch.optim.RMSprop with centered=True."""
+    d, s0, s1 = deviation(g, s0, s1, c)
+    return d, s0, s1, s2, s3
+
+
+@triton.jit
+def rmsprop_centered_momentum(g, p, s0, s1, s2, s3, c):
+    """The same with momentum."""
+    d, s0, s2 = deviation(g, s0, s2, c)
+    s1 = s1 * c[3] + d
+    return s1, s0, s1, s2, s3
+
+
+@triton.jit
+def warmed_momentum(hyper, step):
+    """NAdam's momentum at a step."""
+    warmth = power(step * 0.0 + 0.96, step * option(hyper, at.hyper_momentum_decay))
+    return option(hyper, at.hyper_beta1) * (1.0 - 0.5 * warmth)
+
+
+@triton.jit
+def nadam_coefficients(hyper, lr, step, product, T: tl.constexpr):
+    beta2 = option(hyper, at.hyper_beta2)
+    mu = warmed_momentum(hyper, step)
+    following = warmed_momentum(hyper, step + 1.0)
+    numbers = (
+        (1.0 - option(hyper, at.hyper_beta1)).to(T),
+        beta2.to(T),
+        (1.0 - beta2).to(T),
+        (1.0 / tl.sqrt(1.0 - power(beta2, step))).to(T),
+        option(hyper, at.hyper_eps).to(T),
+        ((1.0 - mu) / (1.0 - product)).to(T),
+        (following / (1.0 - product * following)).to(T),
+    )
+    return shrunk(hyper, lr, T), lr.to(T), numbers
+
+
+@triton.jit
+def nadam(g, p, s0, s1, s2, s3, c):
+    """torch.optim.NAdam (Dozat 2016)."""
+    s0, s1 = moments(g, s0, s1, c[0], c[1], c[2])
+    return divide(g * c[5] + s0 * c[6], root(s1) * c[3] + c[4]), s0, s1, s2, s3
+
+
+@triton.jit
+def radam_coefficients(hyper, lr, step, T: tl.constexpr):
+    """While the variance of the adaptive rate is intractable, the first steps, it is left out."""
+    beta1 = option(hyper, at.hyper_beta1)
+    beta2 = option(hyper, at.hyper_beta2)
+    left = power(beta2, step)
+    correction2 = 1.0 - left
+    most = 2.0 / (1.0 - beta2) - 1.0
+    length = most - 2.0 * step * left / correction2
+    rectified = length > 5.0
+    above = tl.where(rectified, (length - 4.0) * (length - 2.0) * most * correction2, 1.0)
+    below = tl.where(rectified, (most - 4.0) * (most - 2.0) * length, 1.0)
+    rate = lr / (1.0 - power(beta1, step)) * tl.sqrt(above / below)
+    numbers = (
+        (1.0 - beta1).to(T),
+        beta2.to(T),
+        (1.0 - beta2).to(T),
+        option(hyper, at.hyper_eps).to(T),
+        rectified,
+    )
+    return shrunk(hyper, lr, T), rate.to(T), numbers
+
+
+@triton.jit
+def radam(g, p, s0, s1, s2, s3, c):
+    """torch.optim.RAdam (Liu et al. 2020)."""
+    s0, s1 = moments(g, s0, s1, c[0], c[1], c[2])
+    return divide(s0, tl.where(c[4], root(s1) + c[3], 1.0)), s0, s1, s2, s3
+
+
+@triton.jit
+def lion_coefficients(hyper, lr, T: tl.constexpr):
+    beta1 = option(hyper, at.hyper_beta1)
+    beta2 = option(hyper, at.hyper_beta2)
+    numbers = (beta1.to(T), (1.0 - beta1).to(T), beta2.to(T), (1.0 - beta2).to(T))
+    return shrunk(hyper, lr, T), lr.to(T), numbers
+
+
+@triton.jit
+def lion(g, p, s0, s1, s2, s3, c):
+    """Lion (Chen et al. 2023). NaN stays."""
+    x = s0 * c[0] + g * c[1]
+    sign = tl.where(x > 0.0, 1.0, tl.where(x < 0.0, -1.0, x))
+    return sign.to(g.dtype), s0 * c[2] + g * c[3], s1, s2, s3
+
+
+@triton.jit
+def lamb_coefficients(hyper, lr, step, ratio, T: tl.constexpr):
+    beta1 = option(hyper, at.hyper_beta1)
+    beta2 = option(hyper, at.hyper_beta2)
+    rate = lr * ratio
+    numbers = (
+        (1.0 - beta1).to(T),
+        beta2.to(T),
+        (1.0 - beta2).to(T),
+        (1.0 / tl.sqrt(1.0 - power(beta2, step))).to(T),
+        option(hyper, at.hyper_eps).to(T),
+        (1.0 / (1.0 - power(beta1, step))).to(T),
+    )
+    return (1.0 - rate * option(hyper, at.hyper_weight_decay)).to(T), rate.to(T), numbers
+
+
+@triton.jit
+def lamb(g, p, s0, s1, s2, s3, c):
+    """LAMB (You et al. 2020)."""
+    s0, s1 = moments(g, s0, s1, c[0], c[1], c[2])
+    return divide(s0 * c[5], root(s1) * c[3] + c[4]), s0, s1, s2, s3
+
+
+@triton.jit
+def lars_coefficients(hyper, lr, first, ratio, T: tl.constexpr):
+    shrink, rate, numbers = sgd_momentum_coefficients(hyper, lr, first, T)
+    decay = option(hyper, at.hyper_weight_decay)
+    return shrink, rate, (numbers[0], numbers[1], numbers[2], decay.to(T), ratio.to(T))
+
+
+@triton.jit
+def lars(g, p, s0, s1, s2, s3, c):
+    """LARS without momentum (You et al. 2017)."""
+    return (g + c[3] * p) * c[4], s0, s1, s2, s3
+
+
+@triton.jit
+def lars_momentum(g, p, s0, s1, s2, s3, c):
+    """The same with momentum."""
+    return sgd_momentum((g + c[3] * p) * c[4], p, s0, s1, s2, s3, c)
+
+
+@triton.jit
+def adan_coefficients(hyper, lr, step, first, T: tl.constexpr):
+    beta1 = option(hyper, at.hyper_beta1)
+    beta2 = option(hyper, at.hyper_beta2)
+    beta3 = option(hyper, at.hyper_beta3)
+    correction1 = 1.0 - power(beta1, step)
+    correction2 = 1.0 - power(beta2, step)
+    decay = lr * option(hyper, at.hyper_weight_decay)
+    proximal = read_bool(hyper + at.hyper_proximal)  # decays after the update
+    by = tl.where(proximal, 1.0 / (1.0 + decay), 1.0)
+    numbers = (
+        (1.0 - beta1).to(T),
+        beta2.to(T),
+        (1.0 - beta2).to(T),
+        beta3.to(T),
+        (1.0 - beta3).to(T),
+        (1.0 / tl.sqrt(1.0 - power(beta3, step))).to(T),
+        option(hyper, at.hyper_eps).to(T),
+        (beta2 * correction1 / correction2).to(T),
+        first,
+    )
+    return tl.where(proximal, by, 1.0 - decay).to(T), (lr / correction1 * by).to(T), numbers
+
+
+@triton.jit
+def adan(g, p, s0, s1, s2, s3, c):
+    """Adan (Xie et al. 2022): exp_avg, exp_avg_sq, exp_avg_diff and the last gradient, negated."""
+    difference = tl.where(c[8], 0.0, g + s3).to(g.dtype)
+    s0 = s0 + (g - s0) * c[0]
+    s2 = s2 + (difference - s2) * c[2]
+    ahead = g + c[1] * difference
+    s1 = s1 * c[3] + ahead * c[4] * ahead
+    return divide(s0 + s2 * c[7], root(s1) * c[5] + c[6]), s0, s1, s2, -g
+
+
+@triton.jit
+def ascend_coefficients(hyper, T: tl.constexpr):
+    numbers = (option(hyper, at.hyper_eta).to(T), read_bool(hyper + at.hyper_by_weight))
+    return tl.full([], 1.0, T), tl.full([], -1.0, T), numbers
+
+
+@triton.jit
+def reach(p, eta):
+    """By how much ASAM lets a weight move (Kwon et al. 2021)."""
+    return tl.abs(p) + eta
+
+
+@triton.jit
+def ascend(g, p, s0, s1, s2, s3, c):
+    """SAM's ascent (Foret et al. 2021): what the weights were stays in the state, which is not read."""
+    t = reach(p, c[0])
+    return tl.where(c[1], g * t * t, g), p, s1, s2, s3
+
+
+@triton.jit
+def coefficients(RULE: tl.constexpr, hyper, lr, step, first, product, ratio, T: tl.constexpr):
     """(shrink, step size, the rule's numbers): p becomes shrink * p - step size * direction."""
     if RULE == at.Rule_sgd:
-        return sgd_coefficients(hyper, lr, step, first, T)
+        return sgd_coefficients(hyper, lr, T)
     elif RULE == at.Rule_sgd_momentum:
-        return sgd_momentum_coefficients(hyper, lr, step, first, T)
+        return sgd_momentum_coefficients(hyper, lr, first, T)
+    elif RULE == at.Rule_adam or RULE == at.Rule_adam_amsgrad:
+        return adam_coefficients(hyper, lr, step, T)
+    elif RULE == at.Rule_adagrad:
+        return adagrad_coefficients(hyper, lr, step, T)
+    elif RULE == at.Rule_rmsprop or RULE == at.Rule_rmsprop_momentum:
+        return rmsprop_coefficients(hyper, lr, T)
+    elif RULE == at.Rule_rmsprop_centered or RULE == at.Rule_rmsprop_centered_momentum:
+        return rmsprop_coefficients(hyper, lr, T)
+    elif RULE == at.Rule_nadam:
+        return nadam_coefficients(hyper, lr, step, product, T)
+    elif RULE == at.Rule_radam:
+        return radam_coefficients(hyper, lr, step, T)
+    elif RULE == at.Rule_lion:
+        return lion_coefficients(hyper, lr, T)
+    elif RULE == at.Rule_lamb:
+        return lamb_coefficients(hyper, lr, step, ratio, T)
+    elif RULE == at.Rule_lars or RULE == at.Rule_lars_momentum:
+        return lars_coefficients(hyper, lr, first, ratio, T)
+    elif RULE == at.Rule_adan:
+        return adan_coefficients(hyper, lr, step, first, T)
     else:
-        tl.static_assert(RULE == at.Rule_adam or RULE == at.Rule_adam_amsgrad)
-        return adam_coefficients(hyper, lr, step, first, T)
+        tl.static_assert(RULE == at.Rule_ascend)
+        return ascend_coefficients(hyper, T)
 
 
 @triton.jit
-def direction(RULE: tl.constexpr, g, s0, s1, s2, c):
+def direction(RULE: tl.constexpr, g, p, s0, s1, s2, s3, c):
     """(direction, the state as it shall be)."""
     if RULE == at.Rule_sgd:
-        return sgd(g, s0, s1, s2, c)
+        return sgd(g, p, s0, s1, s2, s3, c)
     elif RULE == at.Rule_sgd_momentum:
-        return sgd_momentum(g, s0, s1, s2, c)
+        return sgd_momentum(g, p, s0, s1, s2, s3, c)
     elif RULE == at.Rule_adam:
-        return adam(g, s0, s1, s2, c)
+        return adam(g, p, s0, s1, s2, s3, c)
+    elif RULE == at.Rule_adam_amsgrad:
+        return adam_amsgrad(g, p, s0, s1, s2, s3, c)
+    elif RULE == at.Rule_adagrad:
+        return adagrad(g, p, s0, s1, s2, s3, c)
+    elif RULE == at.Rule_rmsprop:
+        return rmsprop(g, p, s0, s1, s2, s3, c)
+    elif RULE == at.Rule_rmsprop_momentum:
+        return rmsprop_momentum(g, p, s0, s1, s2, s3, c)
+    elif RULE == at.Rule_rmsprop_centered:
+        return rmsprop_centered(g, p, s0, s1, s2, s3, c)
+    elif RULE == at.Rule_rmsprop_centered_momentum:
+        return rmsprop_centered_momentum(g, p, s0, s1, s2, s3, c)
+    elif RULE == at.Rule_nadam:
+        return nadam(g, p, s0, s1, s2, s3, c)
+    elif RULE == at.Rule_radam:
+        return radam(g, p, s0, s1, s2, s3, c)
+    elif RULE == at.Rule_lion:
+        return lion(g, p, s0, s1, s2, s3, c)
+    elif RULE == at.Rule_lamb:
+        return lamb(g, p, s0, s1, s2, s3, c)
+    elif RULE == at.Rule_lars:
+        return lars(g, p, s0, s1, s2, s3, c)
+    elif RULE == at.Rule_lars_momentum:
+        return lars_momentum(g, p, s0, s1, s2, s3, c)
+    elif RULE == at.Rule_adan:
+        return adan(g, p, s0, s1, s2, s3, c)
     else:
-        tl.static_assert(RULE == at.Rule_adam_amsgrad)
-        return adam_amsgrad(g, s0, s1, s2, c)
+        tl.static_assert(RULE == at.Rule_ascend)
+        return ascend(g, p, s0, s1, s2, s3, c)

@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 
 from . import layout as at
-from .access import ACCESSES, ANY, ANY_WIDE, hyper_of, read, read_bool, rows_of
+from .access import ANY, ANY_WIDE, hyper_of, load, read, read_bool, rows_of
 from .chunk import (
     TILES,
     access_of,
@@ -23,12 +23,33 @@ from .chunk import (
     unscale_of,
     write,
 )
+from .rules import reach
+from .weights import SOURCE, kept_of, load_kept
+
+
+@triton.jit
+def square_reached(
+    ACCESS: tl.constexpr, RIDERS: tl.constexpr, row, hyper, grad, unscale,
+    start, stride, inside, length, WIDTH: tl.constexpr, T: tl.constexpr,
+):  # fmt: skip
+    """square_tiles of the gradient times what each weight may move by: adaptive SAM's."""
+    kept = kept_of(row, RIDERS)
+    eta = read(hyper + at.hyper_eta, tl.float64).to(T)
+    total = tl.zeros([inside.shape[0], WIDTH], tl.float64)
+    for k in range(0, length, WIDTH):
+        column = k + tl.arange(0, WIDTH)[None, :]
+        mask = inside & (column < length)
+        g = load(ACCESS, row + at.row_grad, grad, start, stride + column, mask, T)
+        p = load_kept(ACCESS, RIDERS, kept, start, stride + column, mask, T)
+        x = tl.where(mask, g * reach(p, eta) * unscale, 0.0).to(tl.float64)
+        total += x * x
+    return tl.sum(total, axis=1)[:, None]
 
 
 @triton.jit
 def measure(
     job, chunk, index, row, hyper, grad, unscale64,
-    KIND: tl.constexpr, SIZE: tl.constexpr, AGC: tl.constexpr,
+    KIND: tl.constexpr, SIZE: tl.constexpr, AGC: tl.constexpr, BY_WEIGHT: tl.constexpr, RIDERS: tl.constexpr,
 ):  # fmt: skip
     """Fill a chunk's slot."""
     ACCESS: tl.constexpr = KIND // TILES
@@ -59,14 +80,24 @@ def measure(
         if centre:
             sum = sum_tiles(ACCESS, row + at.row_grad, grad, unscale, start, stride, inside, length, WIDTH, T)
         mean = (sum / length).to(T)
-        squares += square_tiles(ACCESS, row + at.row_grad, grad, unscale, mean, start, stride, inside, length, WIDTH, T)
+        by_weight = tl.full([], 0, tl.int1)
+        if BY_WEIGHT:
+            by_weight = read_bool(hyper + at.hyper_by_weight)
+        if by_weight:
+            squares += square_reached(
+                ACCESS, RIDERS, row, hyper, grad, unscale, start, stride, inside, length, WIDTH, T
+            )
+        else:
+            squares += square_tiles(
+                ACCESS, False, row + at.row_grad, grad, 0, unscale, mean, start, stride, inside, length, WIDTH, T
+            )
         if AGC:
             if read_bool(hyper + at.hyper_agc):
-                param = read(row + at.row_param + at.operand_data, tl.int64)
+                operand, data, dtype = kept_of(row, RIDERS)
                 zero = tl.full([], 0.0, T)
                 one = tl.full([], 1.0, T)
                 weights += square_tiles(
-                    ACCESS, row + at.row_param, param, one, zero, start, stride, inside, length, WIDTH, T
+                    ACCESS, SOURCE & RIDERS, operand, data, dtype, one, zero, start, stride, inside, length, WIDTH, T
                 )
     slot = read(job + at.job_sums, tl.int64) + index * at.Sums
     write(slot + at.sums_sum, tl.sum(tl.sum(sum, axis=1), axis=0), tl.float64)  # of the one unit, if it is a piece
@@ -128,8 +159,11 @@ def finish(job, row, number, centre):
 
 
 @triton.jit
-def stats(job, grad_scale, VARIANTS: tl.constexpr, AGC: tl.constexpr, SIZE: tl.constexpr, LAYOUT: tl.constexpr):
-    """Fills ``squares`` of every measured row. LAYOUT tells the cache one table's layout from another's."""
+def stats(
+    job, grad_scale, KINDS: tl.constexpr, COUNT: tl.constexpr,
+    AGC: tl.constexpr, BY_WEIGHT: tl.constexpr, RIDERS: tl.constexpr, SIZE: tl.constexpr, LAYOUT: tl.constexpr,
+):  # fmt: skip
+    """Fills ``squares`` of every measured row. The arguments are those of ``apply``; BY_WEIGHT: a norm is adaptive SAM's."""
     first, end = share(job)
     unscale = unscale_of(grad_scale)
     for index in range(first, end):
@@ -145,9 +179,11 @@ def stats(job, grad_scale, VARIANTS: tl.constexpr, AGC: tl.constexpr, SIZE: tl.c
             # A piece, or a chunk of units that is measured as one.
             tile = tl.where(read(chunk + at.chunk_lanes, tl.int16) == 0, 0, tile)
             kind = access_of(row, grad, read_bool(chunk + at.chunk_plain)) * TILES + tile
-            for known in tl.static_range(ACCESSES * TILES):
-                if (VARIANTS >> known) & 1:
-                    if kind == known:
-                        measure(job, chunk, index, row, hyper, grad, unscale, known, SIZE, AGC)
+            for known in tl.static_range(COUNT):
+                if kind == KINDS // 4096**known % 4096:
+                    measure(
+                        job, chunk, index, row, hyper, grad, unscale,
+                        KINDS // 4096**known % 4096, SIZE, AGC, BY_WEIGHT, RIDERS,
+                    )  # fmt: skip
             if is_last(job, row, number):
                 finish(job, row, number, centre)

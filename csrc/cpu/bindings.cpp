@@ -107,6 +107,8 @@ PYBIND11_MODULE(_cpu, m) {
         return due;
       })
       .def("rehearses", &device::Plan::rehearses)
+      .def("weighs_first", &device::Plan::weighs_first)
+      .def("weighs", &device::Plan::weighs)
       .def("variants", &device::Plan::variants, py::arg("longest"));
   m.attr("LAYOUT") = bind::layout();
 }

@@ -42,6 +42,9 @@ class Plan : public Rows {
 
   // Whether some unit's direction is centred although it takes several chunks.
   bool rehearses() const { return job_.any_rehearsed; }
+  // Whether some row's rule takes a trust ratio, before what is rehearsed or after it.
+  bool weighs_first() const { return job_.any_weighed_first; }
+  bool weighs() const { return job_.any_weighed; }
   // Whether the step needs more than centring, wide norms and what is done element by element in float32.
   bool full() { return plan(), full_; }
   size_t chunks() { return plan(), chunks_.size(); }

@@ -6,7 +6,7 @@ Triton is imported when it is first asked for, so that importing gradfused stays
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
@@ -29,7 +29,8 @@ OLDEST = (3, 3)
 # 128 bytes of reads under way a thread, 64 KiB a multiprocessor. AMD's warps are of 64 threads.
 TILE, THREADS = 1024, 128
 # Programs a multiprocessor, each of which takes its share of the chunks: as many as are resident, by the registers that
-# tools/check_triton.py reads, up to 96 in lean kernels and 128 in those with noise, norms by unit or late centring.
+# tools/check_triton.py reads, up to 96 in lean kernels and 128 in those with noise, norms by unit, late centring, riders on the
+# weights or four state tensors, and in those that weigh.
 LEAN_PROGRAMS, FULL_PROGRAMS = 5, 4
 # In the interpreter, where they run one after the other: more than one, so that what programs leave to each other is tried.
 INTERPRETED_PROGRAMS = 2
@@ -43,9 +44,17 @@ class Kernels:
     apply: Any
     layout: int
     interpreted: bool
-    bit: Any
+    kind_of: Callable[..., int]
+    kinds: Callable[[Iterable[int]], dict[str, int]]
     longest: list[int]
     states: dict[str, int]
+    phases: dict[str, int]
+    riders: dict[str, int]
+
+    @property
+    def all_states(self) -> int:
+        """How many state tensors each rule has, 4 bits each."""
+        return sum(self.states[name] << (4 * i) for i, name in enumerate(cpu.native().rules()))
 
 
 def missing() -> str | None:
@@ -66,13 +75,22 @@ def missing() -> str | None:
 @cache
 def kernels() -> Kernels:
     """The kernels, imported. Whether they are interpreted is decided now, by TRITON_INTERPRET."""
-    parts = {name: import_module(f"gradfused.triton_kernels.{name}") for name in ("layout", "chunk", "rules")}
-    number = parts["layout"].define(cpu.native().LAYOUT)
-    stats = import_module("gradfused.triton_kernels.stats").stats
-    apply = import_module("gradfused.triton_kernels.apply").apply
-    interpreted = bool(parts["layout"].INTERPRETED.value)
-    chunk = parts["chunk"]
-    return Kernels(stats, apply, number, interpreted, chunk.bit, list(chunk.LONGEST), parts["rules"].STATES)
+    layout, chunk, rules, stats, apply, step, weights = (
+        import_module(f"gradfused.triton_kernels.{name}")
+        for name in ("layout", "chunk", "rules", "stats", "apply", "step", "weights")
+    )
+    return Kernels(
+        stats=stats.stats,
+        apply=apply.apply,
+        layout=layout.define(cpu.native().LAYOUT),
+        interpreted=bool(layout.INTERPRETED.value),
+        kind_of=chunk.kind_of,
+        kinds=chunk.kinds,
+        longest=list(chunk.LONGEST),
+        states=rules.STATES,
+        phases=step.PHASES,
+        riders=weights.BITS,
+    )
 
 
 def interpreting() -> bool:
@@ -108,6 +126,15 @@ class Options:
     skip: bool
     empty: bool
     agc: bool
+    by_weight: bool
+    product: bool
+    many_states: bool
+    source: bool
+    kahan: bool
+    stochastic: bool
+    master: bool
+    ema: bool
+    zero: bool
 
     @classmethod
     def of(cls, rows: Sequence[Row], own: Sequence[bool], settings: Sequence[Settings]) -> Options:
@@ -122,15 +149,27 @@ class Options:
             skip=any(s.skip_nonfinite for _, s in where),
             empty=any(not mine or row.param.numel() == 0 for row, mine in zip(rows, own, strict=True)),
             agc=any(s.agc for _, s in where),
+            by_weight=any(s.by_weight for _, s in where),
+            product=any(row.product is not None for row in rows),
+            many_states=any(len(row.state) > 3 for row in rows),
+            source=any(row.source is not None for row in rows),
+            **{name: any(row.rounding == name for row in rows) for name in ("kahan", "stochastic", "master")},
+            ema=any(row.ema is not None for row in rows),
+            zero=any(s.zero_grad for _, s in where),
         )
 
     @property
     def full(self) -> bool:
         """Whether the kernel is one of those that take the most registers."""
-        return self.noise or self.by_unit or self.late
+        return self.noise or self.by_unit or self.late or self.riders != 0 or self.many_states
 
     @property
-    def keywords(self) -> dict[str, bool]:
+    def riders(self) -> int:
+        """What becomes of the weights besides, in the kernels' bits."""
+        return sum(bit for name, bit in kernels().riders.items() if getattr(self, name))
+
+    @property
+    def keywords(self) -> dict[str, bool | int]:
         """As the apply kernel names them."""
         return {
             "CENTRE": self.centre,
@@ -138,6 +177,8 @@ class Options:
             "UNIT_NORMS": self.by_unit,
             "LATE": self.late,
             "NOISE": self.noise,
+            "RIDERS": self.riders,
+            "PRODUCT": self.product,
             "SKIP": self.skip,
             "EMPTY": self.empty,
         }
@@ -175,17 +216,12 @@ class _Part(Part):
     def make(self, groups: int) -> Any:
         return cpu.native().Plan(groups)
 
-    def _choose(self) -> tuple[int, int, dict[str, Any]]:
-        """Variants of the stats kernel and of the apply kernel, and the rules there are."""
+    def _choose(self) -> tuple[dict[str, int], dict[str, int]]:
+        """The kinds of chunks that the stats kernel and the apply kernel are compiled for."""
         known, found = self._kernels, self.native.variants(self._kernels.longest)
-        variants = stats = 0
-        for rule, access, tile in found:
-            variants |= known.bit(access, tile, rule)
-            stats |= known.bit(access, tile) | known.bit(access, 0)
-        names = cpu.native().rules()
-        states = sum(known.states[name] << (4 * i) for i, name in enumerate(names))
-        rules = 1 + max((rule for rule, _, _ in found), default=0)
-        return stats, variants, {"RULES": rules, "STATES": states, "VARIANTS": variants}
+        stats = known.kinds(known.kind_of(access, t) for _, access, tile in found for t in (0, tile))
+        steps = known.kinds(known.kind_of(access, tile, rule) for rule, access, tile in found)
+        return stats, steps | {"STATES": known.all_states}
 
     def _upload(self) -> None:
         """Copy what changed since the last launch: addresses of gradients, options."""
@@ -204,7 +240,8 @@ class _Part(Part):
     def _launch(self, kernel: Any, *arguments: Any, **constants: Any) -> None:
         most = INTERPRETED_PROGRAMS
         if self.device.type == "cuda":
-            most = (FULL_PROGRAMS if self._options.full else LEAN_PROGRAMS) * _processors(self.device)
+            full = self._options.full or self.native.weighs() or self.native.weighs_first()
+            most = (FULL_PROGRAMS if full else LEAN_PROGRAMS) * _processors(self.device)
         grid = (max(1, min(self.native.chunks(), most)),)
         constants |= {"SIZE": TILE, "LAYOUT": self._kernels.layout}
         if self.device.type == "cuda":
@@ -219,15 +256,26 @@ class _Part(Part):
         self.where()
         self._upload()
         scale = checked(scaling.grad_scale, self.device)
-        self._launch(self._kernels.stats, scale, VARIANTS=self._chosen[0], AGC=self._options.agc)
+        options = {"AGC": self._options.agc, "BY_WEIGHT": self._options.by_weight, "RIDERS": self._options.riders}
+        self._launch(self._kernels.stats, scale, **self._chosen[0], **options)
 
     def apply(self, scaling: Scaling) -> None:
         self.where()
         self._upload()
         scalars = checked(scaling.grad_scale, self.device), checked(scaling.found_inf, self.device)
-        constants = self._chosen[2] | self._options.keywords
-        for rehearsal in (True, False) if self.native.rehearses() else (False,):
-            self._launch(self._kernels.apply, *scalars, REHEARSAL=rehearsal, **constants)
+        constants = self._chosen[1] | self._options.keywords
+        for phase in self._phases():
+            self._launch(self._kernels.apply, *scalars, PHASE=self._kernels.phases[phase], **constants)
+
+    def _phases(self) -> Iterator[str]:
+        """The launches of a step, in order."""
+        if self.native.weighs_first():
+            yield "weigh_first"
+        if self.native.rehearses():
+            yield "rehearse"
+        if self.native.weighs():
+            yield "weigh"
+        yield "step"
 
 
 class Table(DeviceTable):

@@ -1,0 +1,136 @@
+"""The weights of a tile: read from where they are kept, and written back in the way that is asked for, with what rides on that.
+
+RIDERS says what of it a kernel is compiled for. The addresses and dtypes of a row's ``riders`` are looked up before its loops.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from . import layout as at
+from .access import ANY, load_mixed, read, read_bool, rounded_as, store, store_mixed
+from .chunk import elements_of, quads_of
+from .rounding import rounded_randomly, words, words_of_quads
+
+# Bits of RIDERS: some row has its weights elsewhere, a remainder, random rounding, a copy in float32, an average; or zeroes gradients.
+SOURCE = tl.constexpr(1)
+KAHAN = tl.constexpr(2)
+STOCHASTIC = tl.constexpr(4)
+MASTER = tl.constexpr(8)
+EMA = tl.constexpr(16)
+ZERO = tl.constexpr(32)
+BITS = {"source": 1, "kahan": 2, "stochastic": 4, "master": 8, "ema": 16, "zero": 32}
+
+
+@triton.jit
+def data_of(row, FIELD: tl.constexpr, WANTED: tl.constexpr):
+    """The address of an operand that a row may have, or 0."""
+    if WANTED:
+        return read(row + (FIELD + at.operand_data), tl.int64)
+    else:
+        return tl.full([], 0, tl.int64)
+
+
+@triton.jit
+def kept_of(row, RIDERS: tl.constexpr):
+    """(operand, address, dtype) of where the weights are kept before the step."""
+    operand = row + at.row_param
+    if SOURCE & RIDERS:
+        has_source = data_of(row, at.row_source, True) != 0
+        operand = tl.where(has_source, row + at.row_source, operand)
+    return operand, read(operand + at.operand_data, tl.int64), read(operand + at.operand_dtype, tl.int8)
+
+
+@triton.jit
+def riders_of(row, hyper, RIDERS: tl.constexpr, T: tl.constexpr):
+    """What load_weights and store_weights are to know of a row."""
+    rounding = read(row + at.row_rounding, tl.int8)
+    rest = data_of(row, at.row_rest, KAHAN & RIDERS)
+    rest_dtype = read(row + (at.row_rest + at.operand_dtype), tl.int8)
+    average = data_of(row, at.row_ema, EMA & RIDERS)
+    average_dtype = read(row + (at.row_ema + at.operand_dtype), tl.int8)
+    fresh = (1.0 - read(hyper + at.hyper_ema, tl.float64)).to(T)
+    zeroes = read_bool(hyper + at.hyper_zero_grad)
+    return rounding, rest, rest_dtype, average, average_dtype, fresh, zeroes
+
+
+@triton.jit
+def load_kept(ACCESS: tl.constexpr, RIDERS: tl.constexpr, kept, start, local, mask, T: tl.constexpr):
+    """The weights without what rounding took off."""
+    operand, data, dtype = kept
+    return load_mixed(ACCESS, SOURCE & RIDERS, operand, data, dtype, start, local, mask, T)
+
+
+@triton.jit
+def load_weights(ACCESS: tl.constexpr, RIDERS: tl.constexpr, row, kept, riders, start, local, mask, T: tl.constexpr):
+    rounding, rest, rest_dtype, average, average_dtype, fresh, zeroes = riders
+    p = load_kept(ACCESS, RIDERS, kept, start, local, mask, T)
+    if KAHAN & RIDERS:
+        if rounding == at.Rounding_kahan:
+            p += load_mixed(ACCESS, True, row + at.row_rest, rest, rest_dtype, start, local, mask, T)
+    return p
+
+
+@triton.jit
+def held(ACCESS: tl.constexpr, row, x):
+    """``x`` as the 16-bit parameter will hold it."""
+    if ACCESS == at.DType_bfloat16:
+        return rounded_as(tl.bfloat16, x)
+    elif ACCESS == at.DType_float16:
+        return rounded_as(tl.float16, x)
+    else:
+        y = x
+        if read(row + (at.row_param + at.operand_dtype), tl.int8) == at.DType_bfloat16:
+            y = rounded_as(tl.bfloat16, x)
+        else:
+            y = rounded_as(tl.float16, x)
+        return y
+
+
+@triton.jit
+def rounded(
+    ACCESS: tl.constexpr, row, x, seed, parameter, step, start, length, k, HEIGHT: tl.constexpr, WIDTH: tl.constexpr
+):
+    """``x`` as one of its two neighbours in the parameter's 16-bit dtype, the nearer the likelier."""
+    if ACCESS < ANY:
+        word = words_of_quads(seed, quads_of(start, length, k, HEIGHT, WIDTH), parameter, step)
+        return rounded_randomly(ACCESS, x, word)
+    else:
+        word = words(seed, elements_of(start, length, k, HEIGHT, WIDTH), parameter, step)
+        y = x
+        if read(row + (at.row_param + at.operand_dtype), tl.int8) == at.DType_bfloat16:
+            y = rounded_randomly(at.DType_bfloat16, x, word)
+        else:
+            y = rounded_randomly(at.DType_float16, x, word)
+        return y
+
+
+@triton.jit
+def store_weights(
+    ACCESS: tl.constexpr, RIDERS: tl.constexpr, row, param, grad, kept, riders, p, seed, parameter, step,
+    start, length, k, local, mask, HEIGHT: tl.constexpr, WIDTH: tl.constexpr, T: tl.constexpr,
+):  # fmt: skip
+    """Takes the step's weights ``p`` to where they are kept."""
+    rounding, rest, rest_dtype, average, average_dtype, fresh, zeroes = riders
+    SHORT: tl.constexpr = ACCESS == at.DType_float16 or ACCESS == at.DType_bfloat16 or ACCESS == ANY
+    if EMA & RIDERS:
+        if average != 0:
+            e = load_mixed(ACCESS, True, row + at.row_ema, average, average_dtype, start, local, mask, T)
+            e = e + (p - e) * fresh
+            store_mixed(ACCESS, row + at.row_ema, average, average_dtype, start, local, e, mask)
+    if SHORT and MASTER & RIDERS:
+        if rounding == at.Rounding_master:
+            operand, data, dtype = kept
+            store_mixed(ACCESS, operand, data, dtype, start, local, p, mask)
+    if SHORT and STOCHASTIC & RIDERS:
+        if rounding == at.Rounding_stochastic:
+            p = rounded(ACCESS, row, p, seed, parameter, step, start, length, k, HEIGHT, WIDTH)
+    store(ACCESS, row + at.row_param, param, start, local, p, mask)
+    if SHORT and KAHAN & RIDERS:
+        if rounding == at.Rounding_kahan:
+            taken_off = p - held(ACCESS, row, p)
+            store_mixed(ACCESS, row + at.row_rest, rest, rest_dtype, start, local, taken_off, mask)
+    if ZERO & RIDERS:
+        if zeroes:
+            store(ACCESS, row + at.row_grad, grad, start, local, tl.zeros_like(p), mask)
