@@ -21,7 +21,7 @@ RATES = {"SGD": (0.03, 0.1), "AdamW": (3e-3, 1e-2)}  # a usual one, and about th
 
 def train(run: Run) -> Outcome:
     data, network = data_for(run.seed, run.tuning), cnn()
-    make_optimizer = OPTIMIZERS[run.arm.split()[0]]
+    make_optimizer = OPTIMIZERS[run.arm.split(",")[0]]
     optimizer = make_optimizer(network.parameters(), **run.options)
     trace = LossTrace(network, data)
     for batch in batches(len(data.images), run.epochs):

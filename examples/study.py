@@ -87,7 +87,7 @@ class Outcome:
     """What a training run reports.
 
     Attributes:
-        metrics: A number for each of the study's.
+        metrics: A number for each of the study's; of a run that tunes, the first is enough.
         extra: Anything the plot needs, fit for JSON.
     """
 
@@ -155,10 +155,11 @@ def train(study: Study, run: Run) -> Outcome:
     """Trains once, from the seed on."""
     torch.manual_seed(run.seed)
     outcome = study.train(run)
-    bad = [key for key in study.metrics if not isfinite(outcome.metrics[key])]
+    keys = list(study.metrics)[: 1 if run.tuning else None]
+    bad = [key for key in keys if not isfinite(outcome.metrics[key])]
     if bad:
         raise RuntimeError(f"{run.arm!r} with {dict(run.options)}, seed {run.seed}: {', '.join(bad)} is not finite")
-    return replace(outcome, metrics={key: rounded(outcome.metrics[key]) for key in study.metrics})
+    return replace(outcome, metrics={key: rounded(outcome.metrics[key]) for key in keys})
 
 
 def rounded(value: float) -> float:
