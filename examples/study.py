@@ -107,7 +107,6 @@ class Study:
         train: Runs one training; it has been seeded.
         draw: Draws a record into a file.
         epochs: Of a published run.
-        missing: Why it cannot run here, if so.
     """
 
     name: str
@@ -117,7 +116,6 @@ class Study:
     train: Callable[[Run], Outcome]
     draw: Callable[[Record, Path], None]
     epochs: int
-    missing: str | None = None
 
 
 # ---- numbers
@@ -284,9 +282,6 @@ def main(study: Study, arguments: Sequence[str] | None = None) -> int:
     from study_report import table
 
     args = parse_arguments(study, arguments)
-    if study.missing:
-        print(f"{study.name}: {study.missing}", file=sys.stderr)
-        return 1
     torch.set_num_threads(args.threads)
     tuning_seeds = [TUNING_SEEDS[0] + i for i in range(args.tuning_seeds)]
     bar, on_run = progress(study, count_runs(study, args.seeds, tuning_seeds))

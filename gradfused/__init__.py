@@ -2,6 +2,23 @@
 
 from . import nn
 from ._version import __version__
-from .optim import SGD, Adam, AdamW
+from .optim import LAMB, LARS, SGD, Adagrad, Adam, AdamW, Adan, Lion, NAdam, RAdam, RMSprop
+from .sam import SAM, frozen_statistics
 
-__all__ = ["SGD", "Adam", "AdamW", "__version__", "nn"]
+__all__ = [
+    "LAMB",
+    "LARS",
+    "SAM",
+    "SGD",
+    "Adagrad",
+    "Adam",
+    "AdamW",
+    "Adan",
+    "Lion",
+    "NAdam",
+    "RAdam",
+    "RMSprop",
+    "__version__",
+    "frozen_statistics",
+    "nn",
+]

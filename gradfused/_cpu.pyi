@@ -31,6 +31,10 @@ class Rows:
         param: _Operand,
         grad: _Operand,
         state: Sequence[_Operand],
+        source: _Operand | None,
+        rest: _Operand | None,
+        ema: _Operand | None,
+        rounding: str,
         numel: int,
         length: int,
         group: int,
@@ -39,6 +43,7 @@ class Rows:
         whole: bool,
         first: bool,
         step: tuple[int, str] | None,
+        product: tuple[int, str] | None,
     ) -> None: ...
     def __len__(self) -> int: ...
 

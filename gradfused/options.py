@@ -7,11 +7,13 @@ import math
 from collections.abc import Iterable, Mapping
 from typing import Any, TypedDict
 
+import torch
 from torch import Tensor
 
 from .backends import NAMES as BACKENDS
 
 INF = math.inf
+STATE_DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
 class Recipe(TypedDict, total=False):
@@ -34,6 +36,13 @@ class Recipe(TypedDict, total=False):
         seed: Key of the noise; the same seed draws the same noise on every backend. Default 0.
         reverse: Multiply the gradient by ``-reverse``: adversarial training of a whole group. Default None.
         nonfinite: ``"propagate"`` (default) or ``"skip"``: a step whose gradients hold inf or nan changes nothing.
+        precision: How float16 and bfloat16 weights are kept: None (default), rounded to nearest; ``"kahan"``, with a second
+            tensor for what rounding took off; ``"stochastic"``, rounded at random, without bias; ``"master"``, with a
+            float32 copy that the steps are taken on. Other dtypes are as precise as they are.
+        state_dtype: ``"bfloat16"`` or ``"float32"``: dtype of the optimizer's new state. Default None: the parameter's.
+        ema: Keep an exponential moving average of the weights, of which a step keeps this share (0.999, say), for
+            ``swap_ema()``. Default None.
+        zero_grad_in_step: Leave the gradients at zero after the step. Default False.
         backend: ``"auto"`` (default), ``"cuda"``, ``"cpu"``, ``"triton"`` or ``"reference"``.
     """
 
@@ -49,6 +58,10 @@ class Recipe(TypedDict, total=False):
     seed: int
     reverse: float | None
     nonfinite: str
+    precision: str | None
+    state_dtype: str | None
+    ema: float | None
+    zero_grad_in_step: bool
     backend: str
 
 
@@ -65,6 +78,10 @@ DEFAULTS: Recipe = {
     "seed": 0,
     "reverse": None,
     "nonfinite": "propagate",
+    "precision": None,
+    "state_dtype": None,
+    "ema": None,
+    "zero_grad_in_step": False,
     "backend": "auto",
 }
 
@@ -74,6 +91,9 @@ _CHOICES: dict[str, tuple[object, ...]] = {
     "perturb": (None, "clip", "normalize", "amplify", "dampen", "agc"),
     "norm_scope": ("global", "group", "param", "unit"),
     "nonfinite": ("propagate", "skip"),
+    "precision": (None, "kahan", "stochastic", "master"),
+    "state_dtype": (None, *STATE_DTYPES),
+    "zero_grad_in_step": (False, True),
     "backend": BACKENDS,
 }
 
@@ -105,6 +125,26 @@ def number(name: str, value: Any, low: float = 0.0, high: float = INF, *, high_o
 def finite(name: str, value: Any) -> float:
     """``value`` as a float in [0, inf)."""
     return number(name, value, high_open=True)
+
+
+def betas(group: Mapping[str, Any], count: int = 2) -> dict[str, float]:
+    """A group's ``betas`` as fields of Settings, each in [0, 1)."""
+    values = group["betas"]
+    if not isinstance(values, (tuple, list)) or len(values) != count:
+        raise TypeError(f"betas: expected {count} numbers, got {values!r}")
+    return {f"beta{i + 1}": number(f"betas[{i}]", value, high=1.0, high_open=True) for i, value in enumerate(values)}
+
+
+def momentum_numbers(group: Mapping[str, Any]) -> dict[str, Any]:
+    """SGD's ``momentum``, ``dampening`` and ``nesterov`` as fields of Settings."""
+    momentum = finite("momentum", group["momentum"])
+    dampening = number("dampening", group["dampening"], low=-INF)
+    if group["nesterov"] and (momentum == 0 or dampening != 0):
+        raise ValueError(
+            "nesterov=True: expected momentum above 0 and no dampening, "
+            f"got momentum={momentum:g}, dampening={dampening:g}"
+        )
+    return {"momentum": momentum, "dampening": dampening, "nesterov": bool(group["nesterov"])}
 
 
 def refuse_unknown(names: Iterable[str], known: Iterable[str], what: str) -> None:
@@ -193,6 +233,8 @@ def interpret(group: Mapping[str, Any]) -> dict[str, Any]:
         "seed": seed,
         "sign": -sign if group["maximize"] else sign,
         "skip_nonfinite": group["nonfinite"] == "skip",
+        "ema": 0.0 if group["ema"] is None else number("ema", group["ema"], high=1.0),
+        "zero_grad": group["zero_grad_in_step"],
     }
 
 

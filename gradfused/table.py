@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +14,10 @@ from .backends import BackendTable, Row, Settings, choose
 Group = dict[str, Any]
 State = dict[Tensor, dict[str, Any]]
 FLOATING = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+#: State of one element; state that any rule may have.
+SCALARS = frozenset(("step", "mu_product"))
+RIDERS = frozenset(("master", "kahan_comp", "ema"))
+SHORT = (torch.float16, torch.bfloat16)
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,6 +31,11 @@ class GroupPlan:
         centre: ``"off"``, ``"unit"``, ``"conv"`` or ``"tensor"``.
         backend: The backend asked for.
         settings: The numbers.
+        initial: What new state tensors are filled with; zeros if empty.
+        product: Whether the parameters keep the product of their momenta.
+        rounding: How weights of 16 bits are kept.
+        state_dtype: Of new state tensors; None: the parameter's.
+        ema: Whether an average of the weights is kept.
     """
 
     rule: str
@@ -35,6 +44,11 @@ class GroupPlan:
     centre: str
     backend: str
     settings: Settings
+    initial: tuple[float, ...] = ()
+    product: bool = False
+    rounding: str = "nearest"
+    state_dtype: torch.dtype | None = None
+    ema: bool = False
 
     @property
     def measures(self) -> bool:
@@ -52,10 +66,16 @@ class GroupPlan:
                 self.counts,
                 self.centre,
                 self.backend,
+                self.product,
+                self.rounding,
+                self.state_dtype,
+                self.ema,
                 s.centralize_at,
                 s.scope,
                 s.agc,
+                s.adapt,
                 s.skip_nonfinite,
+                s.zero_grad,
             ),
             s.noise > 0,
         )
@@ -180,10 +200,14 @@ class _States:
         self._state[p][key] = value
         return value
 
-    def tensor(self, name: str, p: Tensor, key: str) -> Tensor:
+    def tensor(self, name: str, p: Tensor, key: str, dtype: torch.dtype, initial: float | Tensor = 0.0) -> Tensor:
+        """State shaped like ``p``; a new one holds ``initial``, a number or a tensor of that shape."""
         value = self._state[p].get(key) if p in self._state else None
         if value is None:
-            return self.set(p, key, torch.zeros_like(p, memory_format=torch.preserve_format, requires_grad=False))
+            made = torch.empty_like(p, dtype=dtype, memory_format=torch.preserve_format, requires_grad=False)
+            with torch.no_grad():
+                made.copy_(initial) if isinstance(initial, Tensor) else made.fill_(initial)
+            return self.set(p, key, made)
         if (
             not isinstance(value, Tensor)
             or value.shape != p.shape
@@ -202,17 +226,19 @@ class _States:
             )
         return value
 
-    def step(self, name: str, p: Tensor, device: torch.device) -> Tensor:
-        value = self._state[p].get("step") if p in self._state else None
+    def scalar(self, name: str, p: Tensor, key: str, device: torch.device, initial: float = 0.0) -> Tensor:
+        """A one-element state, such as the count of steps."""
+        value = self._state[p].get(key) if p in self._state else None
         if isinstance(value, Tensor) and value.numel() == 1 and value.device == device and value.dtype in FLOATING[:2]:
             return value
         if value is not None and not (
             isinstance(value, (int, float)) or (isinstance(value, Tensor) and value.numel() == 1)
         ):
             raise ValueError(
-                f"state 'step' of parameter {name}: expected a number or a one-element tensor, got {value!r}"
+                f"state '{key}' of parameter {name}: expected a number or a one-element tensor, got {value!r}"
             )
-        return self.set(p, "step", torch.tensor(float(value or 0.0), dtype=_scalar_dtype(), device=device))
+        number = initial if value is None else float(value)
+        return self.set(p, key, torch.tensor(number, dtype=_scalar_dtype(), device=device))
 
     def take_back(self) -> None:
         """Leave the state as it was found."""
@@ -240,25 +266,65 @@ def _unit_shape(p: Tensor, plan: GroupPlan) -> tuple[int, bool, bool]:
 
 
 def _row(
-    name: str, p: Tensor, plan: GroupPlan, group: int, number: int, states: _States, make: type[BackendTable]
+    name: str,
+    p: Tensor,
+    plan: GroupPlan,
+    group: int,
+    number: int,
+    states: _States,
+    make: type[BackendTable],
+    source: Tensor | None,
 ) -> Row:
     unit, centre, whole = _unit_shape(p, plan)
     had_state = p in states._state and all(states._state[p].get(k) is not None for k in plan.states)
+    rounding = plan.rounding if p.dtype in SHORT else "nearest"
+    wide = torch.float32 if p.dtype in SHORT else p.dtype
+    weights = p if source is None else source
+    kept: dict[str, Tensor] = {
+        key: states.tensor(name, p, key, plan.state_dtype or p.dtype, initial)
+        for key, initial in zip(plan.states, plan.initial or (0.0,) * len(plan.states), strict=True)
+    }
+    state = dict(kept)
+    if rounding == "master":
+        source = kept["master"] = states.tensor(name, p, "master", wide, weights)
+    if rounding == "kahan":
+        kept["kahan_comp"] = states.tensor(name, p, "kahan_comp", p.dtype)
+    if plan.ema:
+        kept["ema"] = states.tensor(name, p, "ema", wide, weights)
+    if plan.counts:
+        kept["step"] = states.scalar(name, p, "step", make.step_device(p))
+    if plan.product:
+        kept["mu_product"] = states.scalar(name, p, "mu_product", make.step_device(p), 1.0)
     assert p.grad is not None
     return Row(
         name=name,
         rule=plan.rule,
         param=p,
         grad=p.grad,
-        state={key: states.tensor(name, p, key) for key in plan.states},
-        step=states.step(name, p, make.step_device(p)) if plan.counts else None,
+        state=state,
+        source=source,
+        rest=kept.get("kahan_comp"),
+        ema=kept.get("ema"),
+        rounding=rounding,
+        step=kept.get("step"),
+        product=kept.get("mu_product"),
         group=group,
         number=number,
         unit=unit,
         centre=centre,
         whole=whole,
         first=not had_state,
+        kept=list(kept),
     )
+
+
+def _written(row: Row) -> Iterator[tuple[str, Tensor]]:
+    """(what, tensor) of each tensor of a row that a step writes."""
+    yield f"parameter {row.name}", row.param
+    others = {**row.state, "master": row.source if row.rounding == "master" else None, "kahan_comp": row.rest}
+    for key, tensor in {**others, "ema": row.ema}.items():
+        if tensor is not None:
+            yield f"{key} of parameter {row.name}", tensor
 
 
 def _with_gradient(groups: Sequence[Group]) -> Iterator[tuple[int, int, str, Tensor]]:
@@ -277,9 +343,21 @@ class StepTable:
     """The tensors of one optimizer's steps, checked, with their state created, on a backend.
 
     Raises on construction, with nothing changed, whatever a step could be refused for.
+
+    Args:
+        groups: The optimizer's parameter groups.
+        state: Its state; what is missing is created.
+        plans: The groups' options.
+        sources: Where the weights of some parameters are to be read in their place.
     """
 
-    def __init__(self, groups: list[Group], state: State, plans: Sequence[GroupPlan]) -> None:
+    def __init__(
+        self,
+        groups: list[Group],
+        state: State,
+        plans: Sequence[GroupPlan],
+        sources: Mapping[Tensor, Tensor] | None = None,
+    ) -> None:
         found = list(_with_gradient(groups))
         for _, _, name, p in found:
             check_parameter(name, p)
@@ -287,24 +365,37 @@ class StepTable:
         make = _backend(plans, [t for _, _, _, p in found for t in (p, p.grad) if t is not None])
         self._states = _States(state)
         try:
-            rows = [_row(name, p, plans[g], g, number, self._states, make) for g, number, name, p in found]
-            written = ((f"{what} of parameter {r.name}", t) for r in rows for what, t in r.state.items())
-            check_disjoint([*((f"parameter {r.name}", r.param) for r in rows), *written])
+            rows = [
+                _row(name, p, plans[g], g, number, self._states, make, (sources or {}).get(p))
+                for g, number, name, p in found
+            ]
+            check_disjoint([tensor for row in rows for tensor in _written(row)])
             self.table = make(rows, [plan.settings for plan in plans])
         except BaseException:
             self._states.take_back()
             raise
         self.table.watch(rows, groups, state)
         self._plans = list(plans)
+        self._sources = sources
         self.params = [row.param for row in rows]
+        self.stepped = frozenset(self.params)
+        self.may_skip = any(plan.settings.skip_nonfinite for plan in plans)
         self._names = [row.name.strip("'") for row in rows]
         self.measures = self.table.needs_stats
         self._measured = [i for i, row in enumerate(rows) if plans[row.group].measures]
         # On the sums' device already, so that looking at a norm does not wait for it.
         self._measured_at = torch.tensor(self._measured, dtype=torch.int64, device=self.table.sums.device)
 
-    def still_describes(self, groups: list[Group], state: State, plans: Sequence[GroupPlan]) -> bool:
+    def still_describes(
+        self,
+        groups: list[Group],
+        state: State,
+        plans: Sequence[GroupPlan],
+        sources: Mapping[Tensor, Tensor] | None = None,
+    ) -> bool:
         """Whether the next step can use this table; new numbers and moved gradients are taken over."""
+        if sources is not self._sources:
+            return False
         if plans != self._plans:
             if [plan.structure for plan in plans] != [plan.structure for plan in self._plans]:
                 return False

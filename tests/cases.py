@@ -44,6 +44,24 @@ CASES = {
     "adamw": Case("AdamW", {"lr": 0.01, "weight_decay": 0.1}),
     "adamw-amsgrad": Case("AdamW", {"lr": 0.01, "weight_decay": 0.1, "betas": (0.8, 0.9), "amsgrad": True}),
     "adamw-maximize": Case("AdamW", {"lr": 0.01, "weight_decay": 0.1, "maximize": True, "eps": 1e-6}),
+    "adagrad": Case("Adagrad", {"lr": 0.05, "weight_decay": 0.1, "lr_decay": 0.05, "initial_accumulator_value": 0.1}),
+    "rmsprop": Case("RMSprop", {"lr": 0.01, "weight_decay": 0.1, "alpha": 0.9}),
+    "rmsprop-momentum": Case("RMSprop", {"lr": 0.01, "weight_decay": 0.1, "momentum": 0.8, "eps": 1e-6}),
+    "rmsprop-centered": Case(
+        "RMSprop", {"lr": 0.01, "weight_decay": 0.1, "alpha": 0.95, "centered": True, "eps": 1e-4}
+    ),
+    "rmsprop-both": Case("RMSprop", {"lr": 0.01, "weight_decay": 0.1, "centered": True, "momentum": 0.8, "eps": 1e-4}),
+    "nadam": Case("NAdam", {"lr": 0.01, "weight_decay": 0.1, "momentum_decay": 0.01}),
+    "nadamw": Case("NAdam", {"lr": 0.01, "weight_decay": 0.1, "betas": (0.8, 0.9), "decoupled_weight_decay": True}),
+    "radam": Case("RAdam", {"lr": 0.01, "weight_decay": 0.1}),
+    "radamw": Case("RAdam", {"lr": 0.01, "weight_decay": 0.1, "betas": (0.8, 0.95), "decoupled_weight_decay": True}),
+    "lion": Case("Lion", {"lr": 0.003, "weight_decay": 0.1}),
+    "lamb": Case("LAMB", {"lr": 0.01, "weight_decay": 0.1}),
+    "lamb-plain": Case("LAMB", {"lr": 0.01, "weight_decay": 0.1, "adapt": False}),
+    "lars": Case("LARS", {"lr": 1.0, "weight_decay": 0.1, "trust_coefficient": 0.05, "nesterov": True}),
+    "lars-plain": Case("LARS", {"lr": 0.5, "weight_decay": 0.1, "trust_coefficient": 0.05, "momentum": 0.0}),
+    "adan": Case("Adan", {"lr": 0.01, "weight_decay": 0.1}),
+    "adan-no-prox": Case("Adan", {"lr": 0.01, "weight_decay": 0.1, "betas": (0.9, 0.8, 0.95), "no_prox": True}),
 }
 
 

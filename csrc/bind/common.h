@@ -48,6 +48,11 @@ inline Centre centre_named(const std::string& name) {
   return named<Centre>("centralize_at", name, names, 3);
 }
 
+inline Rounding rounding_named(const std::string& name) {
+  static const char* const names[] = {"nearest", "kahan", "stochastic", "master"};
+  return named<Rounding>("rounding", name, names, 4);
+}
+
 // (address, dtype, sizes, strides): sizes and strides empty where the elements lie one after another.
 using OperandSpec = std::tuple<uintptr_t, std::string, std::vector<int64_t>, std::vector<int64_t>>;
 
@@ -61,15 +66,31 @@ inline Operand operand(const OperandSpec& spec) {
   return x;
 }
 
+inline Operand optional_operand(const std::optional<OperandSpec>& spec) { return spec ? operand(*spec) : Operand{}; }
+
+// (address, dtype) of a one-element tensor
+using ScalarSpec = std::optional<std::pair<uintptr_t, std::string>>;
+
+inline void set_scalar(const ScalarSpec& spec, char*& at, DType& dtype) {
+  if (!spec) return;
+  at = reinterpret_cast<char*>(spec->first);
+  dtype = dtype_named(spec->second);
+}
+
 inline void add_row(Rows& rows, const std::string& rule, const OperandSpec& param, const OperandSpec& grad,
-             const std::vector<OperandSpec>& state, int64_t numel, int64_t length, int32_t group, uint32_t parameter, bool centre,
-             bool whole, bool first, const std::optional<std::pair<uintptr_t, std::string>>& step) {
+             const std::vector<OperandSpec>& state, const std::optional<OperandSpec>& source, const std::optional<OperandSpec>& rest,
+             const std::optional<OperandSpec>& ema, const std::string& rounding, int64_t numel, int64_t length, int32_t group,
+             uint32_t parameter, bool centre, bool whole, bool first, const ScalarSpec& step, const ScalarSpec& product) {
   Row row;
   row.rule = rule_named(rule);
   row.param = operand(param);
   row.grad = operand(grad);
   if (state.size() > size_t(kMaxStates)) throw std::invalid_argument("too many state tensors");
   for (size_t k = 0; k < state.size(); ++k) row.state[k] = operand(state[k]);
+  row.source = optional_operand(source);
+  row.rest = optional_operand(rest);
+  row.ema = optional_operand(ema);
+  row.rounding = rounding_named(rounding);
   row.numel = numel;
   row.length = length;
   row.group = group;
@@ -77,10 +98,8 @@ inline void add_row(Rows& rows, const std::string& rule, const OperandSpec& para
   row.centre = centre;
   row.whole = whole;
   row.first = first;
-  if (step) {
-    row.step = reinterpret_cast<char*>(step->first);
-    row.step_dtype = dtype_named(step->second);
-  }
+  set_scalar(step, row.step, row.step_dtype);
+  set_scalar(product, row.product, row.product_dtype);
   rows.add(row);
 }
 
@@ -100,9 +119,15 @@ inline void define(py::module_& m) {
       .def_readwrite("dampening", &Hyper::dampening)
       .def_readwrite("beta1", &Hyper::beta1)
       .def_readwrite("beta2", &Hyper::beta2)
+      .def_readwrite("beta3", &Hyper::beta3)
       .def_readwrite("eps", &Hyper::eps)
+      .def_readwrite("lr_decay", &Hyper::lr_decay)
+      .def_readwrite("momentum_decay", &Hyper::momentum_decay)
+      .def_readwrite("trust", &Hyper::trust)
       .def_readwrite("nesterov", &Hyper::nesterov)
       .def_readwrite("decoupled", &Hyper::decoupled)
+      .def_readwrite("proximal", &Hyper::proximal)
+      .def_readwrite("adapt", &Hyper::adapt)
       .def_readwrite("perturb", &Hyper::perturb)
       .def_readwrite("agc", &Hyper::agc)
       .def_readwrite("radius", &Hyper::radius)
@@ -111,13 +136,17 @@ inline void define(py::module_& m) {
       .def_readwrite("noise_decay", &Hyper::noise_decay)
       .def_readwrite("seed", &Hyper::seed)
       .def_readwrite("sign", &Hyper::sign)
-      .def_readwrite("skip_nonfinite", &Hyper::skip_nonfinite);
+      .def_readwrite("skip_nonfinite", &Hyper::skip_nonfinite)
+      .def_readwrite("by_weight", &Hyper::by_weight)
+      .def_readwrite("eta", &Hyper::eta)
+      .def_readwrite("ema", &Hyper::ema)
+      .def_readwrite("zero_grad", &Hyper::zero_grad);
 
   py::class_<Rows>(m, "Rows", py::module_local())
       .def("hyper", &Rows::hyper, py::return_value_policy::reference_internal)
-      .def("add", &add_row, py::kw_only(), py::arg("rule"), py::arg("param"), py::arg("grad"), py::arg("state"), py::arg("numel"),
-           py::arg("length"), py::arg("group"), py::arg("parameter"), py::arg("centre"), py::arg("whole"), py::arg("first"),
-           py::arg("step"))
+      .def("add", &add_row, py::kw_only(), py::arg("rule"), py::arg("param"), py::arg("grad"), py::arg("state"), py::arg("source"),
+           py::arg("rest"), py::arg("ema"), py::arg("rounding"), py::arg("numel"), py::arg("length"), py::arg("group"), py::arg("parameter"),
+           py::arg("centre"), py::arg("whole"), py::arg("first"), py::arg("step"), py::arg("product"))
       .def("__len__", &Rows::size);
 
   py::class_<Watch>(m, "Watch", py::module_local())

@@ -6,6 +6,7 @@
 
 #include "cpu/isa.h"
 #include "cpu/threads.h"
+#include "math/rules.h"
 #include "math/transforms.h"
 
 namespace gradfused::cpu {
@@ -21,17 +22,27 @@ bool mean_is_split(const Row& row) { return row.centre && (row.whole || has_long
 
 bool wide(Scope scope) { return scope == Scope::global || scope == Scope::group || scope == Scope::param; }
 
-double read_step(const Row& row) {
-  if (!row.step) return 0;
-  return row.step_dtype == DType::float64 ? *reinterpret_cast<double*>(row.step) : double(*reinterpret_cast<float*>(row.step));
+double read_scalar(const char* at, DType dtype, double otherwise) {
+  if (!at) return otherwise;
+  return dtype == DType::float64 ? *reinterpret_cast<const double*>(at) : double(*reinterpret_cast<const float*>(at));
 }
 
-void write_step(const Row& row, double value) {
-  if (!row.step) return;
-  if (row.step_dtype == DType::float64) {
-    *reinterpret_cast<double*>(row.step) = value;
+void write_scalar(char* at, DType dtype, double value) {
+  if (!at) return;
+  if (dtype == DType::float64) {
+    *reinterpret_cast<double*>(at) = value;
   } else {
-    *reinterpret_cast<float*>(row.step) = float(value);
+    *reinterpret_cast<float*>(at) = float(value);
+  }
+}
+
+math::Trust trust_of(Rule rule) {
+  switch (rule) {
+#define GRADFUSED_RULE(name, type, family) \
+  case Rule::name: return math::type::trust;
+#include "rules.def"
+#undef GRADFUSED_RULE
+    default: return math::Trust::none;
   }
 }
 
@@ -44,6 +55,9 @@ bool Table::wants(Phase phase, const Row& row) const {
     case kSum: return mean_is_split(row) && at_gradient;
     case kSquares: return wide(h.scope) || h.skip_nonfinite || (h.scope == Scope::unit && has_long_units(row));
     case kRehearse: return mean_is_split(row) && !at_gradient;
+    // A rehearsed direction takes a gradient's trust ratio into account, and the ratio a rehearsed mean of the decayed gradient.
+    case kWeighFirst: return h.adapt && trust_of(row.rule) == math::Trust::gradient && h.centralize_at != Centre::decayed;
+    case kWeigh: return h.adapt && trust_of(row.rule) != math::Trust::none && !wants(kWeighFirst, row);
     default: return true;
   }
 }
@@ -95,8 +109,8 @@ void Table::run(Phase phase, int threads) {
   const std::vector<int64_t>& todo = todo_[phase];
   if (todo.empty()) return;
   const Kernels& k = kernels();
-  void (*const kernel)(const Job&, int64_t, char*) =
-      phase == kSum ? k.sum : phase == kSquares ? k.squares : phase == kRehearse ? k.rehearse : k.apply;
+  void (*const kernels[kPhases])(const Job&, int64_t, char*) = {k.sum, k.squares, k.weigh, k.rehearse, k.weigh, k.apply};
+  void (*const kernel)(const Job&, int64_t, char*) = kernels[phase];
   const Job job = {rows_.data(),      hypers_.data(),  steps_.data(),   chunks_.data(),          unscale_,
                    chunk_sum_.data(), chunk_sq_.data(), chunk_weight_sq_.data(), unit_mean_.data(), unit_sq_.data(),
                    unit_weight_sq_.data(), unit_direction_.data()};
@@ -201,15 +215,31 @@ void Table::prepare_rows(const double* sums) {
     RowStep& now = steps_[i];
     const double squares = h.scope == Scope::global ? global : h.scope == Scope::group ? group[g] : sums[i];
     now.factor = wide(h.scope) ? math::perturb_factor(h.perturb, std::sqrt(squares)) : 1.0;
-    now.step = read_step(rows_[i]) + 1;
-    now.sigma = h.noise > 0 ? math::noise_sigma(h.noise, h.noise_decay, now.step - 1) : 0.0;
+    const Row& row = rows_[i];
+    now.count = {read_scalar(row.step, row.step_dtype, 0) + 1, row.first, 1};
+    if (row.product) {
+      now.count.product = math::next_product(h, now.count.step, read_scalar(row.product, row.product_dtype, 1), row.product_dtype);
+    }
+    now.sigma = h.noise > 0 ? math::noise_sigma(h.noise, h.noise_decay, now.count.step - 1) : 0.0;
+    now.trusted = false;
+  }
+}
+
+void Table::weigh(Phase phase, int threads) {
+  run(phase, threads);
+  for (size_t i = 0; i < rows_.size(); ++i) {
+    if (!wants(phase, rows_[i])) continue;
+    steps_[i].norm = std::sqrt(row_total(i, chunk_sum_));
+    steps_[i].weight_norm = std::sqrt(row_total(i, chunk_weight_sq_));
+    steps_[i].trusted = true;
   }
 }
 
 void Table::finish_rows(double* sums) {
   for (size_t i = 0; i < rows_.size(); ++i) {
     Row& row = rows_[i];
-    write_step(row, steps_[i].step);
+    write_scalar(row.step, row.step_dtype, steps_[i].count.step);
+    write_scalar(row.product, row.product_dtype, steps_[i].count.product);
     row.first = false;
     if (hypers_[size_t(row.group)].scope == Scope::unit) sums[i] = row_total(i, chunk_sq_);
   }
@@ -220,11 +250,13 @@ bool Table::apply(double unscale, double* sums, int threads) {
   unscale_ = unscale;
   if (!may_step(sums)) return false;
   prepare_rows(sums);
+  weigh(kWeighFirst, threads);
   if (!todo_[kRehearse].empty()) {
     run(kRehearse, threads);
     spread_means(unit_direction_, kRehearse);
     for (size_t i = 0; i < rows_.size(); ++i) steps_[i].directions_known = wants(kRehearse, rows_[i]);
   }
+  weigh(kWeigh, threads);
   run(kApply, threads);
   finish_rows(sums);
   return true;

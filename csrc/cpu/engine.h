@@ -26,7 +26,7 @@ class Table : public Rows {
   bool apply(double unscale, double* sums, int threads);
 
  private:
-  enum Phase { kSum, kSquares, kRehearse, kApply, kPhases };
+  enum Phase { kSum, kSquares, kWeighFirst, kRehearse, kWeigh, kApply, kPhases };
 
   void plan();
   void add_chunks(int32_t row);
@@ -37,6 +37,7 @@ class Table : public Rows {
   void collect_squares(double* sums);
   bool may_step(const double* sums) const;
   void prepare_rows(const double* sums);
+  void weigh(Phase phase, int threads);
   void finish_rows(double* sums);
 
   bool planned_ = false;

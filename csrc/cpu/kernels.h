@@ -24,9 +24,11 @@ struct Chunk {
 
 // What a row needs besides its operands, worked out anew for each step.
 struct RowStep {
-  double step = 0;         // this step's number, from 1
+  Count count = {0, false, 1};
   double factor = 1;       // s(n) of a scope wider than the unit
   double sigma = 0;        // noise
+  double weight_norm = 0, norm = 0;  // of the whole row, where the rule trusts them
+  bool trusted = false;
   bool means_known = false, norms_known = false, directions_known = false;  // of its units, in Job
   int64_t unit0 = 0;       // its first unit's place in Job's arrays
 };
@@ -52,6 +54,8 @@ struct Kernels {
   void (*squares)(const Job&, int64_t chunk, char* scratch);
   // chunk_sum <- sum of the update (or of the decayed gradient, whichever is to be centred), changing nothing
   void (*rehearse)(const Job&, int64_t chunk, char* scratch);
+  // chunk_weight_sq, and chunk_sum <- the squares of what a trust ratio compares them with
+  void (*weigh)(const Job&, int64_t chunk, char* scratch);
   // the step
   void (*apply)(const Job&, int64_t chunk, char* scratch);
   // every stream in place with no math: the memory roof; `nothing` is 0

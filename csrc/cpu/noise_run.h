@@ -8,6 +8,7 @@
 #endif
 
 #include "math/noise.h"
+#include "math/rounding.h"
 
 namespace gradfused::cpu {
 namespace {
@@ -30,12 +31,12 @@ inline Words multiply(Words x, uint32_t by) { return math::Multiply()(x, by); }
 constexpr int kQuads = 32;
 constexpr int kWide = sizeof(Words) / sizeof(uint64_t);
 
-// words[k] <- the k-th word of each counter.
-inline void philox_quads(uint64_t seed, uint64_t quad, uint32_t parameter, uint32_t step, uint32_t (*words)[kQuads]) {
+// words[k] <- the k-th word of each counter. `mark` tells draws of one kind from another's.
+inline void philox_quads(uint64_t seed, uint64_t quad, uint32_t mark, uint32_t parameter, uint32_t step, uint32_t (*words)[kQuads]) {
   alignas(64) uint64_t counters[4][kQuads];
   for (int i = 0; i < kQuads; ++i) {
     counters[0][i] = quad + uint64_t(i);
-    counters[1][i] = (quad + uint64_t(i)) >> 32;
+    counters[1][i] = (quad + uint64_t(i)) >> 32 | mark;
     counters[2][i] = parameter;
     counters[3][i] = step;
   }
@@ -54,11 +55,20 @@ inline void philox_quads(uint64_t seed, uint64_t quad, uint32_t parameter, uint3
 inline void noise_quads(uint64_t seed, uint64_t quad, uint32_t parameter, uint32_t step, float* __restrict to) {
   alignas(64) uint32_t words[4][kQuads];
   alignas(64) float z[4][kQuads];
-  philox_quads(seed, quad, parameter, step, words);
+  philox_quads(seed, quad, 0, parameter, step, words);
   for (int i = 0; i < kQuads; ++i) math::box_muller(words[0][i], words[1][i], z[0][i], z[1][i]);
   for (int i = 0; i < kQuads; ++i) math::box_muller(words[2][i], words[3][i], z[2][i], z[3][i]);
   for (int i = 0; i < kQuads; ++i) {
     for (int k = 0; k < 4; ++k) to[4 * i + k] = z[k][i];
+  }
+}
+
+// to[0 .. 4 * kQuads) <- 32 random bits for each of elements 4 * quad and on, other than the noise's.
+inline void random_quads(uint64_t seed, uint64_t quad, uint32_t parameter, uint32_t step, uint32_t* __restrict to) {
+  alignas(64) uint32_t words[4][kQuads];
+  philox_quads(seed, quad, math::kRoundingCounter, parameter, step, words);
+  for (int i = 0; i < kQuads; ++i) {
+    for (int k = 0; k < 4; ++k) to[4 * i + k] = words[k][i];
   }
 }
 

@@ -50,27 +50,35 @@ template <class S, class T> void store_as(const Operand& x, int64_t begin, int64
   });
 }
 
-// The elements [begin, begin + n), in memory of their own or copied into `buffer`.
-template <class T> T* open(const Operand& x, int64_t begin, int64_t n, T* buffer) {
-  if (in_place<T>(x)) return reinterpret_cast<T*>(x.data) + begin;
+// to[0 .. n) <- the elements [begin, begin + n).
+template <class T> void load(const Operand& x, int64_t begin, int64_t n, T* to) {
   switch (x.dtype) {
-    case DType::float32: load_as<float>(x, begin, n, buffer); break;
-    case DType::float64: load_as<double>(x, begin, n, buffer); break;
-    case DType::float16: load_as<Half>(x, begin, n, buffer); break;
-    case DType::bfloat16: load_as<BFloat16>(x, begin, n, buffer); break;
+    case DType::float32: return load_as<float>(x, begin, n, to);
+    case DType::float64: return load_as<double>(x, begin, n, to);
+    case DType::float16: return load_as<Half>(x, begin, n, to);
+    case DType::bfloat16: return load_as<BFloat16>(x, begin, n, to);
   }
-  return buffer;
 }
 
-// Writes back what open() copied.
-template <class T> void close(const Operand& x, int64_t begin, int64_t n, const T* values) {
-  if (in_place<T>(x)) return;
+template <class T> void store(const Operand& x, int64_t begin, int64_t n, const T* values) {
   switch (x.dtype) {
     case DType::float32: return store_as<float>(x, begin, n, values);
     case DType::float64: return store_as<double>(x, begin, n, values);
     case DType::float16: return store_as<Half>(x, begin, n, values);
     case DType::bfloat16: return store_as<BFloat16>(x, begin, n, values);
   }
+}
+
+// The elements in memory of their own or copied into `buffer`; without kRead the buffer is left as it is, to be written.
+template <bool kRead = true, class T> T* open(const Operand& x, int64_t begin, int64_t n, T* buffer) {
+  if (in_place<T>(x)) return reinterpret_cast<T*>(x.data) + begin;
+  if (kRead) load(x, begin, n, buffer);
+  return buffer;
+}
+
+// Writes back what open() copied.
+template <class T> void close(const Operand& x, int64_t begin, int64_t n, const T* values) {
+  if (!in_place<T>(x)) store(x, begin, n, values);
 }
 
 }  // namespace

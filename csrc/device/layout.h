@@ -31,9 +31,9 @@ struct Chunk {
 
 // What a chunk's statistics leave behind. One writer each.
 struct Sums {
-  double sum;             // of the unscaled gradient, or of the rehearsed update
+  double sum;             // of the unscaled gradient, of the rehearsed update, or of the squares that a trust ratio is made of
   double squares;         // around the chunk's own mean where it is a piece of something centred
-  double weight_squares;  // for adaptive clipping
+  double weight_squares;  // for adaptive clipping and trust ratios
 };
 
 // What is known of a unit that lies in several chunks.
@@ -47,6 +47,8 @@ struct DeviceRow {
   int32_t chunk0, chunk1;  // its chunks
   bool split;             // a mean or a norm of its units takes several chunks
   bool measured;          // by the stats kernel
+  bool weighed_first, weighed;    // its rule takes a trust ratio, before what is rehearsed or after it
+  double norm, weight_norm;       // of the whole row: what the ratio is made of, once weighed
 };
 
 struct DeviceHyper {
@@ -70,7 +72,7 @@ struct Job {
   const float* found_inf;    // null, or not zero: the step is not taken
   double* skipped;           // counts steps that were not taken for what the norms saw
   int32_t row_count, chunk_count;
-  bool any_global, any_skip, any_rehearsed;
+  bool any_global, any_skip, any_rehearsed, any_weighed_first, any_weighed;
 };
 
 }  // namespace gradfused::device

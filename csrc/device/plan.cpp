@@ -5,6 +5,8 @@
 #include <numeric>
 #include <stdexcept>
 
+#include "math/rules.h"
+
 namespace gradfused::device {
 namespace {
 
@@ -14,11 +16,26 @@ bool late(const Row& row, const Hyper& h) { return row.centre && h.centralize_at
 
 int64_t itemsize(DType d) { return d == DType::float64 ? 8 : d == DType::float32 ? 4 : 2; }
 
-// Every operand a 16-byte aligned array of one dtype; the gradient's address is looked at in each step.
+math::Trust trust_of(Rule rule) {
+  switch (rule) {
+#define GRADFUSED_RULE(name, type, family) \
+  case Rule::name: return math::type::trust;
+#include "rules.def"
+#undef GRADFUSED_RULE
+    default: return math::Trust::none;
+  }
+}
+
+// Every operand a 16-byte aligned array of one dtype, but that copies and averages of 16-bit weights may be of float32; the gradient's
+// address is looked at in each step.
 bool is_plain(const Row& row) {
   const auto fits = [&](const Operand& x) { return x.dims == 0 && x.dtype == row.param.dtype; };
   const auto aligned = [](const Operand& x) { return reinterpret_cast<uintptr_t>(x.data) % 16 == 0; };
+  const auto rides = [&](const Operand& x) {
+    return !x.data || (x.dims == 0 && aligned(x) && (x.dtype == row.param.dtype || x.dtype == DType::float32));
+  };
   if (!fits(row.param) || !aligned(row.param) || !fits(row.grad)) return false;
+  if (!rides(row.source) || !rides(row.rest) || !rides(row.ema)) return false;
   return std::all_of(row.state, row.state + kMaxStates, [&](const Operand& s) { return !s.data || (fits(s) && aligned(s)); });
 }
 
@@ -68,6 +85,10 @@ void Plan::plan_row(size_t index) {
   r.row = row;
   r.split = (row.centre && (row.whole || long_units)) || (by_unit && long_units);
   r.measured = wide(h.scope) || h.skip_nonfinite || (r.split && ((row.centre && !late(row, h)) || (by_unit && long_units)));
+  if (h.adapt && trust_of(row.rule) != math::Trust::none) {
+    r.weighed_first = trust_of(row.rule) == math::Trust::gradient && h.centralize_at != Centre::decayed;
+    r.weighed = !r.weighed_first;
+  }
   r.unit0 = units_;
   r.chunk0 = int32_t(chunks_.size());
   if (row.numel) {
@@ -88,8 +109,9 @@ void Plan::plan_row(size_t index) {
     }
   }
   r.chunk1 = int32_t(chunks_.size());
-  full_ |= row.param.dtype == DType::float64 || h.noise > 0 || by_unit || late(row, h);
-  for (const Operand* x : {&row.param, &row.grad, &row.state[0], &row.state[1], &row.state[2], &row.state[3]}) {
+  full_ |= row.param.dtype == DType::float64 || h.noise > 0 || by_unit || late(row, h) || r.weighed || r.weighed_first;
+  full_ |= row.source.data || row.ema.data || row.rounding != Rounding::nearest || h.zero_grad;
+  for (const Operand* x : {&row.param, &row.grad, &row.state[0], &row.state[1], &row.state[2], &row.state[3], &row.source, &row.rest, &row.ema}) {
     shape_words_ += 2 * size_t(x->dims);
   }
 }
@@ -195,6 +217,7 @@ void Plan::pack(char* to, char* base, double* squares, double* skipped) {
     move_shape(r.row.param);
     move_shape(r.row.grad);
     for (Operand& s : r.row.state) move_shape(s);
+    for (Operand* x : {&r.row.source, &r.row.rest, &r.row.ema}) move_shape(*x);
   }
   if (!moved.empty()) std::memcpy(rows_here, moved.data(), moved.size() * sizeof(DeviceRow));
 
@@ -209,12 +232,14 @@ void Plan::pack(char* to, char* base, double* squares, double* skipped) {
   job_.skipped = skipped;
   job_.row_count = int32_t(rows_.size());
   job_.chunk_count = int32_t(chunks_.size());
-  job_.any_global = job_.any_skip = job_.any_rehearsed = false;
+  job_.any_global = job_.any_skip = job_.any_rehearsed = job_.any_weighed_first = job_.any_weighed = false;
   for (const DeviceRow& r : device_rows_) {
     const Hyper& h = hypers_[size_t(r.row.group)];
     job_.any_global |= h.scope == Scope::global;
     job_.any_skip |= h.skip_nonfinite;
     job_.any_rehearsed |= r.split && late(r.row, h);
+    job_.any_weighed_first |= r.weighed_first;
+    job_.any_weighed |= r.weighed;
   }
   std::memcpy(to, &job_, sizeof job_);
   moved_ = stale_ = false;

@@ -1,23 +1,22 @@
 // Adam (Kingma & Ba 2015), AMSGrad (Reddi et al. 2018) and AdamW (Loshchilov & Hutter 2019), as torch.optim computes them.
 #pragma once
 
-#include "math/device.h"
-#include "table.h"
+#include "math/rule.h"
 
 namespace gradfused::math {
 namespace {
 
-template <bool kAmsgrad> struct AdamRule {
+template <bool kAmsgrad> struct AdamRule : RuleBase {
   static constexpr int states = kAmsgrad ? 3 : 2;  // exp_avg, exp_avg_sq, max_exp_avg_sq
   template <class T> struct Coef {
     T shrink, step, fresh, beta2, fresh_sq, unbias, eps;
   };
-  template <class T> GRADFUSED_MATH static Coef<T> coef(const Hyper& h, double step, bool) {
-    const double correction1 = 1.0 - pow(h.beta1, step), correction2 = 1.0 - pow(h.beta2, step);
+  template <class T> GRADFUSED_MATH static Coef<T> coef(const Hyper& h, const Count& now) {
+    const double correction1 = 1.0 - pow(h.beta1, now.step), correction2 = 1.0 - pow(h.beta2, now.step);
     return {T(h.decoupled ? 1.0 - h.lr * h.weight_decay : 1.0), T(h.lr / correction1), T(1.0 - h.beta1), T(h.beta2),
             T(1.0 - h.beta2), T(1.0 / sqrt(correction2)), T(h.eps)};
   }
-  template <class T> GRADFUSED_MATH static T direction(T g, T* s, const Coef<T>& c) {
+  template <class T> GRADFUSED_MATH static T direction(T g, T, T* s, const Coef<T>& c) {
     s[0] = s[0] + (g - s[0]) * c.fresh;
     s[1] = s[1] * c.beta2 + g * c.fresh_sq * g;  // in torch's order, which keeps gradients of 1e20 finite
     if (kAmsgrad) s[2] = maximum(s[2], s[1]);

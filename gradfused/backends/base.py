@@ -24,9 +24,15 @@ class Settings:
     dampening: float = 0.0
     beta1: float = 0.0
     beta2: float = 0.0
+    beta3: float = 0.0
     eps: float = 0.0
+    lr_decay: float = 0.0
+    momentum_decay: float = 0.0
+    trust: float = 0.0  # LARS's coefficient
     nesterov: bool = False
-    decoupled: bool = False
+    decoupled: bool = False  # no stage 6: the rule decays the weights itself, or not at all
+    proximal: bool = False
+    adapt: bool = False  # the rule's trust ratio is taken
     # the transforms'
     centralize_at: str = "gradient"
     scope: str = "none"  # whose norm decides: none, global, group, param or unit
@@ -39,6 +45,11 @@ class Settings:
     seed: int = 0
     sign: float = 1.0  # of reverse and maximize together
     skip_nonfinite: bool = False
+    by_weight: bool = False  # norms are of g * (|p| + eta): adaptive SAM
+    eta: float = 0.0
+    # the riders'
+    ema: float = 0.0
+    zero_grad: bool = False
     # lr where a kernel can read it at each step: compared by its address
     lr_tensor: Tensor | None = field(default=None, compare=False)
     lr_address: int = 0
@@ -50,13 +61,20 @@ class Row:
 
     Attributes:
         state: The rule's state tensors in its order, shaped like the parameter.
+        source: Where the weights are read, if not from ``param``: SAM's backup, or with ``rounding="master"`` the copy in
+            float32, which is written too.
+        rest: What rounding took off, with ``rounding="kahan"``.
+        ema: Moving average of the weights.
+        rounding: How weights of 16 bits are kept: ``"nearest"``, ``"kahan"``, ``"stochastic"`` or ``"master"``.
         step: 0-dim float tensor on the backend's step_device that counts steps taken, or None where nothing needs it.
         group: Index into the settings.
+        product: The same for the product of NAdam's momenta, which only it has.
         number: The parameter's number in the optimizer; part of the noise counter.
         unit: Elements in a unit; the whole tensor where units have no meaning.
         centre: Centralisation applies.
         whole: It applies to the whole tensor although ``unit`` is shorter.
         first: The state holds nothing yet.
+        kept: Keys of the optimizer's state that it uses.
     """
 
     name: str
@@ -64,13 +82,24 @@ class Row:
     param: Tensor
     grad: Tensor
     state: dict[str, Tensor]
+    source: Tensor | None
+    rest: Tensor | None
+    ema: Tensor | None
+    rounding: str
     step: Tensor | None
+    product: Tensor | None
     group: int
     number: int
     unit: int
     centre: bool
     whole: bool
     first: bool
+    kept: list[str]
+
+    @property
+    def weights(self) -> Tensor:
+        """Where the weights are kept before the step."""
+        return self.param if self.source is None else self.source
 
 
 @dataclass(frozen=True, slots=True)

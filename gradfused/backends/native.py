@@ -35,13 +35,14 @@ def refusal(tensor: Tensor, device: str) -> str | None:
     return None
 
 
-def iteration_order(row: Row, noisy: bool) -> list[int] | None:
+def iteration_order(row: Row, drawn: bool) -> list[int] | None:
     """Dims, outermost first, in which a row's elements are numbered: as they lie in memory where that is allowed.
 
-    None stands for row-major order. Units must be contiguous runs of the order, and noise is defined on row-major positions.
+    None stands for row-major order. Units must be contiguous runs of the order, and what is ``drawn`` at random is defined on
+    row-major positions.
     """
     p = row.param
-    if noisy or p.is_contiguous():
+    if drawn or p.is_contiguous():
         return None
     dims = [d for d in range(p.dim()) if p.shape[d] != 1]
     by_stride = sorted(dims, key=p.stride, reverse=True)
@@ -79,12 +80,23 @@ def operand(tensor: Tensor, order: list[int] | None) -> Operand:
 
 def add_row(rows: Any, row: Row, settings: Settings, *, numel: int | None = None) -> None:
     """Give a row to a native table. ``numel`` of 0 leaves out its elements: they are another table's."""
-    order = iteration_order(row, noisy=settings.noise > 0)
+    order = iteration_order(row, drawn=settings.noise > 0 or row.rounding == "stochastic")
+
+    def optional(tensor: Tensor | None) -> Operand | None:
+        return None if tensor is None else operand(tensor, order)
+
+    def scalar(tensor: Tensor | None) -> tuple[int, str] | None:
+        return None if tensor is None or numel == 0 else (tensor.data_ptr(), DTYPES[tensor.dtype])
+
     rows.add(
         rule=row.rule,
         param=operand(row.param, order),
         grad=operand(row.grad, order),
         state=[operand(t, order) for t in row.state.values()],
+        source=optional(row.source),
+        rest=optional(row.rest),
+        ema=optional(row.ema),
+        rounding=row.rounding,
         numel=row.param.numel() if numel is None else numel,
         length=row.unit,
         group=row.group,
@@ -92,7 +104,8 @@ def add_row(rows: Any, row: Row, settings: Settings, *, numel: int | None = None
         centre=row.centre,
         whole=row.whole,
         first=row.first,
-        step=None if row.step is None or numel == 0 else (row.step.data_ptr(), DTYPES[row.step.dtype]),
+        step=scalar(row.step),
+        product=scalar(row.product),
     )
 
 
@@ -114,6 +127,5 @@ def watch(module: ModuleType, rows: Sequence[Row], groups: list[dict[str, Any]],
     """A native watch over an optimizer as it is now."""
     made = module.Watch(torch._C.TensorBase, groups, state)
     for row in rows:
-        keys = [*row.state, *(() if row.step is None else ("step",))]
-        made.add(row.param, state.get(row.param, {}), keys)
+        made.add(row.param, state.get(row.param, {}), row.kept)
     return made

@@ -7,13 +7,16 @@ gradients and it is exact to float64.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from .base import WIDE_SCOPES, BackendTable, Row, Scaling, Settings
+from .rules import RULES, Count
+
+SHORT = (torch.float16, torch.bfloat16)
 
 # ---- stage 1 to 5: the gradient
 
@@ -39,7 +42,14 @@ def centred(x: Tensor, row: Row) -> Tensor:
 def unscaled(row: Row, settings: Settings, unscale: float) -> Tensor:
     """Stages 0 and 1."""
     g = row.grad.to(compute_dtype(row.param)) * unscale
+    if settings.by_weight:  # its norm is taken of the gradient times what each weight may move by
+        g = g * reach(row, settings)
     return centred(g, row) if row.centre and settings.centralize_at == "gradient" else g
+
+
+def reach(row: Row, settings: Settings) -> Tensor:
+    """|w| + eta: by how much ASAM lets a weight move (Kwon et al. 2021)."""
+    return row.weights.to(compute_dtype(row.param)).abs() + settings.eta
 
 
 def clamped(x: Tensor, lo: float, hi: float) -> Tensor:
@@ -67,7 +77,7 @@ def perturbed(g: Tensor, row: Row, settings: Settings, norm: Tensor | None) -> T
     """Stage 2 and ``clip_value``. ``norm`` is the wide scope's."""
     if settings.scope == "unit":
         n = unit_norm(g, row)
-        weight_norm = unit_norm(row.param.to(g.dtype), row)
+        weight_norm = unit_norm(row.weights.to(g.dtype), row)
         s = agc_factor(n, weight_norm, settings.radius) if settings.agc else factor_of(n, settings)
         g = (unit_view(g, row) * s.to(g.dtype)).view_as(g)
     elif norm is not None:
@@ -111,51 +121,29 @@ def with_noise(g: Tensor, row: Row, settings: Settings, taken: float) -> Tensor:
     return g + sigma * xi.to(g.dtype)
 
 
-# ---- stage 7: the rules. Each moves the state and returns (direction, shrink, step); p becomes shrink * p - step * direction
-
-State = dict[str, Tensor]
-Direction = tuple[Tensor, float, float]
+# ---- stage 7: the rules, in rules.py; and how weights are kept
 
 
-def sgd(g: Tensor, state: State, s: Settings, step: float, first: bool) -> Direction:
-    """torch.optim.SGD without momentum."""
-    return g, 1.0, s.lr
+def stochastically_rounded(x: Tensor, dtype: torch.dtype, seed: int, parameter: int, step: int) -> Tensor:
+    """``x`` rounded to one of its two neighbours in ``dtype``, the nearer the likelier, by 32 random bits an element.
 
-
-def sgd_momentum(g: Tensor, state: State, s: Settings, step: float, first: bool) -> Direction:
-    """torch.optim.SGD with momentum (Sutskever et al. 2013)."""
-    buffer = g.clone() if first else state["momentum_buffer"] * s.momentum + g * (1.0 - s.dampening)
-    state["momentum_buffer"] = buffer
-    return (g + buffer * s.momentum if s.nesterov else buffer), 1.0, s.lr
-
-
-def _adam(g: Tensor, state: State, s: Settings, step: float, second_moment: str) -> Direction:
-    state["exp_avg"] = state["exp_avg"] + (g - state["exp_avg"]) * (1.0 - s.beta1)
-    state["exp_avg_sq"] = state["exp_avg_sq"] * s.beta2 + (1.0 - s.beta2) * g * g
-    if second_moment != "exp_avg_sq":
-        state[second_moment] = torch.maximum(state[second_moment], state["exp_avg_sq"])
-    correction1, correction2 = 1.0 - s.beta1**step, 1.0 - s.beta2**step
-    direction = state["exp_avg"] / (state[second_moment].sqrt() / math.sqrt(correction2) + s.eps)
-    shrink = 1.0 - s.lr * s.weight_decay if s.decoupled else 1.0
-    return direction, shrink, s.lr / correction1
-
-
-def adam(g: Tensor, state: State, s: Settings, step: float, first: bool) -> Direction:
-    """torch.optim.Adam and AdamW (Kingma & Ba 2015; Loshchilov & Hutter 2019)."""
-    return _adam(g, state, s, step, "exp_avg_sq")
-
-
-def adam_amsgrad(g: Tensor, state: State, s: Settings, step: float, first: bool) -> Direction:
-    """The same with amsgrad=True (Reddi et al. 2018)."""
-    return _adam(g, state, s, step, "max_exp_avg_sq")
-
-
-RULES: dict[str, Callable[[Tensor, State, Settings, float, bool], Direction]] = {
-    "sgd": sgd,
-    "sgd_momentum": sgd_momentum,
-    "adam": adam,
-    "adam_amsgrad": adam_amsgrad,
-}
+    The bits are a function of seed, parameter, step and row-major position, and other than the noise's.
+    """
+    numel = x.numel()
+    quads = torch.arange((numel + 3) // 4, dtype=torch.int64, device=x.device) | -(2**63)
+    random = torch.stack(philox(seed, quads, parameter, step), dim=1).flatten()[:numel].view(x.shape)
+    x = x.float()
+    a, largest = x.abs(), torch.finfo(dtype).max
+    exponent = torch.frexp(a)[1]
+    if dtype == torch.bfloat16:
+        ulp = torch.ldexp(torch.ones_like(a), (exponent - 8).clamp(min=-133))
+        fraction = (random >> 16).float() * 2.0**-16
+    else:
+        ulp = torch.ldexp(torch.ones_like(a), (exponent - 11).clamp(min=-24))
+        fraction = torch.where(a < 2.0**-14, (random >> 8).float() * 2.0**-24, (random >> 19).float() * 2.0**-13)
+    ratio = a.double() / ulp.double()
+    rounded = (torch.floor(ratio + fraction.double()) * ulp.double()).clamp(max=largest).float()
+    return torch.where(torch.isfinite(x), torch.copysign(rounded, x), x).to(dtype)
 
 
 class Table(BackendTable):
@@ -215,12 +203,16 @@ class Table(BackendTable):
 
     def _apply_row(self, index: int, row: Row, s: Settings, unscale: float, norm: Tensor | None) -> None:
         dtype = compute_dtype(row.param)
-        taken = 0.0 if row.step is None else float(row.step)
+        now = Count.of(row, s)
         if row.step is not None:
-            row.step.fill_(taken + 1.0)
+            row.step.fill_(now.step)
+        if row.product is not None:
+            row.product.fill_(now.product)
         if row.param.numel() == 0:
             return
-        p = row.param.to(dtype)
+        p = row.weights.to(dtype)
+        if row.rest is not None:
+            p = p + row.rest.to(dtype)
         state = {key: value.to(dtype) for key, value in row.state.items()}
 
         g = unscaled(row, s, unscale)
@@ -228,16 +220,34 @@ class Table(BackendTable):
             self.sums[index] = g.double().square().sum()
         g = perturbed(g, row, s, norm)
         if s.noise > 0:
-            g = with_noise(g, row, s, taken)
+            g = with_noise(g, row, s, now.step - 1.0)
         g = g * s.sign
         if s.weight_decay != 0 and not s.decoupled:
             g = g + s.weight_decay * p
         if row.centre and s.centralize_at == "decayed":
             g = centred(g, row)
-        direction, shrink, step_size = RULES[row.rule](g, state, s, taken + 1.0, row.first)
-        if row.centre and s.centralize_at == "update":
-            direction = centred(direction, row)
 
-        row.param.copy_(p * shrink - step_size * direction)
-        for key, value in state.items():
+        def late(direction: Tensor) -> Tensor:
+            return centred(direction, row) if row.centre and s.centralize_at == "update" else direction
+
+        direction, shrink, step_size = RULES[row.rule](g, p, state, s, now, late)
+        for key, value in state.items():  # before the weights, which a backup may be a view of
             row.state[key].copy_(value)
+        self._keep(row, s, now, p * shrink - step_size * direction)
+
+    @staticmethod
+    def _keep(row: Row, s: Settings, now: Count, p: Tensor) -> None:
+        """Write the step's weights, and what rides on that."""
+        if row.ema is not None:
+            average = row.ema.to(p.dtype)
+            row.ema.copy_(average + (p - average) * (1.0 - s.ema))
+        if row.rounding == "stochastic" and row.param.dtype in SHORT:
+            row.param.copy_(stochastically_rounded(p, row.param.dtype, s.seed, row.number, int(now.step) - 1))
+        else:
+            row.param.copy_(p)
+        if row.rounding == "master" and row.source is not None:
+            row.source.copy_(p)
+        if row.rest is not None:
+            row.rest.copy_(p - row.param.to(p.dtype))
+        if s.zero_grad:
+            row.grad.zero_()

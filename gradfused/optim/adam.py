@@ -7,7 +7,8 @@ from typing import Any
 from torch import Tensor
 from typing_extensions import Unpack
 
-from ..options import Recipe, finite, number
+from ..options import Recipe, finite
+from ..options import betas as checked_betas
 from .base import Optimizer, Params
 
 
@@ -75,13 +76,9 @@ class Adam(Optimizer):
         return "adam", ("exp_avg", "exp_avg_sq")
 
     def _numbers(self, group: dict[str, Any]) -> dict[str, Any]:
-        betas = group["betas"]
-        if not isinstance(betas, (tuple, list)) or len(betas) != 2:
-            raise TypeError(f"betas: expected two numbers, got {betas!r}")
         return {
             "lr": finite("lr", group["lr"]),
-            "beta1": number("betas[0]", betas[0], high=1.0, high_open=True),
-            "beta2": number("betas[1]", betas[1], high=1.0, high_open=True),
+            **checked_betas(group),
             "eps": finite("eps", group["eps"]),
             "weight_decay": finite("weight_decay", group["weight_decay"]),
             "decoupled": bool(group["decoupled_weight_decay"]),

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, overload
 
@@ -13,7 +14,7 @@ from torch._compile import _disable_dynamo
 
 from .. import options
 from ..backends import Scaling, Settings
-from ..table import GroupPlan, StepTable, check_disjoint, check_parameter, parameter_name
+from ..table import RIDERS, SCALARS, GroupPlan, StepTable, check_disjoint, check_parameter, parameter_name
 
 Params = Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]]
 _NOT_OPTIONS = frozenset(("params", "param_names"))
@@ -33,6 +34,13 @@ def _value(option: Any) -> Any:
 def _values(group: dict[str, Any]) -> list[Any]:
     """A group's options, to be compared with the last step's."""
     return [_value(v) for k, v in group.items() if k not in _NOT_OPTIONS]
+
+
+@torch.no_grad()
+def _overwrite(values: dict[Tensor, Tensor]) -> None:
+    """Copy each value to the tensor that is its key."""
+    for p, value in values.items():
+        p.copy_(value)
 
 
 class Optimizer(torch.optim.Optimizer):
@@ -59,6 +67,9 @@ class Optimizer(torch.optim.Optimizer):
         self._seen: StepTable | None = None  # the last step's
         self._plans: list[tuple[list[Any], GroupPlan]] = []
         self._skipped: int | Tensor = 0
+        self._sources: dict[Tensor, Tensor] | None = None  # where SAM keeps the weights between its two halves
+        self._stepped: frozenset[Tensor] = frozenset()  # parameters that the last step moved
+        self._averaged = False  # swap_ema() is under way
 
     # ---- the rule
 
@@ -71,6 +82,11 @@ class Optimizer(torch.optim.Optimizer):
         """The rule's validated options as fields of Settings."""
 
     _counts_steps = True  # the rule reads the step's number
+    _keeps_product = False  # and the product of its momenta
+
+    def _initial(self, group: dict[str, Any]) -> tuple[float, ...]:
+        """What new state holds, in the rule's order; empty for zeros."""
+        return ()
 
     def _plan(self, group: dict[str, Any]) -> GroupPlan:
         """Interprets and validates one group's options."""
@@ -82,8 +98,20 @@ class Optimizer(torch.optim.Optimizer):
         if isinstance(lr, Tensor) and lr.is_cuda:
             settings = replace(settings, lr_tensor=lr, lr_address=lr.data_ptr())
         rule, states = self._rule(group)
-        counts = self._counts_steps or settings.noise > 0
-        return GroupPlan(rule, states, counts, options.centre_kind(group), group["backend"], settings)
+        rounding = group["precision"] or "nearest"
+        return GroupPlan(
+            rule,
+            states,
+            counts=self._counts_steps or settings.noise > 0 or rounding == "stochastic",
+            centre=options.centre_kind(group),
+            backend=group["backend"],
+            settings=settings,
+            initial=self._initial(group),
+            product=self._keeps_product,
+            rounding=rounding,
+            state_dtype=options.STATE_DTYPES.get(group["state_dtype"]),
+            ema=group["ema"] is not None,
+        )
 
     def _current_plans(self) -> list[GroupPlan]:
         """Every group's plan, interpreted again only where an option changed."""
@@ -153,8 +181,15 @@ class Optimizer(torch.optim.Optimizer):
 
     @_disable_dynamo
     def _take_step(self) -> None:
+        """Takes the step unless the host knows reasons not to."""
+        self._stepped = frozenset()
+        if self._averaged:
+            raise RuntimeError(
+                "step() inside swap_ema(): the weights are the averaged ones, and would be lost; leave the block first"
+            )
         scaling = Scaling(getattr(self, "grad_scale", None), getattr(self, "found_inf", None))
         if scaling.found_inf is not None and not scaling.found_inf.is_cuda and scaling.forbids:
+            self._zero_unused()
             return
         table = self._table_for(self._current_plans())
         if not table.params:
@@ -168,13 +203,25 @@ class Optimizer(torch.optim.Optimizer):
             table.table.stats(scaling)
         if table.table.apply(scaling):
             table.keep_state()
+            self._stepped = table.stepped
             torch.autograd.graph.increment_version(table.params)
+            if table.table.on_device and (scaling.found_inf is not None or table.may_skip):
+                self._zero_unused()
             return
         self._skipped += 1
         self._forget(table)
 
+    @torch.no_grad()
+    def _zero_unused(self) -> None:
+        """Gradients of a step that was not taken go, too, where steps leave them at zero."""
+        groups = (group for group in self.param_groups if group["zero_grad_in_step"])
+        grads = [p.grad for group in groups for p in group["params"] if p.grad is not None]
+        if grads:
+            torch._foreach_zero_(grads)
+
     def _forget(self, table: StepTable) -> None:
         """The step was not taken: state that it created goes, and the tables that know it."""
+        self._zero_unused()
         if table.take_back_state():
             self._tables.clear()
 
@@ -182,7 +229,7 @@ class Optimizer(torch.optim.Optimizer):
         """The table that describes this step: the last one's, or one of a few kept for models whose gradients come and go."""
         capturing = torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
         for i, table in enumerate(self._tables):
-            if table.still_describes(self.param_groups, self.state, plans):
+            if table.still_describes(self.param_groups, self.state, plans, self._sources):
                 del self._tables[i]
                 if capturing:  # the graph's from now on: it replays with the addresses that are in it
                     self._captured.append(table)
@@ -194,7 +241,7 @@ class Optimizer(torch.optim.Optimizer):
                 "capturing step() in a CUDA graph: no table describes it, and building one cannot be captured. Take a "
                 "step with these parameters, gradients and options before the capture, and one between two captures"
             )
-        table = StepTable(self.param_groups, self.state, plans)
+        table = StepTable(self.param_groups, self.state, plans, self._sources)
         for old in self._tables[_TABLES_KEPT - 1 :]:
             self._keep_count(old)
         self._tables = [table, *self._tables[: _TABLES_KEPT - 1]]
@@ -211,6 +258,31 @@ class Optimizer(torch.optim.Optimizer):
         """Steps that ``nonfinite="skip"`` did not take. Waits for the device."""
         counts = (t.table.skipped for t in (*self._tables, *self._captured))
         return int(self._skipped) + sum(int(c) for c in counts if c is not None)
+
+    # ---- the average of the weights
+
+    @contextmanager
+    def swap_ema(self) -> Iterator[None]:
+        """Within the block, parameters whose group has ``ema`` hold their average; afterwards what they held before.
+
+        Parameters that have not taken a step yet keep their weights, which are their average.
+
+        Raises:
+            RuntimeError: No group has ``ema``, the block is nested, or ``step()`` is called within it.
+        """
+        if all(group["ema"] is None for group in self.param_groups):
+            raise RuntimeError("swap_ema(): no parameter group keeps an average; give the optimizer ema=0.999, say")
+        if self._averaged:
+            raise RuntimeError("swap_ema() inside swap_ema(): the weights are the averaged ones already")
+        averages = {p: s["ema"] for p, s in self.state.items() if s.get("ema") is not None}
+        kept = {p: p.detach().clone() for p in averages}
+        self._averaged = True
+        try:
+            _overwrite(averages)
+            yield
+        finally:
+            _overwrite(kept)
+            self._averaged = False
 
     # ---- what a step saw
 
@@ -254,11 +326,33 @@ class Optimizer(torch.optim.Optimizer):
             ValueError: The state is another optimizer's, or its shapes are not these parameters'; nothing has changed.
         """
         # As the last of the hooks, this sees what theirs made of the state dict.
-        check = self.register_load_state_dict_pre_hook(lambda _, saved: self._checked(saved))
+        seen: list[dict[str, Any]] = []
+
+        def checked(_: torch.optim.Optimizer, saved: dict[str, Any]) -> dict[str, Any]:
+            seen.append(self._checked(saved))
+            return seen[-1]
+
+        check = self.register_load_state_dict_pre_hook(checked)
         try:
             super().load_state_dict(state_dict)
         finally:
             check.remove()
+        self._restore_dtypes(seen[-1])
+
+    def _restore_dtypes(self, saved: dict[str, Any]) -> None:
+        """torch casts loaded state to the parameters' dtypes: what had another one gets its own values back."""
+        numbers = [i for group in saved["param_groups"] for i in group["params"]]
+        params = [p for group in self.param_groups for p in group["params"]]
+        for number, p in zip(numbers, params, strict=True):
+            for key, value in saved["state"].get(number, {}).items():
+                mine = self.state[p].get(key)
+                if (
+                    isinstance(value, Tensor)
+                    and isinstance(mine, Tensor)
+                    and value.dtype != mine.dtype
+                    and key != "step"
+                ):
+                    self.state[p][key] = value.detach().to(device=mine.device, copy=True)
 
     def _checked(self, state_dict: dict[str, Any]) -> dict[str, Any]:
         """The state dict with options that it lacks filled in."""
@@ -296,12 +390,12 @@ class Optimizer(torch.optim.Optimizer):
         ]
         for index, (name, p) in zip(saved, params, strict=False):
             for key, value in state.get(index, {}).items():
-                if key not in self._state_keys:
+                if key not in self._state_keys | RIDERS:
                     raise ValueError(
                         f"state dict is not of {type(self).__name__}: parameter {name} has state '{key}', "
                         f"expected {', '.join(sorted(self._state_keys))}"
                     )
-                if key != "step" and isinstance(value, Tensor) and value.shape != p.shape:
+                if key not in SCALARS and isinstance(value, Tensor) and value.shape != p.shape:
                     raise ValueError(
                         f"state '{key}' of parameter {name} has shape {tuple(value.shape)}, expected {tuple(p.shape)}: "
                         "the state dict is of another model"

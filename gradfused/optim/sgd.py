@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 from typing_extensions import Unpack
 
-from ..options import Recipe, finite, number
+from ..options import Recipe, finite, momentum_numbers
 from .base import Optimizer, Params
 
 
@@ -69,16 +69,5 @@ class SGD(Optimizer):
         return ("sgd_momentum", ("momentum_buffer",)) if group["momentum"] else ("sgd", ())
 
     def _numbers(self, group: dict[str, Any]) -> dict[str, Any]:
-        momentum = finite("momentum", group["momentum"])
-        dampening = number("dampening", group["dampening"], low=-float("inf"))
-        if group["nesterov"] and (momentum == 0 or dampening != 0):
-            raise ValueError(
-                f"nesterov=True: expected momentum above 0 and no dampening, got momentum={momentum:g}, dampening={dampening:g}"
-            )
-        return {
-            "lr": finite("lr", group["lr"]),
-            "momentum": momentum,
-            "dampening": dampening,
-            "weight_decay": finite("weight_decay", group["weight_decay"]),
-            "nesterov": bool(group["nesterov"]),
-        }
+        numbers = {name: finite(name, group[name]) for name in ("lr", "weight_decay")}
+        return numbers | momentum_numbers(group)

@@ -1,0 +1,91 @@
+// A chunk as its kernels walk it, in blocks that fit the L1 cache, and the statistics of a block's units.
+#pragma once
+
+#include "cpu/kernels.h"
+#include "cpu/reduce.h"
+#include "cpu/stream.h"
+#include "math/transforms.h"
+
+namespace gradfused::cpu {
+namespace {
+
+enum Buffer { kRaw, kGrad, kNoise, kParam, kState };
+
+template <class T> T* buffer(char* scratch, int which) { return reinterpret_cast<T*>(scratch) + which * kUnitMax; }
+
+inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+
+// A block: elements [begin, begin + count) of a row as whole units of one length, or as a piece of a long one.
+struct Block {
+  int64_t begin, count;
+  int64_t units, length;  // within the block
+  int64_t unit0;          // the first one's place in Job's arrays
+};
+
+// What the kernels of one chunk look at.
+struct Place {
+  const Job& job;
+  const int64_t index;
+  const Chunk& chunk = job.chunks[index];
+  const Row& row = job.rows[chunk.row];
+  const Hyper& hyper = job.hypers[row.group];
+  const RowStep& now = job.steps[chunk.row];
+  const bool centre_gradient = row.centre && hyper.centralize_at == Centre::gradient;
+  const bool by_unit = hyper.scope == Scope::unit;
+  // Statistics of units are wanted here and a unit fits.
+  const bool whole_units = row.length <= kUnitMax && (row.centre || by_unit);
+
+  template <class F> void for_each_block(F work) const {
+    const int64_t most = whole_units ? (row.length < kBlock ? kBlock / row.length : 1) * row.length : kBlock;
+    const int64_t end = chunk.begin + chunk.count;
+    for (int64_t begin = chunk.begin; begin < end; begin += most) {
+      const int64_t count = smaller(most, end - begin), length = whole_units ? row.length : count;
+      work(Block{begin, count, count / length, length, now.unit0 + begin / row.length});
+    }
+  }
+};
+
+// A number for each unit of a block.
+template <class T> struct PerUnit {
+  T at[kBlock];
+};
+
+// means <- stage 1's means; zero where the gradient is not centred.
+template <class T> void means_of(const Place& at, const Block& b, const T* g, PerUnit<T>& means) {
+  if (!at.centre_gradient) {
+    for (int64_t u = 0; u < b.units; ++u) means.at[u] = T(0);
+  } else if (at.now.means_known) {
+    for (int64_t u = 0; u < b.units; ++u) means.at[u] = T(at.job.unit_mean[b.unit0 + u]);
+  } else {
+    const T unscale = T(at.job.unscale);
+    PerUnit<double> sums;
+    reduce_units(g, b.length, b.units, sums.at, [unscale](int64_t, T v) { return v * unscale; });
+    for (int64_t u = 0; u < b.units; ++u) means.at[u] = T(sums.at[u] / double(b.length));
+  }
+}
+
+// squares <- each unit's sum of squares of the centred gradient.
+template <class T> void squares_of(const Place& at, const Block& b, const T* g, const PerUnit<T>& means, PerUnit<double>& squares) {
+  const T unscale = T(at.job.unscale);
+  reduce_squares(g, b.length, b.units, squares.at, [&means, unscale](int64_t u, T v) { return math::centred(v, unscale, means.at[u]); });
+}
+
+template <class T> void weight_squares_of(const Block& b, const T* p, PerUnit<double>& squares) {
+  reduce_squares(p, b.length, b.units, squares.at, [](int64_t, T v) { return v; });
+}
+
+// The sum of squares of an array.
+template <class T> double squares(const T* x, int64_t n) {
+  double total;
+  reduce_squares(x, n, 1, &total, [](int64_t, T v) { return v; });
+  return total;
+}
+
+inline double total(const PerUnit<double>& values, int64_t units) {
+  double sum = 0;
+  for (int64_t u = 0; u < units; ++u) sum += values.at[u];
+  return sum;
+}
+
+}  // namespace
+}  // namespace gradfused::cpu

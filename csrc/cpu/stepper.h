@@ -1,0 +1,210 @@
+// One chunk's walk through a step. Usually a block's statistics are taken first and one loop does the rest. Where something must be known
+// of a whole unit in between (a mean of what the rule makes of it), the stages are loops of their own.
+#pragma once
+
+#include "cpu/loops.h"
+#include "cpu/noise_run.h"
+#include "cpu/weights.h"
+
+namespace gradfused::cpu {
+namespace {
+
+// One chunk's walk through a step, with rule R in type T.
+template <class R, class T> class Stepper {
+ public:
+  Stepper(const Place& at, char* scratch)
+      : at_(at), scratch_(scratch), ridden_(is_ridden(at.row, at.hyper)), coef_(R::template coef<T>(at.hyper, at.now.count)) {
+    static_assert(R::states <= 4, "direct() names its states");
+    if constexpr (R::trust != math::Trust::none) {
+      if (at.now.trusted) R::template trusted<T>(coef_, at.hyper, at.now.weight_norm, at.now.norm);
+    }
+    t_.unscale = T(at.job.unscale);
+    t_.mean = T(0);
+    t_.factor = T(1);
+    t_.hi = T(at.hyper.clip_value);
+    t_.sigma = T(at.now.sigma);
+    t_.sign = T(at.hyper.sign);
+    t_.decay = at.hyper.decoupled ? T(0) : T(at.hyper.weight_decay);
+  }
+
+  void apply() {
+    step_chunk();
+    if (at_.by_unit && !at_.now.norms_known) at_.job.chunk_sq[at_.index] = squares_;
+  }
+
+  // The sum of what centre() would take the mean of, for units whose mean takes several chunks.
+  void rehearse() {
+    double sum = 0;
+    at_.for_each_block([&](const Block& b) {
+      open_block(b);
+      measure(b);
+      prepare(b);
+      if (at_.hyper.centralize_at == Centre::update) rehearse_direction(b);
+      sum += reduce(g_, b.count, [](T v) { return v; });
+    });
+    at_.job.chunk_sum[at_.index] = sum;
+  }
+
+  // Squares of the weights, and of what the rule's trust in its step depends on besides.
+  void weigh() {
+    double sum = 0, weights = 0;
+    at_.for_each_block([&](const Block& b) {
+      open_block(b);
+      measure(b);
+      prepare(b);
+      if (at_.row.centre && at_.hyper.centralize_at == Centre::decayed) centre(b);
+      if (R::trust == math::Trust::update) {
+        rehearse_direction(b);
+        if (at_.row.centre && at_.hyper.centralize_at == Centre::update) centre(b);
+        const T decay = T(at_.hyper.weight_decay);
+        for (int64_t i = 0; i < b.count; ++i) g_[i] = g_[i] + decay * p_[i];
+      }
+      sum += squares(g_, b.count);
+      weights += squares(p_, b.count);
+    });
+    at_.job.chunk_sum[at_.index] = sum;
+    at_.job.chunk_weight_sq[at_.index] = weights;
+  }
+
+ private:
+  void open_block(const Block& b) {
+    raw_ = open(at_.row.grad, b.begin, b.count, buffer<T>(scratch_, kRaw));
+    p_ = ridden_ ? open_weights<T>(at_, b, scratch_) : open(at_.row.param, b.begin, b.count, buffer<T>(scratch_, kParam));
+    for (int k = 0; k < R::states; ++k) {
+      s_[k] = open<R::reads_state>(at_.row.state[k], b.begin, b.count, buffer<T>(scratch_, kState + k));
+    }
+  }
+
+  void close_block(const Block& b) {
+    ridden_ ? close_weights(at_, b, scratch_, p_) : close(at_.row.param, b.begin, b.count, p_);
+    for (int k = 0; k < R::states; ++k) close(at_.row.state[k], b.begin, b.count, s_[k]);
+  }
+
+  void measure(const Block& b) {
+    means_of(at_, b, raw_, means_);
+    set_factors(b);
+  }
+
+  template <class S> void together(const Block& b, const S* g, S* p, S* const* s) {
+    if (t_.decay != T(0)) return step_units<R, Before::perturbed_and_decayed>(b, g, p, s[0], s[1], s[2], s[3], means_, factors_, t_, coef_);
+    if (!untouched()) return step_units<R, Before::perturbed>(b, g, p, s[0], s[1], s[2], s[3], means_, factors_, t_, coef_);
+    step_units<R, Before::nothing>(b, g, p, s[0], s[1], s[2], s[3], means_, factors_, t_, coef_);
+  }
+
+  // Perturbing would leave every gradient as it is.
+  bool untouched() const {
+    const bool by_one = at_.now.factor == 1.0 && t_.unscale == T(1) && t_.sign == T(1);
+    return by_one && !at_.by_unit && !at_.centre_gradient && t_.hi == T(INFINITY);
+  }
+
+  // Every operand is a plain array of this type, and nothing rides on the weights.
+  bool stored_as(DType dtype) const {
+    const auto is = [dtype](const Operand& x) { return x.dims == 0 && x.dtype == dtype; };
+    bool all = !ridden_ && is(at_.row.param) && is(at_.row.grad);
+    for (int k = 0; k < R::states; ++k) all = all && is(at_.row.state[k]);
+    return all;
+  }
+
+  void step_chunk() {
+    // The loop's start-up is not worth it for short units.
+    const bool short_units = at_.whole_units && at_.row.length <= kShortUnit;
+    const bool in_one_loop = t_.sigma == T(0) && (!at_.row.centre || at_.centre_gradient) && !short_units;
+    if constexpr (sizeof(T) == sizeof(float)) {
+      if (in_one_loop && stored_as(DType::bfloat16)) return step_stored<BFloat16>();
+      if (in_one_loop && kFew<Half> > 1 && stored_as(DType::float16)) return step_stored<Half>();
+    }
+    at_.for_each_block([&](const Block& b) {
+      open_block(b);
+      measure(b);
+      in_one_loop ? together(b, raw_, p_, s_) : stage_by_stage(b);
+      close_block(b);
+    });
+  }
+
+  // 16-bit arrays are widened in the loop: through buffers, each operand would be a stream alone.
+  template <class S> void step_stored() {
+    const auto array = [](const Operand& x, int64_t begin) { return reinterpret_cast<S*>(x.data) + begin; };
+    const bool by_unit = at_.by_unit && !at_.now.norms_known;
+    at_.for_each_block([&](const Block& b) {
+      if (by_unit || (at_.centre_gradient && !at_.now.means_known)) {
+        raw_ = open(at_.row.grad, b.begin, b.count, buffer<T>(scratch_, kRaw));
+      }
+      if (by_unit && at_.hyper.agc) p_ = open(at_.row.param, b.begin, b.count, buffer<T>(scratch_, kParam));
+      measure(b);
+      S* s[kMaxStates] = {};
+      for (int k = 0; k < R::states; ++k) s[k] = array(at_.row.state[k], b.begin);
+      together<S>(b, array(at_.row.grad, b.begin), array(at_.row.param, b.begin), s);
+    });
+  }
+
+  void stage_by_stage(const Block& b) {
+    prepare(b);
+    if (at_.row.centre && at_.hyper.centralize_at == Centre::decayed) centre(b);
+    direct<R, false>(g_, p_, s_[0], s_[1], s_[2], s_[3], b.count, coef_);
+    if (at_.row.centre && at_.hyper.centralize_at == Centre::update) centre(b);
+    descend(p_, g_, b.count, coef_.shrink, coef_.step);
+  }
+
+  void rehearse_direction(const Block& b) { direct<R, true>(g_, p_, s_[0], s_[1], s_[2], s_[3], b.count, coef_); }
+
+  // g_ <- the gradient as the rule sees it.
+  void prepare(const Block& b) {
+    const float* noise = nullptr;
+    if (t_.sigma != T(0)) noise = draw(b);
+    const bool decayed = t_.decay != T(0);
+    if (noise && decayed) return transform<true, true>(b, raw_, noise, p_, g_, means_, factors_, t_);
+    if (noise) return transform<true, false>(b, raw_, noise, p_, g_, means_, factors_, t_);
+    if (decayed) return transform<false, true>(b, raw_, noise, p_, g_, means_, factors_, t_);
+    transform<false, false>(b, raw_, noise, p_, g_, means_, factors_, t_);
+  }
+
+  const float* draw(const Block& b) {
+    float* noise = reinterpret_cast<float*>(buffer<T>(scratch_, kNoise));
+    noise_run(at_.hyper.seed, b.begin, b.count, at_.row.parameter, uint32_t(at_.now.count.step - 1), noise);
+    return noise;
+  }
+
+  void set_factors(const Block& b) {
+    if (!at_.by_unit) {
+      for (int64_t u = 0; u < b.units; ++u) factors_.at[u] = T(at_.now.factor);
+      return;
+    }
+    PerUnit<double> squares, weights;
+    if (at_.now.norms_known) {  // a piece of one long unit
+      squares.at[0] = at_.job.unit_sq[b.unit0];
+      weights.at[0] = at_.job.unit_weight_sq[b.unit0];
+    } else {
+      squares_of(at_, b, raw_, means_, squares);
+      if (at_.hyper.agc) weight_squares_of(b, p_, weights);
+    }
+    for (int64_t u = 0; u < b.units; ++u) {
+      squares_ += squares.at[u];
+      const double norm = sqrt(squares.at[u]);
+      factors_.at[u] = T(at_.hyper.agc ? math::agc_factor(at_.hyper.radius, sqrt(weights.at[u]), norm)
+                                       : math::perturb_factor(at_.hyper.perturb, norm));
+    }
+  }
+
+  void centre(const Block& b) {
+    PerUnit<double> sums;
+    const bool known = at_.now.directions_known;
+    if (!known) reduce_units(g_, b.length, b.units, sums.at, [](int64_t, T v) { return v; });
+    for (int64_t u = 0; u < b.units; ++u) {
+      const T mean = T(known ? at_.job.unit_direction[b.unit0 + u] : sums.at[u] / double(b.length));
+      for (int64_t i = u * b.length; i < (u + 1) * b.length; ++i) g_[i] = g_[i] - mean;
+    }
+  }
+
+  const Place& at_;
+  char* const scratch_;
+  const bool ridden_;
+  typename R::template Coef<T> coef_;
+  math::Transform<T> t_;
+  PerUnit<T> means_, factors_;
+  T* const g_ = buffer<T>(scratch_, kGrad);
+  T *raw_ = nullptr, *p_ = nullptr, *s_[kMaxStates] = {};
+  double squares_ = 0;
+};
+
+}  // namespace
+}  // namespace gradfused::cpu

@@ -1,0 +1,43 @@
+// Adan (Xie et al. 2022), as its authors' code computes it.
+#pragma once
+
+#include "math/rule.h"
+
+namespace gradfused::math {
+namespace {
+
+struct Adan : RuleBase {
+  static constexpr int states = 4;  // exp_avg, exp_avg_sq, exp_avg_diff, neg_pre_grad
+  template <class T> struct Coef {
+    T shrink, step, fresh1, beta2, fresh2, beta3, fresh3, unbias, eps, of_difference;
+    bool first;
+  };
+  // Proximal decay divides by 1 + lr * weight_decay after the update.
+  template <class T> GRADFUSED_MATH static Coef<T> coef(const Hyper& h, const Count& now) {
+    const double correction1 = 1.0 - pow(h.beta1, now.step), correction2 = 1.0 - pow(h.beta2, now.step);
+    const double decay = h.lr * h.weight_decay, by = h.proximal ? 1.0 / (1.0 + decay) : 1.0;
+    return {T(h.proximal ? by : 1.0 - decay),
+            T(h.lr / correction1 * by),
+            T(1.0 - h.beta1),
+            T(h.beta2),
+            T(1.0 - h.beta2),
+            T(h.beta3),
+            T(1.0 - h.beta3),
+            T(1.0 / sqrt(1.0 - pow(h.beta3, now.step))),
+            T(h.eps),
+            T(h.beta2 * correction1 / correction2),
+            now.first};
+  }
+  template <class T> GRADFUSED_MATH static T direction(T g, T, T* s, const Coef<T>& c) {
+    const T difference = c.first ? T(0) : g + s[3];
+    s[0] = s[0] + (g - s[0]) * c.fresh1;
+    s[2] = s[2] + (difference - s[2]) * c.fresh2;
+    const T ahead = g + c.beta2 * difference;
+    s[1] = s[1] * c.beta3 + ahead * c.fresh3 * ahead;
+    s[3] = -g;
+    return (s[0] + s[2] * c.of_difference) / (root(s[1]) * c.unbias + c.eps);
+  }
+};
+
+}  // namespace
+}  // namespace gradfused::math

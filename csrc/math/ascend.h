@@ -1,0 +1,29 @@
+// The ascent of SAM (Foret et al. 2021) and ASAM (Kwon et al. 2021): stage 2 has brought the gradient to length rho; p goes up along it,
+// and what it was stays behind.
+#pragma once
+
+#include "math/rule.h"
+
+namespace gradfused::math {
+namespace {
+
+// By how much a weight of this size may move: Hyper::by_weight.
+template <class T> GRADFUSED_MATH T reach(T p, T eta) { return (p < T(0) ? -p : p) + eta; }
+
+struct Ascend : RuleBase {
+  static constexpr int states = 1;  // the backup
+  static constexpr bool reads_state = false;
+  template <class T> struct Coef {
+    T shrink, step, eta;
+    bool by_weight;
+  };
+  template <class T> GRADFUSED_MATH static Coef<T> coef(const Hyper& h, const Count&) { return {T(1), T(-1), T(h.eta), h.by_weight}; }
+  template <class T> GRADFUSED_MATH static T direction(T g, T p, T* s, const Coef<T>& c) {
+    s[0] = p;
+    const T t = reach(p, c.eta);
+    return c.by_weight ? g * t * t : g;
+  }
+};
+
+}  // namespace
+}  // namespace gradfused::math

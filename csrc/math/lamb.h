@@ -1,0 +1,39 @@
+// LAMB (You et al. 2020): Adam's update, decay included, at a length proportional to that of the weights.
+#pragma once
+
+#include "math/rule.h"
+
+namespace gradfused::math {
+namespace {
+
+struct LAMB : RuleBase {
+  static constexpr int states = 2;  // exp_avg, exp_avg_sq
+  static constexpr Trust trust = Trust::update;
+  template <class T> struct Coef {
+    T shrink, step, fresh, beta2, fresh_sq, unbias1, unbias2, eps;
+  };
+  template <class T> GRADFUSED_MATH static Coef<T> coef(const Hyper& h, const Count& now) {
+    return {T(1.0 - h.lr * h.weight_decay),
+            T(h.lr),
+            T(1.0 - h.beta1),
+            T(h.beta2),
+            T(1.0 - h.beta2),
+            T(1.0 / (1.0 - pow(h.beta1, now.step))),
+            T(1.0 / sqrt(1.0 - pow(h.beta2, now.step))),
+            T(h.eps)};
+  }
+  // `norm` is that of direction + weight_decay * p.
+  template <class T> GRADFUSED_MATH static void trusted(Coef<T>& c, const Hyper& h, double weight_norm, double norm) {
+    const double rate = h.lr * trust_ratio(weight_norm, norm, norm);
+    c.shrink = T(1.0 - rate * h.weight_decay);
+    c.step = T(rate);
+  }
+  template <class T> GRADFUSED_MATH static T direction(T g, T, T* s, const Coef<T>& c) {
+    s[0] = s[0] + (g - s[0]) * c.fresh;
+    s[1] = s[1] * c.beta2 + g * c.fresh_sq * g;
+    return s[0] * c.unbias1 / (root(s[1]) * c.unbias2 + c.eps);
+  }
+};
+
+}  // namespace
+}  // namespace gradfused::math

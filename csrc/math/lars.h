@@ -1,0 +1,35 @@
+// LARS (You et al. 2017): SGD on gradients brought to a length proportional to that of the weights.
+#pragma once
+
+#include "math/rule.h"
+
+namespace gradfused::math {
+namespace {
+
+template <bool kMomentum> struct LARSRule : RuleBase {
+  static constexpr int states = kMomentum;  // momentum_buffer
+  static constexpr Trust trust = Trust::gradient;
+  template <class T> struct Coef {
+    T shrink, step, decay, scale, momentum, fresh;
+    bool nesterov;
+  };
+  template <class T> GRADFUSED_MATH static Coef<T> coef(const Hyper& h, const Count& now) {
+    return {T(1), T(h.lr), T(h.weight_decay), T(1), T(h.momentum), T(now.first ? 1.0 : 1.0 - h.dampening), h.nesterov};
+  }
+  // `norm` is that of the gradient without decay.
+  template <class T> GRADFUSED_MATH static void trusted(Coef<T>& c, const Hyper& h, double weight_norm, double norm) {
+    c.scale = T(trust_ratio(h.trust * weight_norm, norm, norm + h.weight_decay * weight_norm + h.eps));
+  }
+  template <class T> GRADFUSED_MATH static T direction(T g, T p, T* s, const Coef<T>& c) {
+    g = (g + c.decay * p) * c.scale;
+    if (!kMomentum) return g;
+    s[0] = s[0] * c.momentum + g * c.fresh;
+    return c.nesterov ? g + s[0] * c.momentum : s[0];
+  }
+};
+
+using LARS = LARSRule<false>;
+using LARSMomentum = LARSRule<true>;
+
+}  // namespace
+}  // namespace gradfused::math

@@ -1,0 +1,34 @@
+// RAdam (Liu et al. 2020), as torch.optim.RAdam computes it.
+#pragma once
+
+#include "math/rule.h"
+
+namespace gradfused::math {
+namespace {
+
+struct RAdam : RuleBase {
+  static constexpr int states = 2;  // exp_avg, exp_avg_sq
+  template <class T> struct Coef {
+    T shrink, step, fresh, beta2, fresh_sq, eps;
+    bool rectified;
+  };
+  // While the variance of the adaptive rate is intractable, the first steps, it is left out.
+  template <class T> GRADFUSED_MATH static Coef<T> coef(const Hyper& h, const Count& now) {
+    const double power = pow(h.beta2, now.step), correction1 = 1.0 - pow(h.beta1, now.step), correction2 = 1.0 - power;
+    const double most = 2.0 / (1.0 - h.beta2) - 1.0, length = most - 2.0 * now.step * power / correction2;
+    const bool rectified = length > 5.0;
+    const double rectification =
+        rectified ? sqrt((length - 4.0) * (length - 2.0) * most / ((most - 4.0) * (most - 2.0) * length) * correction2) : 1.0;
+    return {T(h.decoupled ? 1.0 - h.lr * h.weight_decay : 1.0), T(h.lr / correction1 * rectification), T(1.0 - h.beta1), T(h.beta2),
+            T(1.0 - h.beta2), T(h.eps), rectified};
+  }
+  template <class T> GRADFUSED_MATH static T direction(T g, T, T* s, const Coef<T>& c) {
+    s[0] = s[0] + (g - s[0]) * c.fresh;
+    s[1] = s[1] * c.beta2 + g * c.fresh_sq * g;
+    const T adaptive = root(s[1]) + c.eps;
+    return s[0] / (c.rectified ? adaptive : T(1));
+  }
+};
+
+}  // namespace
+}  // namespace gradfused::math

@@ -1,0 +1,39 @@
+// RMSprop (Hinton 2012), plain, centred (Graves 2013) and with momentum, as torch.optim.RMSprop computes it. beta2 is its alpha.
+#pragma once
+
+#include "math/rule.h"
+
+namespace gradfused::math {
+namespace {
+
+template <bool kCentered, bool kMomentum> struct RMSpropRule : RuleBase {
+  static constexpr int states = 1 + kMomentum + kCentered;  // square_avg, momentum_buffer, grad_avg
+  template <class T> struct Coef {
+    T shrink, step, alpha, fresh, eps, momentum;
+  };
+  template <class T> GRADFUSED_MATH static Coef<T> coef(const Hyper& h, const Count&) {
+    return {T(1), T(h.lr), T(h.beta2), T(1.0 - h.beta2), T(h.eps), T(h.momentum)};
+  }
+  template <class T> GRADFUSED_MATH static T direction(T g, T, T* s, const Coef<T>& c) {
+    constexpr int average = 1 + kMomentum;
+    s[0] = s[0] * c.alpha + g * c.fresh * g;
+    T square = s[0];
+    if (kCentered) {
+      T& mean = s[kCentered ? average : 0];
+      mean = mean + (g - mean) * c.fresh;
+      square = square - mean * mean;
+    }
+    const T d = g / (root(square) + c.eps);
+    if (!kMomentum) return d;
+    s[kMomentum] = s[kMomentum] * c.momentum + d;
+    return s[kMomentum];
+  }
+};
+
+using RMSprop = RMSpropRule<false, false>;
+using RMSpropMomentum = RMSpropRule<false, true>;
+using RMSpropCentered = RMSpropRule<true, false>;
+using RMSpropCenteredMomentum = RMSpropRule<true, true>;
+
+}  // namespace
+}  // namespace gradfused::math

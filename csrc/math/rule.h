@@ -1,0 +1,34 @@
+// What every update rule has unless it says otherwise.
+//
+// A rule is a struct with `states`, the number of its state tensors; `Coef<T>`, the numbers of a step, of which `shrink` and `step` are in
+// all: p becomes shrink * p - step * direction; `coef`, which works them out; and `direction`, which moves one element's state.
+#pragma once
+
+#include "math/device.h"
+#include "table.h"
+
+namespace gradfused::math {
+namespace {
+
+// Of what a rule wants the norm, besides the weights', before it steps: trust ratios.
+enum class Trust : int8_t { none, gradient, update };
+
+struct RuleBase {
+  static constexpr bool reads_state = true;
+  static constexpr Trust trust = Trust::none;
+};
+
+// 1 where either norm says nothing.
+GRADFUSED_MATH double trust_ratio(double weight_norm, double norm, double over) { return weight_norm > 0 && norm > 0 ? weight_norm / over : 1.0; }
+
+// NAdam's momentum at a step (Dozat 2016).
+GRADFUSED_MATH double warmed_momentum(const Hyper& h, double step) { return h.beta1 * (1.0 - 0.5 * pow(0.96, step * h.momentum_decay)); }
+
+// What the product of the momenta becomes, as the scalar that keeps it holds it.
+GRADFUSED_MATH double next_product(const Hyper& h, double step, double product, DType kept_in) {
+  const double next = product * warmed_momentum(h, step);
+  return kept_in == DType::float32 ? double(float(next)) : next;
+}
+
+}  // namespace
+}  // namespace gradfused::math

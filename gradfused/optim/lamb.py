@@ -1,0 +1,66 @@
+"""LAMB."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+from typing_extensions import Unpack
+
+from ..options import Recipe, finite
+from ..options import betas as checked_betas
+from .base import Optimizer, Params
+
+
+class LAMB(Optimizer):
+    """LAMB (You et al. 2020): Adam with each step as long as the weights allow, with a gradient recipe fused in.
+
+    Args:
+        params: Parameters, named parameters, or parameter groups.
+        lr: Learning rate; a one-element tensor is read at each step.
+        betas: Decay of the running averages of the gradient and of its square.
+        eps: Added to the denominator.
+        weight_decay: Decay, part of the update whose length is adapted.
+        adapt: Take the trust ratio ``||p|| / ||update||``; False where steps shall be AdamW's: biases
+            and norms, say.
+        maximize: Ascend.
+        **recipe: See gradfused.options.Recipe.
+
+    Raises:
+        TypeError, ValueError: An option is unknown, out of range or contradicts another.
+    """
+
+    _state_keys = frozenset(("exp_avg", "exp_avg_sq", "step"))
+
+    def __init__(
+        self,
+        params: Params,
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-6,
+        weight_decay: float = 0.0,
+        *,
+        adapt: bool = True,
+        maximize: bool = False,
+        **recipe: Unpack[Recipe],
+    ) -> None:
+        defaults = {
+            "lr": lr,
+            "betas": betas,
+            "eps": eps,
+            "weight_decay": weight_decay,
+            "adapt": adapt,
+            "maximize": maximize,
+        }
+        super().__init__(params, defaults, dict(recipe))
+
+    @property
+    def _own_options(self) -> tuple[str, ...]:
+        return ("lr", "betas", "eps", "weight_decay", "adapt")
+
+    def _rule(self, group: dict[str, Any]) -> tuple[str, tuple[str, ...]]:
+        return "lamb", ("exp_avg", "exp_avg_sq")
+
+    def _numbers(self, group: dict[str, Any]) -> dict[str, Any]:
+        numbers = {name: finite(name, group[name]) for name in ("lr", "eps", "weight_decay")}
+        return numbers | checked_betas(group) | {"decoupled": True, "adapt": bool(group["adapt"])}
