@@ -6,7 +6,6 @@ import sys
 from pathlib import Path
 
 import study_report as report
-import torch
 from digits import CURVE_STEP, LossTrace, accuracy, batches, data_for
 from study import Arm, Metric, Outcome, Record, Run, Study, main, runs_of
 from torch import Tensor, nn

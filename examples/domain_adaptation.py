@@ -134,7 +134,7 @@ def train(run: Run) -> Outcome:
 
 @torch.no_grad()
 def told_apart(network: Network, data: Domains) -> float:
-    """The percentage of training images whose domain a linear classifier tells from their features, by two-fold cross-validation."""
+    """The percentage of training images whose domain a linear classifier, cross-validated, tells from their features."""
     features = torch.cat([network.features(data.source), network.features(data.target)])
     domain = torch.cat([torch.zeros(len(data.source)), torch.ones(len(data.target))])
     judge = make_pipeline(StandardScaler(), LogisticRegression(C=0.1))
@@ -154,7 +154,10 @@ def draw(record: Record, path: Path) -> None:
     for axis, method in zip(axes, ("source only", "DANN"), strict=False):
         arm = f"{SHIFT_PICTURED}, {method}"
         (points,) = (run["extra"]["map"] for run in record["runs"] if run["arm"] == arm and run["seed"] == 0)
-        for domain, colour, part in (("source", "#2f5f94", points[:PICTURED]), ("target", "#d9480f", points[PICTURED:])):
+        for domain, colour, part in (
+            ("source", "#2f5f94", points[:PICTURED]),
+            ("target", "#d9480f", points[PICTURED:]),
+        ):
             axis.plot(*zip(*part, strict=True), "o", ms=3, alpha=0.6, mec="none", color=colour, label=domain)
         axis.set_title(f"features, {arm}", loc="left", fontsize=10)
         axis.set(xticks=[], yticks=[])

@@ -31,7 +31,7 @@ Loss = Callable[[Tensor, Tensor], Tensor]
 
 
 def long_tailed(images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, list[int]]:
-    """Fewer and fewer images of a class, exponentially, and the classes from frequent to rare, in an order that torch's seed decides."""
+    """Exponentially fewer images of a class, and the classes from frequent to rare: the order is drawn."""
     order = torch.randperm(10).tolist()
     kept = []
     for rank, label in enumerate(order):

@@ -1,9 +1,9 @@
 """Logit perturbation, the forerunner of LPG, from its formula: what the studies compare LPG with.
 
-Learning to Perturb Logits (Li, Su, Wu and Zhang, "Logit Perturbation", AAAI 2022) adds one vector a class to the *logits*, so as to
-raise the loss of some classes (more is learned of them) and to lower that of others, within a bound. The vector comes from steps of
-fixed length along the class's mean logit gradient, computed anew at each step. Here a step is a fifth of the bound, and the vector
-counts as a constant in the backward pass.
+Learning to Perturb Logits (Li, Su, Wu and Zhang, "Logit Perturbation", AAAI 2022) adds one vector a class to the *logits*, so
+as to raise the loss of some classes (more is learned of them) and to lower that of others, within a bound. The vector comes from
+steps of fixed length along the class's mean logit gradient, computed anew at each step. Here a step is a fifth of the bound, and
+the vector counts as a constant in the backward pass.
 """
 
 from __future__ import annotations

@@ -48,7 +48,7 @@ def patients(seed: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 def train(run: Run) -> Outcome:
     measured, malignant, test_measured, test_malignant = patients(run.seed)
     network = nn.Sequential(nn.Linear(30, 32), nn.ReLU(), nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 2))
-    optimizer = gradfused.AdamW(network.parameters(), lr=3e-3, weight_decay=0.05, **run.options)
+    optimizer = gradfused.AdamW(network.parameters(), lr=3e-3, weight_decay=0.05, seed=run.seed, **run.options)
     for batch in batches(len(measured), run.epochs):
         optimizer.zero_grad()
         F.cross_entropy(network(measured[batch]), malignant[batch]).backward()
@@ -85,6 +85,7 @@ STUDY = Study(
     train=train,
     draw=draw,
     epochs=30,
+    seeds=30,
 )
 
 if __name__ == "__main__":

@@ -53,7 +53,7 @@ def loss_of(run: Run) -> Loss:
 
 
 def train(run: Run) -> Outcome:
-    data, network, loss = data_for(run.seed, run.tuning), cnn(), loss_of(run)
+    data, network, loss = data_for(run.seed, run.tuning), cnn(width=8), loss_of(run)
     labels = mislabelled(data.labels)
     wrong = labels != data.labels
     decay = run.options.get("weight decay", WEIGHT_DECAY)
@@ -94,7 +94,7 @@ STUDY = Study(
     arms={name: Arm(None if name == "cross-entropy" else "cross-entropy", c) for name, c in CANDIDATES.items()},
     train=train,
     draw=draw,
-    epochs=20,
+    epochs=15,
 )
 
 if __name__ == "__main__":

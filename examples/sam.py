@@ -35,14 +35,14 @@ def step_with_sam(sam: gradfused.SAM, network: nn.Module, images: Tensor, labels
 
 
 def train(run: Run) -> Outcome:
-    data, network = data_for(run.seed, run.tuning), cnn()
+    data, network = data_for(run.seed, run.tuning), cnn(width=8)
     few = torch.randperm(len(data.images))[:IMAGES]
     images, labels = data.images[few], data.labels[few]
     epochs = run.epochs * (2 if "twice" in run.arm else 1)
     optimizer = gradfused.SGD(network.parameters(), lr=run.options.get("lr", 0.05), momentum=0.9, weight_decay=5e-4)
-    annealing = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs * -(-IMAGES // BATCH))
+    annealing = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs * -(-len(images) // BATCH))
     sam = gradfused.SAM(optimizer, run.options["rho"], adaptive=run.arm == "ASAM") if "SAM" in run.arm else None
-    for batch in batches(IMAGES, epochs):
+    for batch in batches(len(images), epochs):
         optimizer.zero_grad()
         if sam is None:
             F.cross_entropy(network(images[batch]), labels[batch]).backward()
@@ -72,7 +72,7 @@ def sharpness(network: nn.Module, images: Tensor, labels: Tensor) -> float:
         after = F.cross_entropy(network(images), labels)
         for weight, gradient in zip(weights, gradients, strict=True):
             weight -= STEP * gradient / norm
-    return float(after - before)
+    return float(after) - float(before.detach())
 
 
 def draw(record: Record, path: Path) -> None:
@@ -93,7 +93,7 @@ STUDY = Study(
     arms={name: Arm(None if name == "SGD" else "SGD", candidates) for name, candidates in CANDIDATES.items()},
     train=train,
     draw=draw,
-    epochs=60,
+    epochs=40,
 )
 
 if __name__ == "__main__":

@@ -27,7 +27,6 @@ from scipy.stats import t as student_t
 
 import gradfused
 
-SEEDS = 10
 TUNING_SEEDS = (100, 101, 102)  # no published run has them
 CONFIDENCE = 0.95
 
@@ -107,6 +106,7 @@ class Study:
         train: Runs one training; it has been seeded.
         draw: Draws a record into a file.
         epochs: Of a published run.
+        seeds: How many of each arm are published.
     """
 
     name: str
@@ -116,6 +116,7 @@ class Study:
     train: Callable[[Run], Outcome]
     draw: Callable[[Record, Path], None]
     epochs: int
+    seeds: int = 10
 
 
 # ---- numbers
@@ -176,13 +177,15 @@ def tune(study: Study, epochs: int, seeds: Sequence[int], on_run: Callable[[str]
             total += train(study, Run(name, options, seed, epochs, tuning=True)).metrics[key]
         return total if metric.higher else -total
 
-    return {
-        name: max(arm.candidates, key=lambda options: score(name, options)) if len(arm.candidates) > 1 else arm.candidates[0]
-        for name, arm in study.arms.items()
-    }
+    def best(name: str, candidates: Sequence[Options]) -> Options:
+        return max(candidates, key=lambda options: score(name, options)) if len(candidates) > 1 else candidates[0]
+
+    return {name: best(name, arm.candidates) for name, arm in study.arms.items()}
 
 
-def perform(study: Study, seeds: int, epochs: int, tuning_seeds: Sequence[int], on_run: Callable[[str], object]) -> Record:
+def perform(
+    study: Study, seeds: int, epochs: int, tuning_seeds: Sequence[int], on_run: Callable[[str], object]
+) -> Record:
     """Tunes, trains and sums up."""
     chosen = tune(study, epochs, tuning_seeds, on_run)
     runs = []
@@ -197,7 +200,9 @@ def perform(study: Study, seeds: int, epochs: int, tuning_seeds: Sequence[int], 
         "settings": {"seeds": seeds, "epochs": epochs, "tuning_seeds": list(tuning_seeds), "confidence": CONFIDENCE},
         "environment": environment(),
         "metrics": {key: asdict(metric) for key, metric in study.metrics.items()},
-        "arms": {name: {"candidates": list(arm.candidates), "chosen": chosen[name]} for name, arm in study.arms.items()},
+        "arms": {
+            name: {"candidates": list(arm.candidates), "chosen": chosen[name]} for name, arm in study.arms.items()
+        },
         "summary": summary(study, runs),
         "runs": runs,
     }
@@ -249,7 +254,7 @@ def parse_arguments(study: Study, arguments: Sequence[str] | None) -> argparse.N
     parser = argparse.ArgumentParser(prog=f"{study.name}.py", description=study.title)
     add = parser.add_argument
     two = at_least(2, ": an interval needs two runs")
-    add("--seeds", type=two, default=SEEDS, metavar="N", help=f"runs of every arm; default: {SEEDS}")
+    add("--seeds", type=two, default=study.seeds, metavar="N", help=f"runs of every arm; default: {study.seeds}")
     add("--epochs", type=at_least(1), default=study.epochs, metavar="N", help=f"default: {study.epochs}")
     tuning = len(TUNING_SEEDS)
     add("--tuning-seeds", type=at_least(1), default=tuning, metavar="N", help=f"runs a candidate; default: {tuning}")
@@ -293,7 +298,7 @@ def main(study: Study, arguments: Sequence[str] | None = None) -> int:
 
 
 def write(study: Study, record: Record, out: Path) -> None:
-    """The record and the plot, which is drawn from nothing but the record."""
+    """Writes the record, and the plot, which is drawn from nothing but the record."""
     text = json.dumps(record, indent=1)
     (out / f"{study.name}.json").write_text(compact(text) + "\n")
     study.draw(json.loads(text), out / f"{study.name}.png")

@@ -26,7 +26,10 @@ MARKER = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 def rows(record: dict[str, Any]) -> Iterator[tuple[str, list[tuple[str, bool]]]]:
     """A row an arm and a row its difference to its baseline: a label, and cells with whether they exclude zero."""
     for name, arm in record["summary"].items():
-        yield name + chosen(record["arms"][name]), [(plain(record, key, pair), False) for key, pair in arm["mean"].items()]
+        yield (
+            name + chosen(record["arms"][name]),
+            [(plain(record, key, pair), False) for key, pair in arm["mean"].items()],
+        )
         if "minus" in arm:
             cells = [(signed(record, key, pair), abs(pair[0]) > pair[1]) for key, pair in arm["difference"].items()]
             yield f"minus {arm['minus']}", cells
