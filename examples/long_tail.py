@@ -21,10 +21,10 @@ IMBALANCE = 20.0  # the most frequent class has so many times the images of the 
 FEW = 3  # classes that count as the tail, and as the head
 WEIGHT_DECAY = 0.05
 CANDIDATES = {
-    "cross-entropy": tuple({"weight decay": decay} for decay in (0.01, WEIGHT_DECAY, 0.5)),
-    "class weights": tuple({"power": power} for power in (0.25, 0.5, 1.0)),
-    "LPL": tuple({"bound": bound} for bound in (1.0, 2.0, 4.0)),
-    "LPG": tuple({"radius": radius} for radius in (0.1, 0.3, 0.6)),
+    "cross-entropy": tuple({"weight decay": decay} for decay in (0.01, WEIGHT_DECAY, 0.2, 1.0)),
+    "class weights": tuple({"power": power} for power in (0.25, 0.5, 0.75, 1.0)),
+    "LPL": tuple({"bound": bound} for bound in (1.0, 2.0, 4.0, 8.0)),
+    "LPG": tuple({"radius": radius} for radius in (0.03, 0.1, 0.2, 0.4)),
 }
 
 Loss = Callable[[Tensor, Tensor], Tensor]
@@ -60,10 +60,13 @@ def train(run: Run) -> Outcome:
     network, loss = cnn(), loss_of(run, labels.bincount(minlength=10).float())
     decay = run.options.get("weight decay", WEIGHT_DECAY)
     optimizer = gradfused.AdamW(network.parameters(), lr=3e-3, weight_decay=decay)
-    for batch in batches(len(images), run.epochs):
+    steps = list(batches(len(images), run.epochs))
+    annealing = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, len(steps))
+    for batch in steps:
         optimizer.zero_grad()
         loss(network(images[batch]), labels[batch]).backward()
         optimizer.step()
+        annealing.step()
 
     right = predictions(network, data.test_images) == data.test_labels
     by_class = torch.stack([right[data.test_labels == label].double().mean() for label in order])

@@ -20,11 +20,11 @@ from gradfused.nn import LPGCrossEntropyLoss
 WRONG = 0.4  # of the labels to train on
 WEIGHT_DECAY = 0.05
 CANDIDATES = {
-    "cross-entropy": tuple({"weight decay": decay} for decay in (0.01, WEIGHT_DECAY, 0.5)),
-    "label smoothing": tuple({"smoothing": smoothing} for smoothing in (0.1, 0.2, 0.4)),
-    "LPL": tuple({"bound": bound} for bound in (0.5, 1.0, 2.0)),
-    "LPG, noisy": tuple({"radius": radius} for radius in (0.1, 0.3, 0.6)),
-    "LPG, by sample": tuple({"radius": radius} for radius in (0.1, 0.3, 0.6)),
+    "cross-entropy": tuple({"weight decay": decay} for decay in (0.01, WEIGHT_DECAY, 0.2, 1.0)),
+    "label smoothing": tuple({"smoothing": smoothing} for smoothing in (0.1, 0.2, 0.4, 0.6)),
+    "LPL": tuple({"bound": bound} for bound in (0.5, 1.0, 2.0, 4.0)),
+    "LPG, noisy": tuple({"radius": radius} for radius in (0.1, 0.2, 0.4, 0.8)),
+    "LPG, by sample": tuple({"radius": radius} for radius in (0.1, 0.2, 0.4, 0.8)),
 }
 
 Loss = Callable[[Tensor, Tensor], Tensor]
@@ -58,11 +58,14 @@ def train(run: Run) -> Outcome:
     wrong = labels != data.labels
     decay = run.options.get("weight decay", WEIGHT_DECAY)
     optimizer = gradfused.AdamW(network.parameters(), lr=3e-3, weight_decay=decay)
+    steps = list(batches(len(labels), run.epochs))
+    annealing = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, len(steps))
     curve = []
-    for step, batch in enumerate(batches(len(labels), run.epochs), start=1):
+    for step, batch in enumerate(steps, start=1):
         optimizer.zero_grad()
         loss(network(data.images[batch]), labels[batch]).backward()
         optimizer.step()
+        annealing.step()
         if step % 22 == 0:
             curve.append(round(accuracy(network, data.test_images, data.test_labels), 2))
     memorised = predictions(network, data.images[wrong]) == labels[wrong]
