@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import re
 import subprocess
 import sys
 from dataclasses import asdict, replace
@@ -13,6 +14,8 @@ from statistics import fmean
 import pytest
 import torch
 from torch import nn
+
+import gradfused
 
 ROOT = Path(__file__).resolve().parent.parent
 EXAMPLES, RECORDS, PAGE = ROOT / "examples", ROOT / "docs/techniques", ROOT / "docs/techniques.md"
@@ -299,6 +302,17 @@ def test_the_tables_of_the_page_are_the_records():
     report, page = module("study_report"), PAGE.read_text()
     assert len(report.MARKER.findall(page)) == len(NAMES)
     assert report.with_tables(page, RECORDS) == page, "run: python examples/study_report.py docs/techniques.md"
+
+
+def test_the_code_of_the_page_names_what_there_is():
+    blocks = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)
+    assert len(blocks) == 6
+    for block in blocks:
+        compile(block, str(PAGE), "exec")
+        for name in re.findall(r"\bgradfused\.(\w+)\(", block):
+            assert hasattr(gradfused, name)
+        for line in re.findall(r"^from gradfused.* import .*$", block, re.MULTILINE):
+            exec(line, {})
 
 
 def test_a_record_becomes_a_table():
