@@ -146,7 +146,7 @@ def dots(axis: Axes, record: dict[str, Any], key: str, arms: Sequence[str] | Non
     axis.set_yticks(range(len(names)), names)
     axis.set_ylim(len(names) - 0.5, -0.5)
     metric = record["metrics"][key]
-    axis.set_xlabel(f"{metric['label']} ({'higher' if metric['higher'] else 'lower'} is better)")
+    axis.set_xlabel(f"{metric['label']}\n({'higher' if metric['higher'] else 'lower'} is better)")
 
 
 def main(arguments: Sequence[str]) -> int:
