@@ -1,0 +1,315 @@
+"""How every study is run: arms tuned on equal terms, the same seeds for all, intervals, a table, a plot and a record.
+
+An *arm* is one way of training. Each arm has the same number of candidate settings; the best on validation data, over seeds
+that are used for nothing else, goes on to the test data. Arms with the same seed start from the same weights and see the same
+batches, so what an arm changes is the difference to its baseline *seed by seed*, and that difference has an interval of its own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import re
+import statistics
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from datetime import datetime, timezone
+from math import isfinite, sqrt
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from scipy.stats import t as student_t
+
+import gradfused
+
+TUNING_SEEDS = (100, 101, 102)  # no published run has them
+CONFIDENCE = 0.95
+
+Options = Mapping[str, Any]
+Record = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Metric:
+    """Something measured of every run.
+
+    Attributes:
+        label: With its unit.
+        higher: Whether more is better.
+        digits: Decimals in tables.
+    """
+
+    label: str
+    higher: bool = True
+    digits: int = 1
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One way of training.
+
+    Attributes:
+        baseline: The arm it is compared with; None for a baseline.
+        candidates: Settings to choose from on validation data; a single one is taken as it is.
+    """
+
+    baseline: str | None = None
+    candidates: tuple[Options, ...] = ({},)
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a training run is told.
+
+    Attributes:
+        arm: The name of the arm.
+        options: The arm's candidate to train with.
+        seed: Of weights, batches, and whatever else is drawn.
+        epochs: How long.
+        tuning: Judge by validation data, not by test data.
+    """
+
+    arm: str
+    options: Options
+    seed: int
+    epochs: int
+    tuning: bool
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a training run reports.
+
+    Attributes:
+        metrics: A number for each of the study's; of a run that tunes, the first is enough.
+        extra: Anything the plot needs, fit for JSON.
+    """
+
+    metrics: dict[str, float]
+    extra: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Study:
+    """An experiment.
+
+    Attributes:
+        name: Of its files.
+        title: One line for people.
+        metrics: By key; the first decides between candidates.
+        arms: By name.
+        train: Runs one training; it has been seeded.
+        draw: Draws a record into a file.
+        epochs: Of a published run.
+        seeds: How many of each arm are published.
+    """
+
+    name: str
+    title: str
+    metrics: dict[str, Metric]
+    arms: dict[str, Arm]
+    train: Callable[[Run], Outcome]
+    draw: Callable[[Record, Path], None]
+    epochs: int
+    seeds: int = 10
+
+
+# ---- numbers
+
+
+def interval(values: Sequence[float]) -> tuple[float, float]:
+    """The mean, and half the width of its interval by Student's t; needs two values."""
+    spread = statistics.stdev(values) / sqrt(len(values))
+    half = float(student_t.ppf((1 + CONFIDENCE) / 2, len(values) - 1)) * spread
+    return rounded(statistics.fmean(values)), rounded(half)
+
+
+def summary(study: Study, runs: Sequence[Record]) -> Record:
+    """Each arm's means, and its differences to its baseline seed by seed, as (mean, half-width)."""
+
+    def values(arm: str, key: str) -> list[float]:
+        return [run["metrics"][key] for run in runs if run["arm"] == arm]
+
+    def differences(arm: str, baseline: str, key: str) -> list[float]:
+        return [a - b for a, b in zip(values(arm, key), values(baseline, key), strict=True)]
+
+    rows: Record = {}
+    for name, arm in study.arms.items():
+        rows[name] = {"mean": {key: interval(values(name, key)) for key in study.metrics}}
+        if arm.baseline is not None:
+            rows[name]["minus"] = arm.baseline
+            rows[name]["difference"] = {key: interval(differences(name, arm.baseline, key)) for key in study.metrics}
+    return rows
+
+
+# ---- running
+
+
+def train(study: Study, run: Run) -> Outcome:
+    """Trains once, from the seed on."""
+    torch.manual_seed(run.seed)
+    outcome = study.train(run)
+    keys = list(study.metrics)[: 1 if run.tuning else None]
+    bad = [key for key in keys if not isfinite(outcome.metrics[key])]
+    if bad:
+        raise RuntimeError(f"{run.arm!r} with {dict(run.options)}, seed {run.seed}: {', '.join(bad)} is not finite")
+    return replace(outcome, metrics={key: rounded(outcome.metrics[key]) for key in keys})
+
+
+def rounded(value: float) -> float:
+    """Six digits: a record is read by people too, and its summary follows from its runs."""
+    return float(f"{value:.6g}")
+
+
+def tune(study: Study, epochs: int, seeds: Sequence[int], on_run: Callable[[str], object]) -> dict[str, Options]:
+    """The candidate of every arm that is best on validation data, the first of equals."""
+    key, metric = next(iter(study.metrics.items()))
+
+    def score(name: str, options: Options) -> float:
+        total = 0.0
+        for seed in seeds:
+            on_run(f"{name}: choosing, {options}")
+            total += train(study, Run(name, options, seed, epochs, tuning=True)).metrics[key]
+        return total if metric.higher else -total
+
+    def best(name: str, candidates: Sequence[Options]) -> Options:
+        return max(candidates, key=lambda options: score(name, options)) if len(candidates) > 1 else candidates[0]
+
+    return {name: best(name, arm.candidates) for name, arm in study.arms.items()}
+
+
+def perform(
+    study: Study, seeds: int, epochs: int, tuning_seeds: Sequence[int], on_run: Callable[[str], object]
+) -> Record:
+    """Tunes, trains and sums up."""
+    chosen = tune(study, epochs, tuning_seeds, on_run)
+    runs = []
+    for seed in range(seeds):
+        for name in study.arms:
+            on_run(f"{name}: seed {seed}")
+            outcome = train(study, Run(name, chosen[name], seed, epochs, tuning=False))
+            runs.append({"arm": name, "seed": seed} | asdict(outcome))
+    return {
+        "study": study.name,
+        "title": study.title,
+        "settings": {"seeds": seeds, "epochs": epochs, "tuning_seeds": list(tuning_seeds), "confidence": CONFIDENCE},
+        "environment": environment(),
+        "metrics": {key: asdict(metric) for key, metric in study.metrics.items()},
+        "arms": {
+            name: {"candidates": list(arm.candidates), "chosen": chosen[name]} for name, arm in study.arms.items()
+        },
+        "summary": summary(study, runs),
+        "runs": runs,
+    }
+
+
+def count_runs(study: Study, seeds: int, tuning_seeds: Sequence[int]) -> int:
+    """How often a study trains."""
+    swept = (len(arm.candidates) for arm in study.arms.values() if len(arm.candidates) > 1)
+    return sum(swept) * len(tuning_seeds) + seeds * len(study.arms)
+
+
+def environment() -> Record:
+    """The versions that decide the figures."""
+    return {
+        "date": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
+        "gradfused": gradfused.__version__,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "threads": torch.get_num_threads(),
+    }
+
+
+# ---- the command line
+
+
+def at_least(low: int, why: str = "") -> Callable[[str], int]:
+    """An argparse type: a whole number from low on."""
+
+    def parse(text: str) -> int:
+        if not text.isdecimal() or int(text) < low:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least {low}{why}")
+        return int(text)
+
+    return parse
+
+
+def folder(text: str) -> Path:
+    """An argparse type: a folder that is there or can be made."""
+    path = Path(text)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} cannot be used as a folder: {error.strerror}") from None
+    return path
+
+
+def parse_arguments(study: Study, arguments: Sequence[str] | None) -> argparse.Namespace:
+    """The options, which all studies share."""
+    parser = argparse.ArgumentParser(prog=f"{study.name}.py", description=study.title)
+    add = parser.add_argument
+    two = at_least(2, ": an interval needs two runs")
+    add("--seeds", type=two, default=study.seeds, metavar="N", help=f"runs of every arm; default: {study.seeds}")
+    add("--epochs", type=at_least(1), default=study.epochs, metavar="N", help=f"default: {study.epochs}")
+    tuning = len(TUNING_SEEDS)
+    add("--tuning-seeds", type=at_least(1), default=tuning, metavar="N", help=f"runs a candidate; default: {tuning}")
+    add("--threads", type=at_least(1), default=1, metavar="N", help="torch's threads; default: 1")
+    add(
+        "--out",
+        type=folder,
+        default="build/examples",
+        metavar="FOLDER",
+        help=f"where {study.name}.json and {study.name}.png go; default: build/examples",
+    )
+    return parser.parse_args(arguments)
+
+
+def progress(study: Study, total: int) -> tuple[Progress, Callable[[str], None]]:
+    """A progress bar on stderr, and the function that moves it on when a run begins."""
+    columns = (TextColumn("{task.completed}/{task.total}"), BarColumn(bar_width=24), TimeElapsedColumn())
+    bar = Progress(*columns, TextColumn("{task.description}"), console=Console(stderr=True), transient=True)
+    task = bar.add_task(study.name, total=total)
+    counted = iter(range(total))
+
+    def on_run(what: str) -> None:
+        bar.update(task, description=what, completed=next(counted))
+
+    return bar, on_run
+
+
+def main(study: Study, arguments: Sequence[str] | None = None) -> int:
+    """Runs a study from the command line."""
+    from study_report import table
+
+    args = parse_arguments(study, arguments)
+    torch.set_num_threads(args.threads)
+    tuning_seeds = [TUNING_SEEDS[0] + i for i in range(args.tuning_seeds)]
+    bar, on_run = progress(study, count_runs(study, args.seeds, tuning_seeds))
+    with bar:
+        record = perform(study, args.seeds, args.epochs, tuning_seeds, on_run)
+    Console(width=None if sys.stdout.isatty() else 140).print(table(record))
+    write(study, record, args.out)
+    return 0
+
+
+def write(study: Study, record: Record, out: Path) -> None:
+    """Writes the record, and the plot, which is drawn from nothing but the record."""
+    text = json.dumps(record, indent=1)
+    (out / f"{study.name}.json").write_text(compact(text) + "\n")
+    study.draw(json.loads(text), out / f"{study.name}.png")
+    print(f"wrote {study.name}.json and {study.name}.png to {out}")
+
+
+def compact(text: str) -> str:
+    """Indented JSON with lists of numbers, and flat objects, on one line."""
+    return re.sub(r"[\[{]\s+[^\[\]{}]*?\s+[\]}]", lambda found: re.sub(r"\s*\n\s*", " ", found[0]), text)
+
+
+def runs_of(record: Record, arm: str) -> Iterator[Record]:
+    """The runs of an arm by seed."""
+    return (run for run in record["runs"] if run["arm"] == arm)
