@@ -41,7 +41,7 @@ def run(backend: str, case: str, rider: str, dtype: str, **how: Any) -> Run:
 
 
 def assert_as_on_the_cpu(case: str, rider: str, dtype: str, backend: str, **how: Any) -> None:
-    """The arithmetic is the same: what differs is a last bit of float32 where a sum of float64 did, which no rounding here hides."""
+    """The arithmetic is the same: what differs is float32's last bit, where a sum in float64 did."""
     ours, theirs = (run(b, case, rider, dtype, **how) for b in (backend, "cpu"))
     assert_close(ours.outcome(), theirs.outcome(), 1e-6, 1e-6)
     assert ours.guards_intact()

@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 
 from . import layout as at
-from .access import hyper_of, read, read_bool, rows_of
+from .access import hyper_of, read, rows_of
 from .chunk import sum_chunks, write
 from .rules import warmed_momentum
 

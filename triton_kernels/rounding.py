@@ -1,5 +1,6 @@
-"""Stochastic rounding to the 16-bit formats, bit for bit that of csrc/math/rounding.h: random bits are added below the last bit kept,
-and what is below it then cut off.
+"""Stochastic rounding to the 16-bit formats, bit for bit that of csrc/math/rounding.h.
+
+Random bits are added below the last bit kept, and what is below it is then cut off.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """The update rules, as torch.optim or their papers have them: for each, the numbers of a step and the direction it takes.
 
-``coefficients`` and ``direction`` choose among them by the number that csrc/rules.def gives a rule. The numbers of a step are made of
-the group's options at ``hyper`` and of what is passed, scalars in float64: ``lr``, the ``step``'s number from 1, whether it is the ``first``
-that the state sees, the ``product`` of NAdam's momenta and the ``ratio`` by which a rule trusts its step.
+``coefficients`` and ``direction`` choose among them by the number that csrc/rules.def gives a rule. The numbers of a step are
+made of the group's options at ``hyper`` and of what is passed, scalars in float64: ``lr``, the ``step``'s number from 1, whether
+it is the ``first`` that the state sees, the ``product`` of NAdam's momenta and the ``ratio`` by which a rule trusts its step.
 """
 
 from __future__ import annotations
@@ -371,9 +371,12 @@ def coefficients(RULE: tl.constexpr, hyper, lr, step, first, product, ratio, T: 
         return adam_coefficients(hyper, lr, step, T)
     elif RULE == at.Rule_adagrad:
         return adagrad_coefficients(hyper, lr, step, T)
-    elif RULE == at.Rule_rmsprop or RULE == at.Rule_rmsprop_momentum:
-        return rmsprop_coefficients(hyper, lr, T)
-    elif RULE == at.Rule_rmsprop_centered or RULE == at.Rule_rmsprop_centered_momentum:
+    elif (
+        RULE == at.Rule_rmsprop
+        or RULE == at.Rule_rmsprop_momentum
+        or RULE == at.Rule_rmsprop_centered
+        or RULE == at.Rule_rmsprop_centered_momentum
+    ):
         return rmsprop_coefficients(hyper, lr, T)
     elif RULE == at.Rule_nadam:
         return nadam_coefficients(hyper, lr, step, product, T)

@@ -22,8 +22,8 @@ from .rules import coefficients, direction
 from .transforms import agc_factor, noise_sigma, perturb_factor, transformed
 from .weights import SOURCE, kept_of, load_weights, riders_of, store_weights
 
-# What a launch is for: the step; sums of what is centred late, where its mean takes several chunks; or norms for trust ratios, of rows
-# that are weighed before what is rehearsed or after it.
+# What a launch is for: the step; sums of what is centred late, where its mean takes several chunks; or norms for trust ratios, of
+# rows that are weighed before what is rehearsed or after it.
 STEP = tl.constexpr(0)
 REHEARSE = tl.constexpr(1)
 WEIGH_FIRST = tl.constexpr(2)

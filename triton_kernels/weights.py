@@ -13,7 +13,8 @@ from .access import ANY, load_mixed, read, read_bool, rounded_as, store, store_m
 from .chunk import elements_of, quads_of
 from .rounding import rounded_randomly, words, words_of_quads
 
-# Bits of RIDERS: some row has its weights elsewhere, a remainder, random rounding, a copy in float32, an average; or zeroes gradients.
+# Bits of RIDERS: some row has its weights elsewhere, a remainder, random rounding, a copy in float32 or an average, or leaves its
+# gradient at zero. A constant stands left of an operator, where the interpreter needs it.
 SOURCE = tl.constexpr(1)
 KAHAN = tl.constexpr(2)
 STOCHASTIC = tl.constexpr(4)
@@ -64,7 +65,7 @@ def load_kept(ACCESS: tl.constexpr, RIDERS: tl.constexpr, kept, start, local, ma
 
 @triton.jit
 def load_weights(ACCESS: tl.constexpr, RIDERS: tl.constexpr, row, kept, riders, start, local, mask, T: tl.constexpr):
-    rounding, rest, rest_dtype, average, average_dtype, fresh, zeroes = riders
+    rounding, rest, rest_dtype = riders[0], riders[1], riders[2]
     p = load_kept(ACCESS, RIDERS, kept, start, local, mask, T)
     if KAHAN & RIDERS:
         if rounding == at.Rounding_kahan:

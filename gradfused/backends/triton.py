@@ -126,7 +126,6 @@ class Options:
     skip: bool
     empty: bool
     agc: bool
-    by_weight: bool
     product: bool
     many_states: bool
     source: bool
@@ -149,7 +148,6 @@ class Options:
             skip=any(s.skip_nonfinite for _, s in where),
             empty=any(not mine or row.param.numel() == 0 for row, mine in zip(rows, own, strict=True)),
             agc=any(s.agc for _, s in where),
-            by_weight=any(s.by_weight for _, s in where),
             product=any(row.product is not None for row in rows),
             many_states=any(len(row.state) > 3 for row in rows),
             source=any(row.source is not None for row in rows),
@@ -256,7 +254,8 @@ class _Part(Part):
         self.where()
         self._upload()
         scale = checked(scaling.grad_scale, self.device)
-        options = {"AGC": self._options.agc, "BY_WEIGHT": self._options.by_weight, "RIDERS": self._options.riders}
+        by_weight = any(s is not None and s.by_weight for s in self._known)  # a table may outlive SAM's choice of it
+        options = {"AGC": self._options.agc, "BY_WEIGHT": by_weight, "RIDERS": self._options.riders}
         self._launch(self._kernels.stats, scale, **self._chosen[0], **options)
 
     def apply(self, scaling: Scaling) -> None:
