@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
+CSRC = ROOT / "csrc"
 BUILT = ROOT / "gradfused" / f"_cuda{sysconfig.get_config_var('EXT_SUFFIX')}"
 LINE = re.compile(r"\s+/\*([0-9a-f]{4,})\*/\s+(?:@(!?U?P\w+)\s+)?([A-Z][A-Z0-9_.]*)\s*(.*?)\s*;")
 WIDE = 128
@@ -35,7 +36,7 @@ class Limit(NamedTuple):
         outside: Accesses of local memory outside its hot loops.
         inside: Those within a hot loop of three states or more; the others hold none.
         strict: Whether hot loops may hold no narrow access of global memory.
-        bodies: Dtypes with 16-byte accesses, thus hot loops a rule; 0 where there are no rules.
+        bodies: Dtypes with 16-byte accesses, thus hot loops a rule or a family; 0 where there are no rules.
     """
 
     registers: int
@@ -51,10 +52,11 @@ class Limit(NamedTuple):
 # cost a third of the threads. The full kernel draws noise within its loops, some 300 instructions an access: the narrow
 # loads of the seed and the step hide behind that.
 LIMITS = {
-    "apply_lean": Limit(registers=80, outside=125, inside=4, bodies=3),
-    "apply_full": Limit(registers=128, outside=220, strict=False, bodies=4),
+    "step_lean": Limit(registers=80, outside=125, inside=4, bodies=3),
+    "step_full": Limit(registers=128, outside=220, strict=False, bodies=4),
     "stats": Limit(registers=64, outside=70),
     "patch": Limit(registers=32, outside=0),
+    "clear": Limit(registers=64, outside=0),
 }
 
 
@@ -137,11 +139,16 @@ class Kernel:
     @property
     def kind(self) -> str:
         """Key of LIMITS."""
-        found = re.search(r"\d(apply|stats|patch)\w*?(?:ILb([01])E)?E", self.symbol)
+        found = re.search(r"\d(?:step_[a-z]+_(lean|full)|(stats|patch|clear))E", self.symbol)
         if not found:
             return self.symbol
-        version = {"0": "_lean", "1": "_full"}.get(found[2], "")
-        return found[1] + version
+        return found[2] or f"step_{found[1]}"
+
+    @property
+    def family(self) -> str:
+        """Of the rules that it takes steps with; empty if it takes none."""
+        found = re.search(r"\dstep_([a-z]+)_(?:lean|full)E", self.symbol)
+        return found[1] if found else ""
 
     @property
     def inside(self) -> int:
@@ -149,9 +156,9 @@ class Kernel:
         return sum(loop.local for loop in self.loops)
 
     @property
-    def steps(self) -> Counter[float]:
-        """The number of loops that take a step, by how many states the step has."""
-        return Counter(loop.states for loop in self.loops if loop.stores)
+    def steps(self) -> int:
+        """The number of loops that take a step."""
+        return sum(loop.stores > 0 for loop in self.loops)
 
     def faults(self) -> list[str]:
         """Where it breaks its limits."""
@@ -321,35 +328,50 @@ def kernels(module: Path, cuobjdump: str) -> Iterator[Kernel]:
         raise SystemExit(f"{' '.join(command)} failed ({process.returncode})")
 
 
-def rule_count() -> int:
-    """The rules that the kernels implement."""
-    return len(re.findall(r"^GRADFUSED_RULE\(", (ROOT / "csrc" / "rules.def").read_text(), re.MULTILINE))
+def rule_families() -> dict[str, list[str]]:
+    """The types of the rules of each family."""
+    rules = re.findall(r"^GRADFUSED_RULE\(\w+, (\w+), (\w+)\)", (CSRC / "rules.def").read_text(), re.MULTILINE)
+    return {family: [rule for rule, its in rules if its == family] for _, family in rules}
+
+
+def takes_trust_ratio(rule: str) -> bool:
+    """Whether a rule's rows are weighed before a step: no lean kernel has them."""
+    headers = (path.read_text() for path in sorted((CSRC / "math").glob("*.h")))
+    own = next(text for text in headers if re.search(rf"\b(struct|using) {rule}\b", text))
+    return "Trust trust = " in own
+
+
+def expected_bodies(kernel: Kernel) -> int:
+    """How many loops are to take a step: one a dtype and rule in the lean kernels, one a dtype for all rules in the full ones."""
+    rules = rule_families().get(kernel.family, [])
+    lean = sum(not takes_trust_ratio(rule) for rule in rules)
+    return LIMITS[kernel.kind].bodies * (lean if kernel.kind == "step_lean" else bool(rules))
 
 
 def missing_loops(found: list[Kernel]) -> list[str]:
-    """Rules and dtypes whose step has no hot loop: each rule of a family has its own number of states."""
+    """Kernels whose steps lack 16-byte loops, and kernels that are not there."""
     said = []
     for arch in sorted({kernel.arch for kernel in found}):
-        for kind, limit in LIMITS.items():
-            steps = (k.steps for k in found if k.arch == arch and k.kind == kind and limit.bodies)
-            rules = sum(count >= limit.bodies for step in steps for count in step.values())
-            if limit.bodies and rules < rule_count():
-                said.append(
-                    f"sm_{arch} {kind}: {rules} of {rule_count()} rules have 16-byte loops for {limit.bodies} dtypes"
-                )
+        for kind in ("step_lean", "step_full"):
+            built = {k.family: k for k in found if k.arch == arch and k.kind == kind}
+            for family in rule_families():
+                if family not in built:
+                    said.append(f"sm_{arch} {kind}: there is none for {family}")
+                elif built[family].steps < (expected := expected_bodies(built[family])):
+                    said.append(f"sm_{arch} {kind} of {family}: {built[family].steps} of {expected} steps have 16-byte loops")
     return said
 
 
 def all_faults(found: list[Kernel]) -> list[str]:
     """Everything that is not as it should be."""
-    return [f"sm_{k.arch} {k.kind}: {fault}" for k in found for fault in k.faults()] + missing_loops(found)
+    return [f"sm_{k.arch} {k.kind}{k.family and f' of {k.family}'}: {fault}" for k in found for fault in k.faults()] + missing_loops(found)
 
 
 def table(found: list[Kernel]) -> str:
     """A line a kernel."""
     head = (
         "kernel",
-        "states",
+        "family",
         "target",
         "registers",
         "stack B",
@@ -360,11 +382,10 @@ def table(found: list[Kernel]) -> str:
     )
     rows: list[tuple[str, ...]] = [head]
     for k in found:
-        states = ",".join(f"{s:g}" for s in sorted(k.steps)) or "-"
         flights = sorted({loop.flight for loop in k.loops}) or [0]
         span = f"{flights[0]}-{flights[-1]}"
         numbers = (k.registers, k.stack, k.local - k.inside, k.inside, len(k.loops))
-        rows.append((k.kind, states, f"sm_{k.arch}", *map(str, numbers), span))
+        rows.append((k.kind, k.family or "-", f"sm_{k.arch}", *map(str, numbers), span))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows)
 

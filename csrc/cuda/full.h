@@ -9,13 +9,8 @@
 namespace gradfused::cuda {
 namespace {
 
-template <class A> struct FullTypes {
-  using T = typename A::Compute;
-  using Pack = typename A::Pack;
-  static constexpr int states = AnyRule::states;
-  struct States {
-    Pack of[states];
-  };
+template <class A> struct States {
+  typename A::Raw of[AnyRule::states];
 };
 
 // x <- the directions the rule takes: told apart once a pack.
@@ -23,7 +18,7 @@ template <class A> struct DirectPack {
   using T = typename A::Compute;
   const Now& now;
   T *x, *weights;
-  typename FullTypes<A>::States& s;
+  States<A>& s;
 
   template <class R> __device__ __forceinline__ void operator()(R) const {
     const OneRule<R> rule(now, Rule());
@@ -31,26 +26,24 @@ template <class A> struct DirectPack {
     for (int k = 0; k < A::width; ++k) {
       T one[kMaxStates];
 #pragma unroll
-      for (int n = 0; n < R::states; ++n) one[n] = T(math::widen(s.of[n].at[k]));
+      for (int n = 0; n < R::states; ++n) one[n] = R::reads_state ? A::get(s.of[n], k) : T(0);
       rule.direct(x[k], weights[k], one);
 #pragma unroll
-      for (int n = 0; n < R::states; ++n) math::put(one[n], s.of[n].at[k]);
+      for (int n = 0; n < R::states; ++n) A::set(s.of[n], k, one[n]);
     }
   }
 };
 
 template <class A> class FullStepper {
   using T = typename A::Compute;
-  using Pack = typename A::Pack;
-  using States = typename FullTypes<A>::States;
-  static constexpr int width = A::width, states = FullTypes<A>::states;
+  static constexpr int width = A::width, states = AnyRule::states;
   struct Held {
     T at[width];
   };
 
  public:
   __device__ __forceinline__ explicit FullStepper(const Place& at)
-      : at_(at), row_(at.r.row), h_(at.job.hypers[at.r.row.group].hyper), rule_(at.now, at.r.row.rule),
+      : at_(at), row_(at.r.row), h_(at.job.hypers[at.r.row.group].hyper), rule_(at.r.row.rule),
         t_(*reinterpret_cast<const math::Transform<T>*>(at.now.transform)), move_(*reinterpret_cast<const Move<T>*>(at.now.move)),
         weights_(at.now), g_(at.r.row.grad, at.job.grads[at.c.row], at.c.lanes ? int(at.c.lanes) : kThreads, at.tile, at.now.unscale) {}
 
@@ -63,8 +56,8 @@ template <class A> class FullStepper {
       open(c.begin + int64_t(unit) * length, unit < units ? length : 0);
       const Unit* known = at_.r.split && g_.count ? &at_.job.units[at_.r.unit0 + weights_.begin / row_.length] : nullptr;
       const double squares = measure(known);
-      if (at_.doing == Doing::step && g_.lane == 0) sum_ += squares;
       walk_unit(known);
+      total_ += at_.doing != Doing::step ? sum_ : g_.lane == 0 ? squares : 0.0;
     }
     leave_sums();
   }
@@ -136,12 +129,11 @@ template <class A> class FullStepper {
     }
 #pragma unroll 1
     for (;; now = last) {
-      const double before = sum_;
+      sum_ = 0;
       walk(now | at_.now.todo, mean);
       if (final) return;
       final = true;
-      mean = T(sum_group(sum_ - before, g_.lanes) / double(row_.length));
-      sum_ = before;
+      mean = T(sum_group(sum_, g_.lanes) / double(row_.length));
     }
   }
 
@@ -157,14 +149,13 @@ template <class A> class FullStepper {
   }
 
   __device__ __forceinline__ void walk(uint32_t todo, T mean) {
-    const T fresh = move_.fresh;
     g_.for_each([&](int i) {
       const typename Weights<A>::Loaded loaded = weights_.load(i, todo);
-      States s{};
+      States<A> s{};
       if (todo & kDirect) {
 #pragma unroll
         for (int n = 0; n < states; ++n) {
-          if (todo & (kReads << n)) s.of[n] = A::load(state_[n], i);
+          if (todo & (kReads << n)) s.of[n] = A::load_raw(state_[n], i);
         }
       }
       T weights[width], x[width];
@@ -174,20 +165,20 @@ template <class A> class FullStepper {
         for (int k = 0; k < width; ++k) x[k] = held.at[k];
         weights_.widen(loaded, todo, weights);
       } else {
-        const Pack g = g_.read(i);
+        const typename A::Raw g = g_.read_raw(i);
         float z[width] = {};
         if (todo & kNoise) draw_noise<width>(at_.now, weights_.begin + i, z);
         weights_.widen(loaded, todo, weights);
 #pragma unroll
-        for (int k = 0; k < width; ++k) x[k] = transformed(T(math::widen(g.at[k])), z[k], weights[k], todo);
+        for (int k = 0; k < width; ++k) x[k] = transformed(A::get(g, k), z[k], weights[k], todo);
       }
       if (todo & kCentreBefore) take_off(mean, x);
-      if (todo & kDirect) with_rule(row_.rule, DirectPack<A>{at_.now, x, weights, s});
+      if (todo & kDirect) with_rule(rule_, DirectPack<A>{at_.now, x, weights, s});
       if (todo & kCentreAfter) take_off(mean, x);
       if (todo & kMove) {
 #pragma unroll
         for (int n = 0; n < states; ++n) {
-          if (todo & (kWrites << n)) A::store(state_[n], i, s.of[n]);
+          if (todo & (kWrites << n)) A::store_raw(state_[n], i, s.of[n]);
         }
       }
       if (todo & kSum) sum(i, todo, x);
@@ -195,8 +186,8 @@ template <class A> class FullStepper {
       if (todo & kStep) {
 #pragma unroll
         for (int k = 0; k < width; ++k) weights[k] = weights[k] * move_.shrink - move_.step * x[k];
-        weights_.store(i, todo, loaded, fresh, weights);
-        if (todo & kZeroGrad) A::store(g_.from, i, Pack{});
+        weights_.store(i, todo, loaded, move_.fresh, weights);
+        if (todo & kZeroGrad) A::store_raw(g_.from, i, typename A::Raw{});
       }
     });
   }
@@ -232,7 +223,7 @@ template <class A> class FullStepper {
   __device__ __forceinline__ void leave_sums() {
     if (at_.doing == Doing::step && (!by_unit() || at_.r.measured)) return;  // nobody asks for the squares, or they are known
     Sums& to = at_.job.sums[at_.index];
-    const double total = sum_block(sum_);
+    const double total = sum_block(total_);
     if (threadIdx.x == 0) (at_.doing == Doing::step ? to.squares : to.sum) = total;
     if (at_.doing == Doing::step || at_.doing == Doing::rehearsal) return;
     const double weights = sum_block(weight_squares_);
@@ -242,7 +233,7 @@ template <class A> class FullStepper {
   const Place& at_;
   const Row& row_;
   const Hyper& h_;
-  const AnyRule rule_;
+  const Rule rule_;
   // In shared memory: fewer registers.
   const math::Transform<T>& t_;
   const Move<T>& move_;
@@ -250,7 +241,8 @@ template <class A> class FullStepper {
   Gradient<A> g_;
   typename A::Handle state_[states]{};
   T mean_ = T(0), factor_ = T(1);  // of the unit
-  double sum_ = 0, weight_squares_ = 0;  // this thread's parts of what the chunk leaves behind
+  double sum_ = 0;                        // this thread's part of the last walk's
+  double total_ = 0, weight_squares_ = 0;  // and of what the chunk leaves behind
 };
 
 struct FullChunk {

@@ -25,6 +25,7 @@ template <int kCount, class T> __device__ __forceinline__ double sum_squares(con
 template <class A> struct Gradient {
   using T = typename A::Compute;
   using Pack = typename A::Pack;
+  using Raw = typename A::Raw;
   static constexpr int width = A::width;
 
   const Operand& operand;
@@ -75,7 +76,8 @@ template <class A> struct Gradient {
   // The tile as an array of what V is made of.
   template <class V> __device__ __forceinline__ V& slot(int i) const { return *reinterpret_cast<V*>(tile + i * int(sizeof(V) / width)); }
 
-  __device__ __forceinline__ Pack read(int i) const { return held ? slot<Pack>(i) : A::load(from, i); }
+  __device__ __forceinline__ Pack read(int i) const { return held ? A::pack(slot<Raw>(i)) : A::load(from, i); }
+  __device__ __forceinline__ Raw read_raw(int i) const { return held ? slot<Raw>(i) : A::load_raw(from, i); }
 
   __device__ __forceinline__ bool fits() const { return count <= lanes * (kTileBytes / kThreads) / int(sizeof(T)); }
 
@@ -84,7 +86,7 @@ template <class A> struct Gradient {
     const bool fitting = fits();
     double total = 0;
     for_each_loaded([&](int i) { return A::load(from, i); }, [&](int i, const Pack& g) {
-      if (fitting) slot<Pack>(i) = g;
+      if (fitting) slot<Raw>(i) = A::raw(g);
       T part = 0;
 #pragma unroll
       for (int k = 0; k < width; ++k) part += T(math::widen(g.at[k])) * unscale;
@@ -104,7 +106,7 @@ template <class A> struct Gradient {
       total += sum_squares<width>(x);
     };
     if (held) {
-      for_each([&](int i) { add(i, slot<Pack>(i)); });
+      for_each([&](int i) { add(i, A::pack(slot<Raw>(i))); });
     } else {
       for_each_loaded([&](int i) { return A::load(from, i); }, add);
     }
@@ -114,7 +116,7 @@ template <class A> struct Gradient {
   // This thread's part of the sum of squares of the weights of the same elements.
   __device__ __forceinline__ double own_squares_of(const typename A::Rider& weights) const {
     double total = 0;
-    for_each_loaded([&](int i) { return A::load_rider(weights, i); }, [&](int, const typename A::RiderPack& v) {
+    for_each_loaded([&](int i) { return A::load_rider(weights, i); }, [&](int, const typename A::RiderRaw& v) {
       T x[width];
       A::widen(weights, v, x);
       total += sum_squares<width>(x);
@@ -126,7 +128,7 @@ template <class A> struct Gradient {
   __device__ __forceinline__ double own_squares_reached(const typename A::Rider& weights, T eta) const {
     struct Both {
       Pack g;
-      typename A::RiderPack w;
+      typename A::RiderRaw w;
     };
     double total = 0;
     for_each_loaded([&](int i) { return Both{A::load(from, i), A::load_rider(weights, i)}; }, [&](int, const Both& v) {

@@ -10,7 +10,6 @@ namespace {
 enum Todo : uint32_t {
   kNoise = 1u << 0,
   kDecay = 1u << 1,        // coupled
-  kSource = 1u << 2,       // weights are read from Row::source
   kKahan = 1u << 3,
   kMaster = 1u << 4,
   kStochastic = 1u << 5,
@@ -111,17 +110,17 @@ template <class T> __device__ void set_transform(Now& now, const Hyper& h, doubl
 }
 
 // What a row's options and weights ask of each element.
-__device__ uint32_t todo_of(const Row& row, const Hyper& h) {
+__device__ uint32_t todo_of(const DeviceRow& r, const Hyper& h) {
+  const Row& row = r.row;
   uint32_t todo = 0;
   const auto ask = [&](bool asked, uint32_t what) { todo |= asked ? what : 0; };
   ask(h.noise > 0, kNoise);
   ask(!h.decoupled && h.weight_decay != 0, kDecay);
-  ask(row.source.data, kSource);
   ask(row.rounding == Rounding::kahan, kKahan);
   ask(row.rounding == Rounding::master, kMaster);
   ask(row.rounding == Rounding::stochastic, kStochastic);
   ask(row.ema.data, kEma);
-  ask(h.zero_grad, kZeroGrad);
+  ask(h.zero_grad && !r.cleared, kZeroGrad);
   return todo;
 }
 

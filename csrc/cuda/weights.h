@@ -48,54 +48,43 @@ template <int kCount> __device__ __forceinline__ void draw_bits(const Now& now, 
 
 template <class A> struct Weights {
   using T = typename A::Compute;
-  using Pack = typename A::Pack;
+  using Raw = typename A::Raw;
   static constexpr int width = A::width;
 
   // As they came from memory: nothing waits for them until they are widened.
   struct Loaded {
-    Pack param;
-    typename A::RiderPack source, rest, ema;
+    typename A::RiderRaw kept, ema;
+    Raw rest;
   };
 
   const Now& now;
   int64_t begin = 0;
-  typename A::Handle param{};
-  typename A::Rider source{}, rest{}, ema{};
+  typename A::Handle param{}, rest{};
+  typename A::Rider kept{}, ema{};
 
   __device__ __forceinline__ explicit Weights(const Now& row) : now(row) {}
 
   __device__ __forceinline__ void open(const Row& row, int64_t at) {
     begin = at;
     param = A::handle(row.param, row.param.data, at);
-    if (row.source.data) source = A::rider(row.source, at);
-    if (row.rest.data) rest = A::rider(row.rest, at);
-    if (row.ema.data) ema = A::rider(row.ema, at);
+    kept = A::rider(kept_weights(row), at);
+    rest = A::handle(row.rest, row.rest.data, at);
+    ema = A::rider(row.ema, at);
   }
 
   __device__ __forceinline__ Loaded load(int i, uint32_t todo) const {
     Loaded v{};
-    if (todo & kSource) {
-      v.source = A::load_rider(source, i);
-    } else {
-      v.param = A::load(param, i);
-    }
-    if (todo & kKahan) v.rest = A::load_rider(rest, i);
+    v.kept = A::load_rider(kept, i);
+    if (todo & kKahan) v.rest = A::load_raw(rest, i);
     if ((todo & (kEma | kStep)) == (kEma | kStep)) v.ema = A::load_rider(ema, i);
     return v;
   }
 
   __device__ __forceinline__ void widen(const Loaded& v, uint32_t todo, T* to) const {
-    if (todo & kSource) {
-      A::widen(source, v.source, to);
-    } else {
-#pragma unroll
-      for (int k = 0; k < width; ++k) to[k] = T(math::widen(v.param.at[k]));
-    }
+    A::widen(kept, v.kept, to);
     if (!(todo & kKahan)) return;
-    T off[width];
-    A::widen(rest, v.rest, off);
 #pragma unroll
-    for (int k = 0; k < width; ++k) to[k] = to[k] + off[k];
+    for (int k = 0; k < width; ++k) to[k] = to[k] + A::get(v.rest, k);
   }
 
   // Takes the step's weights `w` to where they are kept.
@@ -107,20 +96,20 @@ template <class A> struct Weights {
       for (int k = 0; k < width; ++k) average[k] = average[k] + (w[k] - average[k]) * fresh;
       A::store_rider(ema, i, average);
     }
-    if (todo & kMaster) A::store_rider(source, i, w);
+    if (todo & kMaster) A::store_rider(kept, i, w);
     if constexpr (A::may_round_randomly) {
       if (todo & kStochastic) round_randomly(i, w);
     }
-    Pack p;
+    Raw p{};
 #pragma unroll
-    for (int k = 0; k < width; ++k) math::put(w[k], p.at[k]);
-    A::store(param, i, p);
+    for (int k = 0; k < width; ++k) A::set(p, k, w[k]);
+    A::store_raw(param, i, p);
     if (!(todo & kKahan)) return;
-    const Pack kept = A::stored(param, i, p);
-    T off[width];
+    p = A::stored(param, i, p);
+    Raw off{};
 #pragma unroll
-    for (int k = 0; k < width; ++k) off[k] = w[k] - T(math::widen(kept.at[k]));
-    A::store_rider(rest, i, off);
+    for (int k = 0; k < width; ++k) A::set(off, k, w[k] - A::get(p, k));
+    A::store_raw(rest, i, off);
   }
 
   __device__ __forceinline__ void round_randomly(int i, T* w) const {
