@@ -56,7 +56,6 @@ LIMITS = {
     "step_full": Limit(registers=128, outside=220, strict=False, bodies=4),
     "stats": Limit(registers=64, outside=70),
     "patch": Limit(registers=32, outside=0),
-    "clear": Limit(registers=64, outside=0),
 }
 
 
@@ -139,7 +138,7 @@ class Kernel:
     @property
     def kind(self) -> str:
         """Key of LIMITS."""
-        found = re.search(r"\d(?:step_[a-z]+_(lean|full)|(stats|patch|clear))E", self.symbol)
+        found = re.search(r"\d(?:step_[a-z]+_(lean|full)|(stats|patch))E", self.symbol)
         if not found:
             return self.symbol
         return found[2] or f"step_{found[1]}"

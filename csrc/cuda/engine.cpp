@@ -41,7 +41,6 @@ void Table::apply(int device, void* stream, const float* grad_scale, const float
   if (job_.any_rehearsed) launch(job_, Doing::rehearsal, device, stream);
   if (job_.any_weighed) launch(job_, Doing::weigh, device, stream);
   launch(job_, Doing::step, device, stream);
-  if (job_.any_cleared) launch_clear(job_, device, stream);
 }
 
 }  // namespace gradfused::cuda

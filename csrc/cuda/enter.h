@@ -38,7 +38,7 @@ template <bool kFull> __device__ void set_row(const Job& job, Now& now, int inde
   const bool known = now.group == row.group && now.step == count.step && now.product == count.product && now.first == row.first &&
                      now.wide == wide && !trusted;
   constexpr uint32_t rules = kTrustsUpdate | ((1u << kMaxStates) - 1) * (kReads | kWrites);
-  now.todo = todo_of(r, h) | (known ? now.todo & rules : 0);
+  now.todo = todo_of(row, h) | (known ? now.todo & rules : 0);
   now.group = trusted ? -1 : row.group;
   now.step = count.step;
   now.product = count.product;

@@ -20,8 +20,6 @@ using Launch = void (*)(const Job&, Doing, int device, void* stream);
 #include "rules.def"
 #undef GRADFUSED_RULE
 void launch_stats(const Job& job, int device, void* stream);
-// Zeroes the gradients that a step cannot zero because their elements share memory; whether the step was taken or not.
-void launch_clear(const Job& job, int device, void* stream);
 
 // Writes host memory to device memory through a kernel's arguments: the host's copy is free at once, and a captured graph keeps the bytes.
 void launch_patch(void* to, const void* from, size_t bytes, int device, void* stream);

@@ -110,8 +110,7 @@ template <class T> __device__ void set_transform(Now& now, const Hyper& h, doubl
 }
 
 // What a row's options and weights ask of each element.
-__device__ uint32_t todo_of(const DeviceRow& r, const Hyper& h) {
-  const Row& row = r.row;
+__device__ uint32_t todo_of(const Row& row, const Hyper& h) {
   uint32_t todo = 0;
   const auto ask = [&](bool asked, uint32_t what) { todo |= asked ? what : 0; };
   ask(h.noise > 0, kNoise);
@@ -120,7 +119,7 @@ __device__ uint32_t todo_of(const DeviceRow& r, const Hyper& h) {
   ask(row.rounding == Rounding::master, kMaster);
   ask(row.rounding == Rounding::stochastic, kStochastic);
   ask(row.ema.data, kEma);
-  ask(h.zero_grad && !r.cleared, kZeroGrad);
+  ask(h.zero_grad, kZeroGrad);
   return todo;
 }
 

@@ -96,19 +96,6 @@ __global__ void __launch_bounds__(kThreads, 4) stats(const __grid_constant__ Job
   if (last_block(job.tickets)) finish(job);
 }
 
-// ---- gradients left at zero
-
-__global__ void __launch_bounds__(kThreads) clear(const __grid_constant__ Job job) {
-  const Share share = share_of(job.chunk_count);
-  for (int index = share.first; index < share.end; ++index) {
-    const Chunk& c = job.chunks[index];
-    const DeviceRow& r = job.rows[c.row];
-    if (!r.cleared) continue;
-    const Any<float>::Handle to = Any<float>::handle(r.row.grad, job.grads[c.row], c.begin);
-    for (int i = int(threadIdx.x); i < c.count; i += kThreads) Any<float>::store(to, i, {0.0f});
-  }
-}
-
 // ---- small writes to device memory
 
 constexpr int kPatchBytes = 3968;
@@ -125,8 +112,6 @@ __global__ void patch(const __grid_constant__ Patch p) {
 }  // namespace
 
 void launch_stats(const Job& job, int device, void* stream) { launch<stats>("stats", job.chunk_count, device, stream, job); }
-
-void launch_clear(const Job& job, int device, void* stream) { launch<clear>("clear", job.chunk_count, device, stream, job); }
 
 void launch_patch(void* to, const void* from, size_t bytes, int device, void* stream) {
   for (size_t done = 0; done < bytes; done += kPatchBytes) {

@@ -49,7 +49,6 @@ struct DeviceRow {
   bool measured;          // by the stats kernel
   bool weighed_first, weighed;    // its rule takes a trust ratio, before what is rehearsed or after it
   double norm, weight_norm;       // of the whole row: what the ratio is made of, once weighed
-  bool cleared;           // elements of its gradient share memory, so that they can only be zeroed after the step
 };
 
 struct DeviceHyper {
@@ -73,7 +72,7 @@ struct Job {
   const float* found_inf;    // null, or not zero: the step is not taken
   double* skipped;           // counts steps that were not taken for what the norms saw
   int32_t row_count, chunk_count;
-  bool any_global, any_skip, any_rehearsed, any_weighed_first, any_weighed, any_cleared;
+  bool any_global, any_skip, any_rehearsed, any_weighed_first, any_weighed;
 };
 
 }  // namespace gradfused::device

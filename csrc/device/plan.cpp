@@ -4,7 +4,6 @@
 #include <cstring>
 #include <numeric>
 #include <stdexcept>
-#include <utility>
 
 #include "math/rules.h"
 
@@ -39,19 +38,6 @@ bool is_plain(const Row& row) {
   if (!rides(row.source) || !rides(row.ema)) return false;
   const auto matches = [&](const Operand& x) { return !x.data || (fits(x) && aligned(x)); };
   return matches(row.rest) && std::all_of(row.state, row.state + kMaxStates, matches);
-}
-
-// Whether two elements may lie in one place, as in an expanded tensor: dims, innermost first, do not each step over the last.
-bool repeats(const Operand& x) {
-  std::vector<std::pair<int64_t, int64_t>> dims;  // stride, size
-  for (int d = 0; d < x.dims; ++d) dims.emplace_back(x.strides[d], x.sizes[d]);
-  std::sort(dims.begin(), dims.end());
-  int64_t reach = 0;
-  for (const auto& [stride, size] : dims) {
-    if (size > 1 && stride <= reach) return true;
-    reach += stride * (size - 1);
-  }
-  return false;
 }
 
 // Threads for a unit: as many as it has 16-byte packs, up to a warp, or the block.
@@ -104,7 +90,6 @@ void Plan::plan_row(size_t index) {
     r.weighed_first = trust_of(row.rule) == math::Trust::gradient && h.centralize_at != Centre::decayed;
     r.weighed = !r.weighed_first;
   }
-  r.cleared = h.zero_grad && repeats(row.grad);
   r.unit0 = units_;
   r.chunk0 = int32_t(chunks_.size());
   if (row.numel) {
@@ -248,7 +233,7 @@ void Plan::pack(char* to, char* base, double* squares, double* skipped) {
   job_.skipped = skipped;
   job_.row_count = int32_t(rows_.size());
   job_.chunk_count = int32_t(chunks_.size());
-  job_.any_global = job_.any_skip = job_.any_rehearsed = job_.any_weighed_first = job_.any_weighed = job_.any_cleared = false;
+  job_.any_global = job_.any_skip = job_.any_rehearsed = job_.any_weighed_first = job_.any_weighed = false;
   for (const DeviceRow& r : device_rows_) {
     const Hyper& h = hypers_[size_t(r.row.group)];
     job_.any_global |= h.scope == Scope::global;
@@ -256,7 +241,6 @@ void Plan::pack(char* to, char* base, double* squares, double* skipped) {
     job_.any_rehearsed |= r.split && late(r.row, h);
     job_.any_weighed_first |= r.weighed_first;
     job_.any_weighed |= r.weighed;
-    job_.any_cleared |= r.cleared;
   }
   std::memcpy(to, &job_, sizeof job_);
   moved_ = stale_ = false;
