@@ -10,13 +10,14 @@ from pathlib import Path
 import torch
 
 from . import cuda
+from .function_runner import FUNCTIONS, SIZES, WAYS
 from .models import MODELS, Model
 from .peers import PEERS
 from .recipes import RECIPES, RULES
 from .workload import bytes_available, bytes_needed, sets_needed
 
 DEFAULT_MODELS = {"cpu": "small-400,resnet50,gpt2", "cuda": "small-400,resnet50,gpt2,llama-1b"}
-DEFAULT_RECIPES = {"cpu": "plain,centralize,clip", "cuda": "plain,centralize,clip,full"}
+DEFAULT_RECIPES = {"cpu": "plain,centralize,clip,reversal,lpg", "cuda": "plain,centralize,clip,full,reversal,lpg"}
 DEFAULT_TRAIN_RECIPES = "plain,clip"
 DEFAULT_SECONDS = 75.0  # of timing, all cases together; checks and warm-up come on top
 HEADROOM = 1.1  # of a workload's memory: the interpreter, torch, the largest temporary
@@ -25,7 +26,8 @@ DTYPES = ("float32", "float64", "bfloat16", "float16")
 DESCRIPTION = """\
 Times one optimizer step on the parameter shapes of real models: gradfused against every
 peer that is installed, each checked against a float64 oracle first, all interleaved, next to the
-roof that memory sets. Without options: small-400, resnet50 and gpt2 on the CPU, in under 3 minutes."""
+roof that memory sets. Likewise forward and backward of gradient reversal and of LPG cross-entropy.
+Without options: small-400, resnet50, gpt2 and both functions on the CPU, in under 3 minutes."""
 
 
 def names_from(allowed: Iterable[str]) -> Callable[[str], list[str]]:
@@ -47,7 +49,7 @@ def names_from(allowed: Iterable[str]) -> Callable[[str], list[str]]:
 
 def peer_names(text: str) -> list[str]:
     """An argparse type: as `names_from` the peers, and `none` for gradfused alone."""
-    return [] if text == "none" else names_from(PEERS)(text)
+    return [] if text == "none" else names_from({**PEERS, **WAYS})(text)
 
 
 def positive(text: str) -> int:
@@ -109,13 +111,13 @@ def add_choices(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("what to measure (lists: a,b,c or all)").add_argument
     add(
         "--models",
-        type=names_from(MODELS),
+        type=names_from({**MODELS, **SIZES}),
         metavar="LIST",
-        help=f"default: {DEFAULT_MODELS['cpu']}; with --device cuda also llama-1b",
+        help=f"default: {DEFAULT_MODELS['cpu']}, with --device cuda also llama-1b; for functions all sizes",
     )
     add(
         "--recipes",
-        type=names_from(RECIPES),
+        type=names_from({**RECIPES, **FUNCTIONS}),
         metavar="LIST",
         help=f"default: {DEFAULT_RECIPES['cpu']}; with --device cuda also full; with --train {DEFAULT_TRAIN_RECIPES}",
     )
@@ -183,23 +185,37 @@ def refuse_early(parser: argparse.ArgumentParser, args: argparse.Namespace) -> N
             parser.error(f"{option} needs {module}: pip install 'gradfused[bench]'")
     if args.train and (args.csv or args.plot):
         parser.error("--train writes no --csv and no --plot; use --json")
-    if args.train or args.list:
+    if args.train and not any(name in RECIPES for name in args.recipes):
+        parser.error(f"--train takes recipes of optimizer steps: any of {', '.join(RECIPES)}")
+    if args.train or args.list or not any(name in RECIPES for name in args.recipes):
         return
     args.left_out = list(too_large(args))
-    if len(args.left_out) == len(args.models) * len(args.dtype):
+    if len(args.left_out) == len(step_models(args)) * len(args.dtype) and not any(n in FUNCTIONS for n in args.recipes):
         parser.error(args.left_out[0]["reason"])
 
 
 def fill_defaults(args: argparse.Namespace) -> None:
     """What depends on the device, or on what is asked for."""
-    usual = DEFAULT_TRAIN_RECIPES if args.train else DEFAULT_RECIPES[args.device.type]
+    usual = (DEFAULT_TRAIN_RECIPES if args.train else DEFAULT_RECIPES[args.device.type]).split(",")
+    args.recipes = args.recipes or [name for name in usual if not args.models or is_for(name, args.models)]
     args.models = args.models or DEFAULT_MODELS[args.device.type].split(",")
-    args.recipes = args.recipes or usual.split(",")
+
+
+def is_for(recipe: str, models: Sequence[str]) -> bool:
+    """Whether a recipe has anything to do with one of the models or sizes named."""
+    mine = MODELS if recipe in RECIPES else {size.name for size in FUNCTIONS[recipe].sizes}
+    return any(name in mine for name in models)
+
+
+def step_models(args: argparse.Namespace) -> list[str]:
+    """The models whose optimizer steps are meant: where only functions' sizes are named, the usual ones."""
+    named = [name for name in args.models if name in MODELS]
+    return named or DEFAULT_MODELS[args.device.type].split(",")
 
 
 def too_large(args: argparse.Namespace) -> Iterator[dict[str, str]]:
     """The models that do not fit into memory in a dtype, and why."""
-    for name in args.models:
+    for name in step_models(args):
         for dtype in args.dtype:
             reason = memory_problem(MODELS[name], dtype, args.optimizers, args.device)
             if reason:

@@ -5,8 +5,7 @@ from __future__ import annotations
 import argparse
 import gc
 import sys
-from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Sequence
 from itertools import product
 from math import sqrt
 
@@ -16,8 +15,12 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedCo
 from rich.table import Table
 
 from . import cuda, report
+from .cli import step_models
 from .environment import describe
+from .function_runner import FUNCTIONS, SIZES, measure_function
+from .functions import Function, FunctionCase, Way
 from .models import MODELS
+from .peer import Peer
 from .peers import PEERS, chosen_peers
 from .recipes import RECIPES, RULES
 from .results import OURS, CaseResult, Results
@@ -25,6 +28,8 @@ from .runner import Plan, measure, meter_for, threads_agree
 from .targets import evaluate
 from .timing import Budget
 from .workload import Case, Workload, make_sets
+
+ShareOut = Callable[["Case | FunctionCase"], Budget]  # the time of a case
 
 CHECK_SHARE = 0.25  # of a case's progress: about what checking takes
 
@@ -50,9 +55,14 @@ def show_list(args: argparse.Namespace) -> int:
     """Prints what there is to choose from."""
     console = screen()
     console.print(list_table("--models", ((m.name, m.about, shape_line(m.name)) for m in MODELS.values())))
+    console.print(list_table("--models, of functions", ((s.name, s.about, size_line(s.name)) for s in SIZES.values())))
     console.print(list_table("--recipes", ((r.name, r.about, "") for r in RECIPES.values())))
+    console.print(list_table("--recipes, functions", ((f.name, f.about, size_names(f)) for f in FUNCTIONS.values())))
     console.print(list_table("--optimizers", ((r.name, rule_line(r.name), "") for r in RULES.values())))
-    console.print(list_table("--peers", ((p.name, p.about, presence(p.name)) for p in PEERS.values())))
+    console.print(list_table("--peers", ((p.name, p.about, presence(p)) for p in PEERS.values())))
+    for function in FUNCTIONS.values():
+        rows = ((way.name, way.about, presence(way)) for way in function.ways)
+        console.print(list_table(f"--peers, of {function.name}", rows))
     return 0
 
 
@@ -75,12 +85,24 @@ def rule_line(name: str) -> str:
     rule = RULES[name]
     options = "".join(f", {key}={value}" for key, value in rule.options.items())
     moved = rule.bytes_per_element(RECIPES["plain"], 4)
-    return f"torch.optim.{rule.class_name}{options}: {moved} bytes an element in float32"
+    where = "torch.optim" if hasattr(torch.optim, rule.class_name) else "gradfused"
+    return f"{where}.{rule.class_name}{options}: {moved} bytes an element in float32"
 
 
-def presence(name: str) -> str:
+def size_line(name: str) -> str:
+    """The shape of a function's main tensor, and the linear layer behind it."""
+    size = SIZES[name]
+    head = f", into {size.outputs}" if size.outputs else ""
+    return f"{' x '.join(map(str, size.shape))}{head}"
+
+
+def size_names(function: Function) -> str:
+    """What a function is measured on."""
+    return ", ".join(size.name for size in function.sizes)
+
+
+def presence(peer: Peer | Way) -> str:
     """Whether a peer is here."""
-    peer = PEERS[name]
     return peer.absent() or ("here, only if named" if peer.opt_in else "here")
 
 
@@ -88,7 +110,7 @@ def train(args: argparse.Namespace) -> int:
     """Trains, prints the comparison and writes it."""
     from .train import compare
 
-    recipes = args.recipes
+    recipes = [name for name in args.recipes if name in RECIPES]
     with progress_bar() as bar:
         task = bar.add_task("", total=1.0)
         rows = compare(
@@ -108,10 +130,12 @@ def train(args: argparse.Namespace) -> int:
 def bench(args: argparse.Namespace) -> int:
     """Measures, prints and writes; returns 1 where gradfused itself was not timed."""
     console, results = screen(), Results(describe(args.device), left_out=args.left_out)
-    cases = cases_of(args)
+    cases, functions = cases_of(args), function_cases_of(args)
     with progress_bar() as bar:
-        task = bar.add_task("", total=float(len(cases)))
-        for result in measured(args, cases, bar, task):
+        task = bar.add_task("", total=float(len(cases) + len(functions)))
+        budget = share_out(args, [*cases, *functions])
+        steps = measured(args, cases, budget, bar, task)
+        for result in (*steps, *measured_functions(args, functions, budget, bar, task)):
             results.cases.append(result)
             report.print_case(console, result)
         if args.device.type == "cuda":
@@ -125,21 +149,50 @@ def bench(args: argparse.Namespace) -> int:
 
 
 def cases_of(args: argparse.Namespace) -> list[Case]:
-    """Every case that was asked for, those of one workload side by side."""
+    """Every optimizer step that was asked for, those of one workload side by side."""
     out = {(left["model"], left["dtype"]) for left in args.left_out}
+    models, recipes = step_models(args), [name for name in args.recipes if name in RECIPES]
     return [
         Case(MODELS[model], RECIPES[recipe], RULES[rule], getattr(torch, dtype), args.device)
-        for model, rule, dtype, recipe in product(args.models, args.optimizers, args.dtype, args.recipes)
+        for model, rule, dtype, recipe in product(models, args.optimizers, args.dtype, recipes)
         if (model, dtype) not in out
     ]
 
 
-def measured(args: argparse.Namespace, cases: Sequence[Case], bar: Progress, task: TaskID) -> Iterator[CaseResult]:
+def function_cases_of(args: argparse.Namespace) -> list[FunctionCase]:
+    """Every function that was asked for, on the sizes that `--models` names, or where it names none on all."""
+    functions = [FUNCTIONS[name] for name in args.recipes if name in FUNCTIONS]
+    return [
+        FunctionCase(function, size, getattr(torch, dtype), args.device)
+        for function, dtype in product(functions, args.dtype)
+        for size in [size for size in function.sizes if size.name in args.models] or function.sizes
+    ]
+
+
+def measured_functions(
+    args: argparse.Namespace, cases: Sequence[FunctionCase], budget: ShareOut, bar: Progress, task: TaskID
+) -> Iterator[CaseResult]:
+    """Measures functions one by one."""
+    for case in cases:
+        release_memory(args.device)
+        start = bar.tasks[task].completed
+
+        def on_progress(what: str, part: float, start: float = start, case: FunctionCase = case) -> None:
+            share = CHECK_SHARE + (1 - CHECK_SHARE) * part if part else 0.0
+            bar.update(task, completed=start + share, description=f"{case.model.name}, {case.recipe.name}: {what}")
+
+        yield measure_function(case, args.peers, budget(case), on_progress)
+        bar.update(task, completed=int(start) + 1)
+
+
+def measured(
+    args: argparse.Namespace, cases: Sequence[Case], budget: ShareOut, bar: Progress, task: TaskID
+) -> Iterator[CaseResult]:
     """Measures the cases one by one; those of one model, rule and dtype share their tensors."""
     peers, held = chosen_peers(args.peers, args.device), None
     sets: list[Workload] = []
     for index, case in enumerate(cases):
-        key, meter = replace(case, recipe=RECIPES["plain"]), meter_for(case.device)
+        key, meter = case.tensors, meter_for(case.device)
         if key != held:
             sets.clear()  # before the next are made: never two models at a time
             release_memory(args.device)
@@ -151,7 +204,7 @@ def measured(args: argparse.Namespace, cases: Sequence[Case], bar: Progress, tas
             description = f"{case.model.name}, {case.recipe.name}: {what}"
             bar.update(task, completed=done + share, description=description)
 
-        yield measure(case, sets, Plan(peers, budget_of(args, case, cases)), on_progress, meter)
+        yield measure(case, sets, Plan(peers, budget(case)), on_progress, meter)
         del meter
         release_memory(args.device)
 
@@ -163,20 +216,24 @@ def release_memory(device: torch.device) -> None:
         torch.cuda.empty_cache()
 
 
-def budget_of(args: argparse.Namespace, case: Case, cases: Sequence[Case]) -> Budget:
-    """A case's part of the time: by the square root of its size, so that all get some.
+def share_out(args: argparse.Namespace, cases: Sequence[Case | FunctionCase]) -> ShareOut:
+    """Each case's part of the time: by the square root of its size, so that all get some.
 
     On a GPU, where small steps wait for the host as large ones do for memory, all get the same.
     """
-    weights = [1.0 if other.device.type == "cuda" else sqrt(other.model.elements) for other in (case, *cases)]
-    return Budget(seconds=args.budget * weights[0] / sum(weights[1:]), rounds=args.steps)
+
+    def weight(case: Case | FunctionCase) -> float:
+        return 1.0 if case.device.type == "cuda" else sqrt(case.model.elements)
+
+    total = sum(map(weight, cases))
+    return lambda case: Budget(seconds=args.budget * weight(case) / total, rounds=args.steps)
 
 
 def thread_cases(results: Sequence[CaseResult]) -> list[Case]:
     """One case a model, the one with most transforms on, where gradfused was timed."""
     chosen: dict[str, Case] = {}
     for result in results:
-        if result.ms(OURS) is not None:
+        if isinstance(result.case, Case) and result.ms(OURS) is not None:
             best = chosen.setdefault(result.case.model.name, result.case)
             if len(active(result.case)) >= len(active(best)):
                 chosen[result.case.model.name] = result.case

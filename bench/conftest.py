@@ -8,7 +8,7 @@ import pytest
 from gradfused.bench.check import Checker
 from gradfused.bench.models import MODELS
 from gradfused.bench.recipes import RECIPES, RULES
-from gradfused.bench.workload import Case, Workload
+from gradfused.bench.workload import Case, Workload, workload_of
 
 MODEL_NAMES = ("small-400", "resnet50")
 RECIPE_NAMES = ("plain", "centralize", "clip")
@@ -35,7 +35,7 @@ def model(request: pytest.FixtureRequest) -> str:
 def workload(model: str) -> Workload:
     """A model's tensors, shared by all its cases."""
     case = case_of(model, "plain")
-    return Workload(case.model.shapes, case.rule, case.dtype, case.device)
+    return workload_of(case)
 
 
 @pytest.fixture(params=RECIPE_NAMES)

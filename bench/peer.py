@@ -5,14 +5,24 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.util import find_spec
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
 from .eager import NoiseSource, Transforms
+from .eager_riders import around
 from .timing import Step
-from .workload import Case, Workload
+from .workload import Case, Slab, Workload
+
+
+class Steps(Protocol):
+    """An optimizer, as far as its step goes."""
+
+    def step(self) -> Any:
+        """Take a step."""
+
 
 Build = Callable[[Case, Workload, NoiseSource], Step]
 
@@ -34,6 +44,7 @@ class Peer:
         rebuilds: Its step for a CUDA graph is another: it is built from the case with `captured` on.
         uncapturable: Why no CUDA graph can hold its step, or None.
         compiles: It takes long to build, so that one set of tensors must do.
+        precisions: Ways of keeping 16-bit weights that it has besides rounding them.
         slack: What a step may differ from the oracle's on top of rounding, where its rule is known to differ.
     """
 
@@ -49,11 +60,18 @@ class Peer:
     rebuilds: bool = False
     uncapturable: str | None = None
     compiles: bool = False
+    precisions: tuple[str, ...] = ()
     slack: Callable[[Case], float] = lambda case: 0.0
 
     def reason_against(self, case: Case) -> str | None:
         """Why it will not be measured on a case, or None if it can."""
-        return self.absent() or self.unable(case)
+        return self.absent() or self.unable(case) or self.cannot_keep(case)
+
+    def cannot_keep(self, case: Case) -> str | None:
+        """Why it lacks the recipe's precision, or None."""
+        if case.recipe.precision is None or case.recipe.precision in self.precisions:
+            return None
+        return f"has no {case.recipe.precision} summation of weights"
 
 
 def needs(module: str, package: str) -> Callable[[], str | None]:
@@ -70,37 +88,44 @@ def cuda_only(case: Case) -> str | None:
     return None if case.device.type == "cuda" else "runs on CUDA only"
 
 
-def share_state(optimizer: Optimizer, workload: Workload) -> None:
+def share_state(optimizer: Optimizer, workload: Workload, *, extra: bool = False) -> None:
     """Has an optimizer with torch's state keys use the workload's state, from step 0.
+
+    Args:
+        optimizer: On the workload's parameters.
+        workload: Whose state.
+        extra: The recipe's own state is the optimizer's, too.
 
     Raises:
         RuntimeError: The optimizer copied the state: memory would grow with every variant.
     """
-    if not workload.state:
+    slabs = {key: slab for key, slab in workload.state.items() if extra or key in workload.rule.state}
+    if not slabs:
         return
-    state = {index: state_of(workload, index) for index in range(len(workload.params))}
+    state = {index: state_of(workload, index, slabs) for index in range(len(workload.params))}
     optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
-    for key, slab in workload.state.items():
+    for key, slab in slabs.items():
         held = optimizer.state[workload.params[0]][key]
         if held.data_ptr() != slab.tensors[0].data_ptr():
             raise RuntimeError(f"the optimizer copied {key!r} when it loaded the state")
 
 
-def state_of(workload: Workload, index: int) -> dict[str, Tensor]:
-    """One parameter's entry in a state dict; torch's SGD alone counts no steps."""
-    tensors = {key: slab.tensors[index] for key, slab in workload.state.items()}
-    return tensors if "momentum_buffer" in tensors else {"step": torch.zeros(()), **tensors}
+def state_of(workload: Workload, index: int, slabs: dict[str, Slab]) -> dict[str, Tensor]:
+    """One parameter's entry in a state dict."""
+    scalars = {key: torch.tensor(value) for key, value in workload.rule.scalars.items()}
+    return scalars | {key: slab.tensors[index] for key, slab in slabs.items()}
 
 
-def transform_then_step(transforms: Transforms, optimizer: Optimizer) -> Step:
-    """The eager way: transform the gradients, then step."""
+def transform_then_step(transforms: Transforms, optimizer: Steps, workload: Workload) -> Step:
+    """The eager way: transform the gradients, step, and whatever else the recipe has, before and after."""
+    recipe = transforms.recipe
 
     def step() -> None:
         transforms.advance()
         transforms.apply()
         optimizer.step()
 
-    return step if not transforms.recipe.plain else optimizer.step
+    return around(recipe, workload, step if recipe.transforms else optimizer.step, foreach=transforms.foreach)
 
 
 def few_large(workload: Workload) -> bool:

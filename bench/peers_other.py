@@ -32,7 +32,8 @@ from .workload import Case, Workload
 def eager_then(optimizer: Optimizer, case: Case, workload: Workload, source: NoiseSource) -> Step:
     """An optimizer after whichever eager transforms are faster."""
     foreach = not few_large(workload)
-    return transform_then_step(Transforms(case.recipe, workload.params, source, foreach=foreach), optimizer)
+    transforms = Transforms(case.recipe, workload.params, source, foreach=foreach)
+    return transform_then_step(transforms, optimizer, workload)
 
 
 def adam_only(case: Case) -> str | None:
@@ -52,14 +53,16 @@ def fused_adam_unable(case: Case) -> str | None:
 def build_optimi(case: Case, workload: Workload, source: NoiseSource) -> Step:
     """torch-optimi: Triton on CUDA, else its multi-tensor implementation.
 
-    Kahan summation, its default in low precision, stays off: it is another job than the others do.
+    Kahan summation, its default in low precision, stays off where the recipe does not ask for it.
     """
     kind = getattr(import_module("optimi"), case.rule.class_name)
+    kahan = case.recipe.precision == "kahan"
+    options = rule_options(case) | ({"adam_wd": False} if case.rule.class_name == "Adan" else {})
     triton = case.device.type == "cuda"
     way = {"triton": True} if triton else {"foreach": True}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # of foreach
-        optimizer = kind(workload.params, **rule_options(case), **way, kahan_sum=False)
+        optimizer = kind(workload.params, **options, **way, kahan_sum=kahan)
     if not triton:  # whose kernels want placeholders that only its own initialisation makes
         share_optimi_state(optimizer, workload)
     return eager_then(optimizer, case, workload, source)
@@ -67,14 +70,16 @@ def build_optimi(case: Case, workload: Workload, source: NoiseSource) -> Step:
 
 def share_optimi_state(optimizer: Optimizer, workload: Workload) -> None:
     """Has optimi use the workload's state; its SGD calls the momentum buffer `exp_avg`."""
-    names = {"momentum_buffer": "exp_avg"}
+    names = {"momentum_buffer": "exp_avg", "neg_pre_grad": "prev_grad"}
     for index, param in enumerate(workload.params):
         tensors = {names.get(k, k): slab.tensors[index] for k, slab in workload.state.items()}
         optimizer.state[param].update({"kahan_comp": None, "exp_avg": None, **tensors})
 
 
 def optimi_unable(case: Case) -> str | None:
-    """optimi lacks one of torch's options."""
+    """optimi lacks the rule, or one of torch's options."""
+    if case.rule.class_name not in ("SGD", "Adam", "AdamW", "RAdam", "Lion", "Adan"):
+        return f"has no {case.rule.class_name}"
     return "has no amsgrad" if case.rule.options.get("amsgrad") else None
 
 
@@ -100,6 +105,10 @@ def build_pytorch_optimizer(case: Case, workload: Workload, source: NoiseSource)
 
 def pytorch_optimizer_unable(case: Case) -> str | None:
     """Only its centralisation is its own."""
+    if case.rule.class_name not in ("SGD", "Adam", "AdamW"):
+        return "its rule is not the oracle's" if not hasattr(torch.optim, case.rule.class_name) else "has no fused one"
+    if case.recipe.sam is not None or case.recipe.ema is not None:
+        return "its AdamW is torch.optim's own: see torch-fused"
     if case.recipe.centralize:
         return None
     return f"its {case.rule.class_name} is torch.optim's own: see torch-fused"
@@ -180,6 +189,7 @@ OTHER_PEERS = (
         unable=optimi_unable,
         copies=2,
         keeps=2,
+        precisions=("kahan",),
     ),
     Peer(
         "pytorch_optimizer",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -12,6 +13,8 @@ import gradfused
 from gradfused.backends import NAMES, availability
 
 from .eager import FoldedTransforms, NoiseSource, Transforms
+from .eager_rules import RULES as EAGER_RULES
+from .eager_rules import EagerOptimizer
 from .peer import Build, Peer, cuda_only, few_large, graph_options, rule_options, share_state, transform_then_step
 from .results import OURS
 from .timing import Step
@@ -28,16 +31,16 @@ def torch_optimizer(case: Case, workload: Workload, **options: object) -> Optimi
 
 def build_loop(case: Case, workload: Workload, source: NoiseSource) -> Step:
     """torch's for-loop implementation, transforms in a loop too."""
-    optimizer = torch_optimizer(case, workload, foreach=False, fused=False)
+    optimizer = torch_optimizer(case, workload, foreach=False)
     transforms = Transforms(case.recipe, workload.params, source, foreach=False)
-    return transform_then_step(transforms, optimizer)
+    return transform_then_step(transforms, optimizer, workload)
 
 
 def build_foreach(case: Case, workload: Workload, source: NoiseSource) -> Step:
     """torch's multi-tensor implementation, transforms through `torch._foreach_*` too."""
     optimizer = torch_optimizer(case, workload, foreach=True)
     transforms = Transforms(case.recipe, workload.params, source, foreach=True)
-    return transform_then_step(transforms, optimizer)
+    return transform_then_step(transforms, optimizer, workload)
 
 
 def build_fused(case: Case, workload: Workload, source: NoiseSource) -> Step:
@@ -45,7 +48,7 @@ def build_fused(case: Case, workload: Workload, source: NoiseSource) -> Step:
     optimizer = torch_optimizer(case, workload, fused=True)
     foreach = not few_large(workload)
     transforms = Transforms(case.recipe, workload.params, source, foreach=foreach)
-    return transform_then_step(transforms, optimizer)
+    return transform_then_step(transforms, optimizer, workload)
 
 
 def build_folded(case: Case, workload: Workload, source: NoiseSource) -> Step:
@@ -66,7 +69,39 @@ def nothing_to_fold(case: Case) -> str | None:
     """Only what multiplies every gradient by one number can be folded."""
     recipe = case.recipe
     foldable = recipe.clip is not None or recipe.reverse is not None
-    return None if foldable else "the recipe has nothing to fold into grad_scale"
+    if recipe.sam is not None or recipe.ema is not None or not foldable:
+        return "the recipe has nothing to fold into grad_scale"
+    return not_fused(case)
+
+
+def not_torchs(case: Case) -> str | None:
+    """torch.optim lacks the rule."""
+    return None if hasattr(torch.optim, case.rule.class_name) else f"torch.optim has no {case.rule.class_name}"
+
+
+def not_fused(case: Case) -> str | None:
+    """torch.optim lacks the rule, or a fused implementation of it."""
+    kind = getattr(torch.optim, case.rule.class_name, None)
+    if kind is None or "fused" in inspect.signature(kind).parameters:
+        return not_torchs(case)
+    return f"torch.optim has no fused {case.rule.class_name}"
+
+
+def not_compiled(case: Case) -> str | None:
+    """What is around the step is not part of the compiled function."""
+    return "leaves SAM and averages to eager code" if case.recipe.sam or case.recipe.ema else not_torchs(case)
+
+
+def build_eager(case: Case, workload: Workload, source: NoiseSource) -> Step:
+    """The paper's formula in torch's multi-tensor operations, transforms through whichever are faster."""
+    transforms = Transforms(case.recipe, workload.params, source, foreach=not few_large(workload))
+    return transform_then_step(transforms, EagerOptimizer(case, workload), workload)
+
+
+def torch_has_it(case: Case) -> str | None:
+    """torch.optim's own says more than a formula in torch's operations."""
+    has = case.rule.class_name not in EAGER_RULES
+    return f"torch.optim has {case.rule.class_name}: see torch-foreach" if has else None
 
 
 def build_compiled(case: Case, workload: Workload, source: NoiseSource) -> Step:
@@ -94,9 +129,17 @@ def build_gradfused(backend: str) -> Build:
     def build(case: Case, workload: Workload, source: NoiseSource) -> Step:
         kind = getattr(gradfused, case.rule.class_name)
         options = {**rule_options(case), **case.recipe.options}
-        optimizer: Optimizer = kind(workload.params, **options, backend=backend)
-        share_state(optimizer, workload)
-        return optimizer.step
+        optimizer: gradfused.optim.Optimizer = kind(workload.params, **options, backend=backend)
+        share_state(optimizer, workload, extra=True)
+        if case.recipe.sam is None:
+            return optimizer.step
+        sam = gradfused.SAM(optimizer, case.recipe.sam)
+
+        def both_halves() -> None:
+            sam.first_step()
+            sam.second_step()
+
+        return both_halves
 
     return build
 
@@ -106,26 +149,46 @@ def missing(backend: str) -> Callable[[], str | None]:
     return lambda: availability()[backend].reason
 
 
+PRECISIONS = ("kahan", "stochastic", "master")
+
+
 def on_backend(name: str) -> Peer:
     """gradfused on a GPU with a backend other than the one that it would take."""
     about = f"this package with backend={name!r}"
-    return Peer(f"{OURS}-{name}", about, build_gradfused(name), absent=missing(name), unable=cuda_only, home="cuda")
+    return Peer(
+        f"{OURS}-{name}",
+        about,
+        build_gradfused(name),
+        absent=missing(name),
+        unable=cuda_only,
+        home="cuda",
+        precisions=PRECISIONS,
+    )
 
 
 TORCH_PEERS = (
-    Peer(OURS, "this package", build_gradfused("auto")),
+    Peer(OURS, "this package", build_gradfused("auto"), precisions=PRECISIONS),
     *(on_backend(name) for name in NAMES if name not in ("auto", "cpu", "reference")),
     Peer(
         f"{OURS}-reference",
         "this package's oracle in the case's own dtype",
         build_gradfused("reference"),
         opt_in=True,
+        precisions=PRECISIONS,
         copies=1,
         uncapturable="the oracle waits for the device",
     ),
-    Peer("torch-loop", "torch.optim, foreach=False", build_loop, rebuilds=True),
-    Peer("torch-foreach", "torch.optim, foreach=True", build_foreach, copies=2, rebuilds=True),
-    Peer("torch-fused", "torch.optim, fused=True", build_fused, rebuilds=True),
+    Peer("torch-loop", "torch.optim, foreach=False", build_loop, unable=not_torchs, rebuilds=True),
+    Peer("torch-foreach", "torch.optim, foreach=True", build_foreach, unable=not_torchs, copies=2, rebuilds=True),
+    Peer("torch-fused", "torch.optim, fused=True", build_fused, unable=not_fused, rebuilds=True),
+    Peer(
+        "torch-eager",
+        "rules that torch.optim lacks, in its multi-tensor operations",
+        build_eager,
+        unable=torch_has_it,
+        copies=2,
+        uncapturable="it counts its steps on the host",
+    ),
     Peer(
         "torch-fused-gradscale",
         "the same, clipping and reversal folded into a preset optimizer.grad_scale",
@@ -137,6 +200,7 @@ TORCH_PEERS = (
         "torch-compile",
         "torch.compile of transforms and step; slow to compile",
         build_compiled,
+        unable=not_compiled,
         opt_in=True,
         copies=1,
         compiles=True,

@@ -6,8 +6,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .functions import FunctionCase
 from .report import environment_line, milliseconds
-from .results import OURS, ROOF, YARDSTICKS, CaseResult, Record, Results
+from .results import CROSS_ENTROPY, NO_REVERSAL, OURS, ROOF, YARDSTICKS, CaseResult, Record, Results
+from .workload import Case
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -29,7 +31,13 @@ PEER_COLOURS = {
     "transformer-engine": "#5f7a52",
     "apex": "#a3b899",
     "bitsandbytes": "#7f9a72",
+    "gradfused-layer": "#f2a679",
+    "autograd-function": "#98bade",
+    "eager-lpg": "#98bade",
+    "eager-lpg-frugal": "#5d8fc0",
+    "pytorch-revgrad": "#9a9ea3",
 }
+WITHOUT = "nothing perturbed or reversed"
 BAR = 0.8  # width of a group of bars, where groups are 1 apart
 
 
@@ -66,7 +74,7 @@ def panels_of(cases: Sequence[CaseResult]) -> list[list[CaseResult]]:
     panels: dict[tuple[Any, ...], list[CaseResult]] = {}
     for result in cases:
         case = result.case
-        panels.setdefault((case.model.name, case.rule.name, case.dtype), []).append(result)
+        panels.setdefault((case.model.name, case.rule_name, case.dtype), []).append(result)
     return list(panels.values())
 
 
@@ -75,9 +83,10 @@ def draw_panel(axis: Axes, cases: Sequence[CaseResult]) -> None:
     for position, result in enumerate(cases):
         draw_group(axis, position, result)
     case = cases[0].case
+    tensors = len(case.model.shapes)
     axis.set_title(case.model.name, loc="left", fontsize=13, fontweight="bold")
     axis.set_title(
-        f"{case.model.elements / 1e6:.3g}M elements, {len(case.model.shapes)} tensors",
+        f"{case.model.elements / 1e6:.3g}M elements, {tensors} tensor{'s' if tensors > 1 else ''}",
         loc="right",
         fontsize=9,
         color="#495057",
@@ -85,7 +94,7 @@ def draw_panel(axis: Axes, cases: Sequence[CaseResult]) -> None:
     axis.set_xticks(range(len(cases)), [group_label(result) for result in cases], fontsize=11)
     axis.tick_params(axis="x", length=0)
     axis.set_xlim(-0.55, len(cases) - 0.45)
-    axis.set_ylabel("ms a step")
+    axis.set_ylabel(f"ms, {case.work}")
     axis.set_ylim(top=axis.get_ylim()[1] * 1.08)
     axis.yaxis.grid(True, color="#e9ecef")
     axis.set_axisbelow(True)
@@ -122,9 +131,16 @@ def draw_group(axis: Axes, position: int, result: CaseResult) -> None:
             fontweight="bold" if mine else "normal",
             color=OUR_COLOUR if mine else "#495057",
         )
-    if roof:
+    draw_line(axis, position, roof, ls=(0, (3, 1.5)), label=ROOF)
+    for name in (CROSS_ENTROPY, NO_REVERSAL):
+        draw_line(axis, position, result.ms(name), ls=(0, (1, 1.5)), label=WITHOUT)
+
+
+def draw_line(axis: Axes, position: int, ms: float | None, **style: Any) -> None:
+    """A line over a group of bars, where there is a figure for it."""
+    if ms:
         ends = [position - BAR / 2 - 0.04, position + BAR / 2 + 0.04]
-        axis.plot(ends, [roof, roof], color=ROOF_COLOUR, lw=1.6, ls=(0, (3, 1.5)), label=ROOF)
+        axis.plot(ends, [ms, ms], color=ROOF_COLOUR, lw=1.6, **style)
 
 
 def times(record: Record, ours: float | None) -> str:
@@ -135,19 +151,29 @@ def times(record: Record, ours: float | None) -> str:
     return f"{ratio:.0f}x" if ratio >= 10 else f"{ratio:.1f}x"
 
 
+def heading(results: Results) -> str:
+    """What was timed."""
+    rules = dict.fromkeys(r.case.rule.class_name for r in results.cases if isinstance(r.case, Case))
+    steps = [f"One optimizer step, {', '.join(rules)}"] if rules else []
+    functions = ["forward and backward"] if any(isinstance(r.case, FunctionCase) for r in results.cases) else []
+    dtypes = dict.fromkeys(result.case.dtype_name for result in results.cases)
+    text = ", or ".join([*steps, *functions])
+    return f"{text[0].upper()}{text[1:]}, {', '.join(dtypes)}"
+
+
 def finish(figure: Any, axes: Sequence[Axes], results: Results) -> None:
     """Title, one legend for all panels, and the machine."""
     handles: dict[str, Any] = {}
     for axis in axes:
         for handle, label in zip(*axis.get_legend_handles_labels(), strict=True):
             handles.setdefault(label, handle)
-    order = [*PEER_COLOURS, OURS, ROOF]
+    order = [*PEER_COLOURS, OURS, WITHOUT, ROOF]
     names = sorted(handles, key=lambda name: order.index(name) if name in order else -1)
     case = results.cases[0].case
     roof = "a copy's bandwidth" if case.device.type == "cuda" else "same memory traffic, no math"
     labels = [f"roof: {roof}" if name == ROOF else name for name in names]
     figure.suptitle(
-        f"One optimizer step, {case.rule.class_name}, {case.dtype_name}: lower is better\n\n",
+        f"{heading(results)}: lower is better\n\n",
         x=0.012,
         ha="left",
         fontsize=15,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 NOISE_DECAY = 0.55
@@ -20,6 +20,9 @@ class Recipe:
         clip: Largest global norm of the gradient, or None.
         noise: Variance of the noise at step 0; 0 switches it off.
         reverse: The lambda of gradient reversal, or None.
+        sam: Length of an ascent before the step, or None; both halves are measured, on the same gradients.
+        ema: Share that a moving average of the weights keeps of itself, or None.
+        precision: How weights of 16 bits are kept, or None.
     """
 
     name: str
@@ -28,6 +31,9 @@ class Recipe:
     clip: float | None = None
     noise: float = 0.0
     reverse: float | None = None
+    sam: float | None = None
+    ema: float | None = None
+    precision: str | None = None
 
     @property
     def options(self) -> dict[str, Any]:
@@ -38,12 +44,29 @@ class Recipe:
             "clip_norm": self.clip,
             "noise": self.noise,
             "reverse": self.reverse,
+            "ema": self.ema,
+            "precision": self.precision,
         }
 
     @property
+    def transforms(self) -> bool:
+        """Whether gradients are transformed."""
+        return bool(self.centralize or self.clip or self.noise or self.reverse is not None)
+
+    @property
     def plain(self) -> bool:
-        """Whether no transform is on."""
-        return not (self.centralize or self.clip or self.noise or self.reverse is not None)
+        """Whether it is the optimizer's step alone."""
+        return not (self.transforms or self.sam or self.ema or self.precision)
+
+    @property
+    def state(self) -> tuple[str, ...]:
+        """Keys of the per-element state that it adds to the rule's."""
+        return (*("ema",) * (self.ema is not None), *("kahan_comp",) * (self.precision == "kahan"))
+
+    @property
+    def extra_streams(self) -> int:
+        """What it moves on top of the rule's floor: the norm's gradient, its state, and SAM's ascent."""
+        return (self.clip is not None) + 2 * len(self.state) + 5 * (self.sam is not None)
 
     def sigma(self, step: int) -> float:
         """Standard deviation of the noise at a step, counted from 0."""
@@ -68,6 +91,9 @@ RECIPES = {
             noise=0.01,
             reverse=1.0,
         ),
+        Recipe("sam", "both halves of sharpness-aware minimization, rho 0.05", sam=0.05),
+        Recipe("ema", "a moving average of the weights, 0.999", ema=0.999),
+        Recipe("kahan", "16-bit weights with Kahan's compensation", precision="kahan"),
     )
 }
 
@@ -81,12 +107,16 @@ class Rule:
         class_name: Of the class in `torch.optim` and in gradfused.
         options: Keyword arguments besides lr and weight_decay, in torch's names.
         state: Keys of the per-element state, in torch's names.
+        scalars: What its one-element state starts from.
+        weighs: It needs norms of each parameter and of its gradient or update before the step.
     """
 
     name: str
     class_name: str
     options: dict[str, Any]
     state: tuple[str, ...]
+    scalars: dict[str, float] = field(default_factory=lambda: {"step": 0.0})
+    weighs: bool = False
 
     @property
     def streams(self) -> int:
@@ -95,11 +125,13 @@ class Rule:
         return 2 * written + 1
 
     def bytes_per_element(self, recipe: Recipe, itemsize: int) -> int:
-        """DESIGN 3's byte budget: the floor, and one more gradient read for a global norm."""
-        return (self.streams + (recipe.clip is not None)) * itemsize
+        """DESIGN 3's byte budget: the floor, what the recipe adds, and what a trust ratio reads before the step."""
+        weighing = 2 + len(self.state) * (self.class_name == "LAMB") if self.weighs else 0
+        return (self.streams + recipe.extra_streams + weighing) * itemsize
 
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
+ADAN_STATE = (*MOMENTS, "exp_avg_diff", "neg_pre_grad")
 BETAS = {"betas": (0.9, 0.999), "eps": 1e-8}
 
 RULES = {
@@ -108,7 +140,15 @@ RULES = {
         Rule("adamw", "AdamW", BETAS, MOMENTS),
         Rule("adamw-amsgrad", "AdamW", BETAS | {"amsgrad": True}, (*MOMENTS, "max_exp_avg_sq")),
         Rule("adam", "Adam", BETAS, MOMENTS),
-        Rule("sgd-momentum", "SGD", {"momentum": 0.9}, ("momentum_buffer",)),
-        Rule("sgd", "SGD", {}, ()),
+        Rule("sgd-momentum", "SGD", {"momentum": 0.9}, ("momentum_buffer",), {}),
+        Rule("sgd", "SGD", {}, (), {}),
+        Rule("adagrad", "Adagrad", {"eps": 1e-10}, ("sum",)),
+        Rule("rmsprop", "RMSprop", {"alpha": 0.99, "eps": 1e-8}, ("square_avg",)),
+        Rule("nadam", "NAdam", BETAS | {"momentum_decay": 4e-3}, MOMENTS, {"step": 0.0, "mu_product": 1.0}),
+        Rule("radam", "RAdam", BETAS, MOMENTS),
+        Rule("lion", "Lion", {"betas": (0.9, 0.99)}, ("exp_avg",), {}),
+        Rule("lamb", "LAMB", BETAS | {"eps": 1e-6}, MOMENTS, weighs=True),
+        Rule("lars", "LARS", {"momentum": 0.9, "trust_coefficient": 1e-3}, ("momentum_buffer",), {}, weighs=True),
+        Rule("adan", "Adan", {"betas": (0.98, 0.92, 0.99), "eps": 1e-8}, ADAN_STATE),
     )
 }

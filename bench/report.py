@@ -9,14 +9,31 @@ from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from .results import EVENTS, FUSED_PLAIN, OURS, ROOF, CaseResult, Record, Results, Skipped, is_ours
+from .results import (
+    CROSS_ENTROPY,
+    EVENTS,
+    FUSED_PLAIN,
+    NO_REVERSAL,
+    OURS,
+    ROOF,
+    CaseResult,
+    Record,
+    Results,
+    Skipped,
+    is_ours,
+)
 
 VERDICTS = {
     True: Text("met", style="green"),
     False: Text("not met", style="bold red"),
     None: Text("disturbed", style="yellow"),
 }
-LABELS = {ROOF: "roof (no math)", FUSED_PLAIN: "torch-fused, no recipe"}
+LABELS = {
+    ROOF: "roof (no math)",
+    FUSED_PLAIN: "torch-fused, no recipe",
+    CROSS_ENTROPY: "F.cross_entropy, no LPG",
+    NO_REVERSAL: "no reversal",
+}
 HEADINGS = ("ms", "p20 - p80", f"x {OURS}", "GB/s", "% of roof", "time / roof")
 CUDA_HEADINGS = ("wall ms", "p20 - p80", f"x {OURS}", "device ms", "p20 - p80", f"x {OURS}", "GB/s", "% of roof")
 BUSY = 10.0  # percent: above it, others use the GPU
@@ -25,7 +42,7 @@ BUSY = 10.0  # percent: above it, others use the GPU
 def print_case(console: Console, result: CaseResult) -> None:
     """Prints the table of one case, and who is missing from it."""
     console.print()
-    console.print(Text(case_title(result), style="bold"))
+    console.print(Text(result.case.title, style="bold"))
     console.print(case_table(result))
     if result.disturbed:
         console.print(Text(f"  {disturbance(result)}", style="bold red"))
@@ -58,17 +75,6 @@ def case_table(result: CaseResult) -> Table:
     for record in sorted(result.records, key=lambda record: -record.ms_median):
         table.add_row(*make_cells(record, result.of(OURS), result.ms(ROOF)), style=row_style(record))
     return table
-
-
-def case_title(result: CaseResult) -> str:
-    """What a table is about."""
-    case = result.case
-    per_element = case.rule.bytes_per_element(case.recipe, case.dtype.itemsize)
-    return (
-        f"{case.model.name} | {case.recipe.name} | {case.rule.name} | {case.dtype_name} on "
-        f"{case.device.type} ({len(case.model.shapes)} tensors, "
-        f"{case.model.elements / 1e6:.1f}M elements, {per_element} bytes each)"
-    )
 
 
 def cells(record: Record, ours: Record | None, roof_ms: float | None) -> list[str]:
@@ -125,7 +131,7 @@ def milliseconds(value: float) -> str:
 def row_style(record: Record) -> str:
     """gradfused stands out; what is there for scale steps back."""
     plain = "green" if is_ours(record.variant) else ""
-    return {OURS: "bold green", ROOF: "cyan", FUSED_PLAIN: "cyan"}.get(record.variant, plain)
+    return "bold green" if record.variant == OURS else "cyan" if record.variant in LABELS else plain
 
 
 def print_closing(console: Console, results: Results) -> None:

@@ -5,20 +5,23 @@ from __future__ import annotations
 import csv
 import json
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .quiet import LIMIT
-from .recipes import RECIPES
 from .timing import Samples
 from .workload import Case
+
+if TYPE_CHECKING:
+    from .functions import FunctionCase
 
 ROOF = "roof"
 OURS = "gradfused"
 FUSED_PLAIN = "torch-fused-plain"
+NO_REVERSAL, CROSS_ENTROPY = "no-reversal", "cross-entropy"
 # Neither competitors nor ours: they are there for scale.
-YARDSTICKS = frozenset({ROOF, FUSED_PLAIN, f"{OURS}-reference"})
+YARDSTICKS = frozenset({ROOF, FUSED_PLAIN, NO_REVERSAL, CROSS_ENTROPY, f"{OURS}-reference"})
 GRAPH, EVENTS = "graph", "events"  # where a device's time is from
 
 
@@ -34,7 +37,7 @@ class Record:
     Attributes:
         model: Name of the model.
         recipe: Name of the recipe.
-        optimizer: Name of the update rule.
+        optimizer: Name of the update rule; "none" where a function is measured.
         dtype: Of every tensor.
         device: Where they live.
         variant: Who took the steps.
@@ -86,7 +89,7 @@ class Skipped:
     Attributes:
         model: Name of the model.
         recipe: Name of the recipe.
-        optimizer: Name of the update rule.
+        optimizer: Name of the update rule; "none" where a function is measured.
         dtype: Of every tensor.
         device: Where they live.
         variant: Who was not timed.
@@ -104,19 +107,24 @@ class Skipped:
     everywhere: bool = False
 
 
-def case_fields(case: Case) -> dict[str, Any]:
+def case_fields(case: Case | FunctionCase) -> dict[str, Any]:
     """The fields that records of a case have in common."""
     return {
         "model": case.model.name,
         "recipe": case.recipe.name,
-        "optimizer": case.rule.name,
+        "optimizer": case.rule_name,
         "dtype": case.dtype_name,
         "device": case.device.type,
     }
 
 
 def record(
-    case: Case, variant: str, roof_gbps: float, wall: Samples, device: Samples | None = None, means: str = EVENTS
+    case: Case | FunctionCase,
+    variant: str,
+    roof_gbps: float,
+    wall: Samples,
+    device: Samples | None = None,
+    means: str = EVENTS,
 ) -> Record:
     """The record of a variant.
 
@@ -150,15 +158,16 @@ def quantiles(samples: Samples, name: str, factor: float = 1.0) -> dict[str, Any
     return {key: round(factor * samples.quantile(place), 5) for key, place in places.items()}
 
 
-def bytes_moved(case: Case, variant: str) -> int:
-    """DESIGN 3's budget of what a variant computes."""
-    return (replace(case, recipe=RECIPES["plain"]) if variant == FUSED_PLAIN else case).bytes_moved
+def bytes_moved(case: Case | FunctionCase, variant: str) -> int:
+    """DESIGN 3's budget of what a variant computes; leaving a gradient alone moves nothing."""
+    if variant == NO_REVERSAL and len(case.model.shapes) == 1:
+        return 0
+    return (case.plain if variant == FUSED_PLAIN else case).bytes_moved
 
 
-def roof_record(case: Case, samples: Samples, roof_gbps: float) -> Record:
+def roof_record(case: Case | FunctionCase, samples: Samples, roof_gbps: float) -> Record:
     """The roof as a record: the time that the plain rule's streams need at its speed."""
-    plain_bytes = replace(case, recipe=RECIPES["plain"]).bytes_moved
-    factor = plain_bytes / roof_gbps / 1e6 / samples.median
+    factor = case.plain.bytes_moved / roof_gbps / 1e6 / samples.median
     low, middle, high = quantiles(samples, "ms", factor).values()
     return Record(
         **case_fields(case),
@@ -185,7 +194,7 @@ class CaseResult:
         others_share: Of the processors' time, what other programs took during timing.
     """
 
-    case: Case
+    case: Case | FunctionCase
     records: list[Record] = field(default_factory=list)
     skipped: list[Skipped] = field(default_factory=list)
     uncaptured: dict[str, str] = field(default_factory=dict)

@@ -47,8 +47,12 @@ def roof_of(case: Case, workload: Workload) -> Roof:
 def copy_on(device: torch.device, largest: int = COPY_BYTES) -> Roof:
     """A copy within a device's memory, of a tensor that no cache holds, whatever the model."""
     count = min(largest, bytes_available(device) // 8) // 4
-    source = torch.randn(count, device=device)  # zeros are known to run faster
-    target = torch.empty_like(source)
+    return copy_of(torch.randn(count, device=device))  # zeros are known to run faster
+
+
+def copy_of(source: torch.Tensor) -> Roof:
+    """A copy into memory that is there already."""
+    target = torch.zeros_like(source)
     return Roof(lambda: target.copy_(source), 2 * source.nbytes)
 
 

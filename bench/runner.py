@@ -131,7 +131,7 @@ def prepare(
     checker = Checker(case)
     candidates = [(peer, case, checker) for peer in peers]
     fused = PEERS["torch-fused"]
-    if fused in peers and not case.recipe.plain:
+    if fused in peers and not case.recipe.plain and not fused.unable(case):
         # What the recipe costs on top of a plain step, seen side by side.
         plain = replace(case, recipe=RECIPES["plain"])
         candidates.append((replace(fused, name=FUSED_PLAIN), plain, Checker(plain)))

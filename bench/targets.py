@@ -6,7 +6,8 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from .results import FUSED_PLAIN, OURS, ROOF, CaseResult, Record, Results
+from .functions import FunctionCase
+from .results import CROSS_ENTROPY, FUSED_PLAIN, OURS, ROOF, CaseResult, Record, Results
 from .workload import Case
 
 Measure = Callable[[CaseResult], "float | None"]
@@ -145,6 +146,12 @@ def of_copy(model: str, recipe: str, limit: float) -> Target:
     return Target(model, recipe, "device: share of a copy's bandwidth", share_of_roof, limit)
 
 
+LPG_TARGETS = tuple(
+    target
+    for size in ("8192x1000", "2048x32000")
+    for target in (over(size, "lpg", "eager-lpg", 3.0), within(size, "lpg", CROSS_ENTROPY, 1.1))
+)
+
 TARGETS = {
     "cpu": (
         over("gpt2", "clip", "torch-fused", 2.5),
@@ -155,6 +162,7 @@ TARGETS = {
         over("small-400", "clip", "torch-fused", 30.0),
         Target("small-400", "clip", "ms a step", lambda result: result.ms(OURS), 1.0, at_least=False),
         within("gpt2", "centralize", ROOF, 1.15),
+        *LPG_TARGETS,
     ),
     "cuda": (
         of_copy("gpt2", "centralize", 0.92),
@@ -184,7 +192,7 @@ def case_rows(cases: Sequence[CaseResult]) -> Iterator[dict[str, Any]]:
     """Rows of the targets that belong to a model and a recipe, in float32."""
     for result in cases:
         case = result.case
-        for target in TARGETS[case.device.type] if case.dtype_name == "float32" and is_adamw(case) else ():
+        for target in TARGETS[case.device.type] if case.dtype_name == "float32" and is_judged(case) else ():
             found = target.row(result) if target.meant(result) else None
             if found:
                 yield found
@@ -205,6 +213,11 @@ def fastest_rows(cases: Sequence[CaseResult]) -> Iterator[dict[str, Any]]:
             yield row(name, title, ratio, 1.0, met, sign=">")
 
 
-def is_adamw(case: Case) -> bool:
+def is_judged(case: Case | FunctionCase) -> bool:
+    """Whether a case is a function or of the update rule that targets are set for."""
+    return isinstance(case, FunctionCase) or is_adamw(case)
+
+
+def is_adamw(case: Case | FunctionCase) -> bool:
     """Whether a case is of the update rule that targets are set for."""
-    return case.rule.name == "adamw"
+    return case.rule_name == "adamw"

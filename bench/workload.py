@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
 
@@ -12,11 +12,12 @@ import torch
 from torch import Tensor
 
 from .models import Model, Shape
-from .recipes import Recipe, Rule
+from .recipes import RECIPES, Recipe, Rule
 
 ALIGNMENT = {"cpu": 64, "cuda": 512}  # bytes; that of torch's own allocations
 CPU = torch.device("cpu")
 MAX_SETS = 128  # of tensors that rotate past a cache: a real model needs far fewer
+SQUARES = ("exp_avg_sq", "max_exp_avg_sq", "square_avg", "sum")
 PATTERN = 1 << 16  # elements; small enough to stay in cache, so that a refresh only writes
 
 
@@ -43,6 +44,33 @@ class Case:
     lr: float = 1e-5
     weight_decay: float = 0.01
     captured: bool = False
+
+    work = "optimizer step"
+
+    @property
+    def rule_name(self) -> str:
+        """Of the update rule."""
+        return self.rule.name
+
+    @property
+    def plain(self) -> Case:
+        """The same without transforms."""
+        return replace(self, recipe=RECIPES["plain"])
+
+    @property
+    def tensors(self) -> Case:
+        """A case on the same tensors: the recipe counts where it keeps state."""
+        return self if self.recipe.state else self.plain
+
+    @property
+    def title(self) -> str:
+        """What a table is about."""
+        per_element = self.rule.bytes_per_element(self.recipe, self.dtype.itemsize)
+        return (
+            f"{self.model.name} | {self.recipe.name} | {self.rule.name} | {self.dtype_name} on "
+            f"{self.device.type} ({len(self.model.shapes)} tensors, "
+            f"{self.model.elements / 1e6:.1f}M elements, {per_element} bytes each)"
+        )
 
     @property
     def dtype_name(self) -> str:
@@ -87,11 +115,20 @@ class Workload:
         rule: Says which state there is.
         dtype: Of every tensor.
         device: Of every tensor.
+        recipe: May add state.
     """
 
-    def __init__(self, shapes: Sequence[Shape], rule: Rule, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(
+        self,
+        shapes: Sequence[Shape],
+        rule: Rule,
+        dtype: torch.dtype,
+        device: torch.device,
+        recipe: Recipe = RECIPES["plain"],
+    ) -> None:
+        self.rule, self.recipe = rule, recipe
         self.weights, self.grads = Slab(shapes, dtype, device), Slab(shapes, dtype, device)
-        self.state = {key: Slab(shapes, dtype, device) for key in rule.state}
+        self.state = {key: Slab(shapes, dtype, device) for key in (*rule.state, *recipe.state)}
         self.params = [torch.nn.Parameter(tensor) for tensor in self.weights.tensors]
         for param, grad in zip(self.params, self.grads.tensors, strict=True):
             param.grad = grad
@@ -100,12 +137,17 @@ class Workload:
         # Neither centred, nor of norm below 1, nor near the dtype's denormals.
         self.pattern = (0.01 * (noise + 0.5)).to(dtype)
 
+    @property
+    def averages(self) -> list[Tensor]:
+        """The moving average of each parameter."""
+        return self.state["ema"].tensors
+
     @torch.no_grad()
     def reset(self) -> None:
         """Gives every tensor ordinary values."""
         self.weights.tile(self.pattern * 10)
         for key, slab in self.state.items():
-            slab.tile(self.pattern.square() if key.endswith("_sq") else self.pattern)
+            slab.tile(self.pattern.square() if key in SQUARES else self.pattern)
         self.refresh()
 
     @torch.no_grad()
@@ -123,7 +165,12 @@ class Workload:
 def make_sets(case: Case, cache_bytes: int) -> list[Workload]:
     """A case's tensors, as often as it takes to overflow a cache when steps take the sets in turn."""
     count = sets_needed(bytes_needed(case.model.elements, case.rule, case.dtype), cache_bytes)
-    return [Workload(case.model.shapes, case.rule, case.dtype, case.device) for _ in range(count)]
+    return [workload_of(case) for _ in range(count)]
+
+
+def workload_of(case: Case, shapes: Sequence[Shape] | None = None) -> Workload:
+    """A case's tensors, in the model's shapes or others."""
+    return Workload(shapes or case.model.shapes, case.rule, case.dtype, case.device, case.recipe)
 
 
 def sets_needed(set_bytes: int, cache_bytes: int) -> int:

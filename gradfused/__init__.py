@@ -1,11 +1,14 @@
 """Optimizers that centralise, clip, perturb, add noise to and reverse gradients inside the step, in one pass over memory."""
 
+from . import nn
 from ._version import __version__
 from .optim import LAMB, LARS, SGD, Adagrad, Adam, AdamW, Adan, Lion, NAdam, RAdam, RMSprop
+from .sam import SAM, frozen_statistics
 
 __all__ = [
     "LAMB",
     "LARS",
+    "SAM",
     "SGD",
     "Adagrad",
     "Adam",
@@ -16,4 +19,6 @@ __all__ = [
     "RAdam",
     "RMSprop",
     "__version__",
+    "frozen_statistics",
+    "nn",
 ]

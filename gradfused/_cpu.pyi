@@ -70,3 +70,27 @@ class Plan(Rows):
     def patches(self) -> list[tuple[int, builtins.bytes]]: ...
     def rehearses(self) -> bool: ...
     def variants(self, longest: Sequence[int]) -> set[tuple[int, int, int]]: ...
+
+class Lpg:
+    """Cross-entropy over rows of logits: addresses and sizes, trusted."""
+
+    def __init__(
+        self,
+        *,
+        logits: int,
+        dtype: str,
+        rows: int,
+        classes: int,
+        stride: int,
+        target: int,
+        ignore_index: int,
+        weight: int,
+        weight_sum: float,
+        smoothing: float,
+        saved: int,
+        threads: int,
+    ) -> None: ...
+    def stray(self) -> int: ...
+    def forward(self, loss: int, total: int, tally: int) -> None: ...
+    def backward(self, out: int, factor: int, factor_stride: int, bound: int, by_sample: bool, means: int) -> None: ...
+    def class_sums(self, to: int) -> None: ...

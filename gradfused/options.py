@@ -131,7 +131,7 @@ def betas(group: Mapping[str, Any], count: int = 2) -> dict[str, float]:
     """A group's ``betas`` as fields of Settings, each in [0, 1)."""
     values = group["betas"]
     if not isinstance(values, (tuple, list)) or len(values) != count:
-        raise TypeError(f"betas: expected {count} numbers, got {values!r}")
+        raise TypeError(f"betas: expected {'two' if count == 2 else 'three'} numbers, got {values!r}")
     return {f"beta{i + 1}": number(f"betas[{i}]", value, high=1.0, high_open=True) for i, value in enumerate(values)}
 
 

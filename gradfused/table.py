@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from .backends import BackendTable, Row, Settings, choose
+from .memory import check_disjoint, share_memory
 
 Group = dict[str, Any]
 State = dict[Tensor, dict[str, Any]]
@@ -124,68 +125,21 @@ def _check_gradient(name: str, p: Tensor, g: Tensor) -> None:
         raise ValueError(f"parameter {name} or its gradient is a lazy negation: assign .resolve_neg() of it")
 
 
-# ---- memory
-
-
-def _span(t: Tensor) -> tuple[int, int]:
-    """First byte and one past the last byte that ``t`` may touch."""
-    first = t.data_ptr()
-    if t.is_contiguous():
-        return first, first + t.nbytes
-    reach = sum((n - 1) * s for n, s in zip(t.shape, t.stride(), strict=True))
-    return first, first + (reach + 1) * t.element_size()
-
-
-def _touched(t: Tensor, start: int, items: int) -> Tensor:
-    """How often ``t`` touches each of ``items`` places from address ``start``."""
-    places = torch.arange(items).as_strided(t.shape, t.stride(), (t.data_ptr() - start) // t.element_size())
-    return torch.bincount(places.flatten(), minlength=items)
-
-
-def _is_plain(t: Tensor) -> bool:
-    """Dense in memory, so no element lies on another."""
-    if t.is_contiguous():
-        return True
-    first, last = _span(t)
-    return bool(t.nbytes == last - first and torch._debug_has_internal_overlap(t) != 1)
-
-
-def _share_elements(a: Tensor, b: Tensor) -> bool:
-    (a0, a1), (b0, b1) = _span(a), _span(b)
-    size = a.element_size()
-    if (_is_plain(a) and _is_plain(b)) or b.element_size() != size or (a0 - b0) % size:
-        return True  # the spans overlap and at least one fills its own
-    start, items = min(a0, b0), (max(a1, b1) - min(a0, b0)) // size
-    return bool(((_touched(a, start, items) > 0) & (_touched(b, start, items) > 0)).any())
-
-
-def check_disjoint(tensors: Sequence[tuple[str, Tensor]]) -> None:
-    """Raise ValueError if two of the tensors that a step writes, or two elements of one, share memory.
-
-    Views that interleave without touching, such as the columns of a matrix, are fine.
-    """
-    # A wrapper such as DTensor has no memory of its own, and address 0.
-    with_memory = ((name, t) for name, t in tensors if t.numel() and t.data_ptr())
-    spans = sorted(((*_span(t), name, t) for name, t in with_memory), key=lambda x: x[:2])
-    active: list[tuple[int, int, str, Tensor]] = []
-    for first, last, name, t in spans:
-        if not _is_plain(t) and bool((_touched(t, first, (last - first) // t.element_size()) > 1).any()):
-            raise ValueError(
-                f"{name} overlaps itself (shape {tuple(t.shape)}, strides {t.stride()}): pass a .clone() of it"
-            )
-        active = [x for x in active if x[1] > first]
-        for _, _, other_name, other in active:
-            if _share_elements(other, t):
-                raise ValueError(f"{other_name} and {name} overlap in memory: pass the tensor that holds both, once")
-        active.append((first, last, name, t))
-
-
 # ---- rows
 
 
 def _scalar_dtype() -> torch.dtype:
     """torch counts steps in float32, or in float64 where that is the default."""
     return torch.float64 if torch.get_default_dtype() == torch.float64 else torch.float32
+
+
+def state_dtype(key: str, p: Tensor, asked: torch.dtype | None) -> torch.dtype | None:
+    """Dtype of a state tensor; None for state of one element, which has its own. ``asked`` is what the user wants."""
+    if key in SCALARS:
+        return None
+    if key in ("master", "ema"):
+        return torch.float32 if p.dtype in SHORT else p.dtype
+    return p.dtype if key == "kahan_comp" or asked is None else asked
 
 
 class _States:
@@ -200,8 +154,11 @@ class _States:
         self._state[p][key] = value
         return value
 
-    def tensor(self, name: str, p: Tensor, key: str, dtype: torch.dtype, initial: float | Tensor = 0.0) -> Tensor:
+    def tensor(
+        self, name: str, p: Tensor, key: str, initial: float | Tensor = 0.0, asked: torch.dtype | None = None
+    ) -> Tensor:
         """State shaped like ``p``; a new one holds ``initial``, a number or a tensor of that shape."""
+        dtype = state_dtype(key, p, asked)
         value = self._state[p].get(key) if p in self._state else None
         if value is None:
             made = torch.empty_like(p, dtype=dtype, memory_format=torch.preserve_format, requires_grad=False)
@@ -278,19 +235,18 @@ def _row(
     unit, centre, whole = _unit_shape(p, plan)
     had_state = p in states._state and all(states._state[p].get(k) is not None for k in plan.states)
     rounding = plan.rounding if p.dtype in SHORT else "nearest"
-    wide = torch.float32 if p.dtype in SHORT else p.dtype
     weights = p if source is None else source
     kept: dict[str, Tensor] = {
-        key: states.tensor(name, p, key, plan.state_dtype or p.dtype, initial)
+        key: states.tensor(name, p, key, initial, plan.state_dtype)
         for key, initial in zip(plan.states, plan.initial or (0.0,) * len(plan.states), strict=True)
     }
     state = dict(kept)
     if rounding == "master":
-        source = kept["master"] = states.tensor(name, p, "master", wide, weights)
+        source = kept["master"] = states.tensor(name, p, "master", weights)
     if rounding == "kahan":
-        kept["kahan_comp"] = states.tensor(name, p, "kahan_comp", p.dtype)
+        kept["kahan_comp"] = states.tensor(name, p, "kahan_comp")
     if plan.ema:
-        kept["ema"] = states.tensor(name, p, "ema", wide, weights)
+        kept["ema"] = states.tensor(name, p, "ema", weights)
     if plan.counts:
         kept["step"] = states.scalar(name, p, "step", make.step_device(p))
     if plan.product:
@@ -349,6 +305,9 @@ class StepTable:
         state: Its state; what is missing is created.
         plans: The groups' options.
         sources: Where the weights of some parameters are to be read in their place.
+
+    Attributes:
+        zero_apart: Gradients that are to be left at zero share memory, which takes a pass of its own.
     """
 
     def __init__(
@@ -370,7 +329,9 @@ class StepTable:
                 for g, number, name, p in found
             ]
             check_disjoint([tensor for row in rows for tensor in _written(row)])
-            self.table = make(rows, [plan.settings for plan in plans])
+            zeroed = [r.grad for r in rows if plans[r.group].settings.zero_grad]
+            self.zero_apart = bool(zeroed) and share_memory(zeroed)
+            self.table = make(rows, self._settings(plans))
         except BaseException:
             self._states.take_back()
             raise
@@ -378,12 +339,17 @@ class StepTable:
         self._plans = list(plans)
         self._sources = sources
         self.params = [row.param for row in rows]
+        self.stepped = frozenset(self.params)
         self.may_skip = any(plan.settings.skip_nonfinite for plan in plans)
         self._names = [row.name.strip("'") for row in rows]
         self.measures = self.table.needs_stats
         self._measured = [i for i, row in enumerate(rows) if plans[row.group].measures]
         # On the sums' device already, so that looking at a norm does not wait for it.
         self._measured_at = torch.tensor(self._measured, dtype=torch.int64, device=self.table.sums.device)
+
+    def _settings(self, plans: Sequence[GroupPlan]) -> list[Settings]:
+        """What the backend is told: not to zero what it has yet to read elsewhere."""
+        return [replace(plan.settings, zero_grad=False) if self.zero_apart else plan.settings for plan in plans]
 
     def still_describes(
         self,
@@ -398,7 +364,7 @@ class StepTable:
         if plans != self._plans:
             if [plan.structure for plan in plans] != [plan.structure for plan in self._plans]:
                 return False
-            self.table.configure([plan.settings for plan in plans])
+            self.table.configure(self._settings(plans))
             self._plans = list(plans)
         return self.table.refresh(groups, state)
 

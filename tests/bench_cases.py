@@ -22,7 +22,7 @@ def tiny_case(recipe: str = "clip", rule: str = "adamw", dtype: torch.dtype = to
 
 
 def workload_of(case: Case) -> Workload:
-    workload = Workload(case.model.shapes, case.rule, case.dtype, case.device)
+    workload = workload_of(case)
     workload.reset()
     return workload
 

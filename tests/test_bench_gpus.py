@@ -165,9 +165,9 @@ def parsed(*arguments: str, device: torch.device = CUDA) -> argparse.Namespace:
 
 def test_defaults_follow_the_device():
     assert parsed().models == ["small-400", "resnet50", "gpt2", "llama-1b"]
-    assert parsed().recipes == ["plain", "centralize", "clip", "full"]
+    assert parsed().recipes == ["plain", "centralize", "clip", "full", "reversal", "lpg"]
     assert parsed(device=CPU).models == ["small-400", "resnet50", "gpt2"]
-    assert parsed(device=CPU).recipes == ["plain", "centralize", "clip"]
+    assert parsed(device=CPU).recipes == ["plain", "centralize", "clip", "reversal", "lpg"]
     assert parsed("--train").recipes == ["plain", "clip"]
     for choice in (*parsed().models, *parsed(device=CPU).models):
         assert choice in MODELS
@@ -192,10 +192,11 @@ def test_memory_on_a_gpu_counts_the_sets(monkeypatch):
 
 
 def test_cases_on_a_gpu_get_equal_time():
-    cases = commands.cases_of(parsed("--budget", "80"))
-    budgets = {commands.budget_of(parsed("--budget", "80"), case, cases).seconds for case in cases}
-    assert len(cases) == 16
-    assert budgets == {5.0}
+    args = parsed("--budget", "105")
+    cases = [*commands.cases_of(args), *commands.function_cases_of(args)]
+    budget = commands.share_out(args, cases)
+    assert len(cases) == 16 + 5
+    assert {budget(case).seconds for case in cases} == {5.0}
 
 
 # ---- the machine

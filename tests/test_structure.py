@@ -26,11 +26,11 @@ needs_native = pytest.mark.skipif(not availability()["cpu"].usable, reason=str(a
 LAYERS: list[tuple[str, ...]] = [
     ("gradfused._version", "gradfused._cpu", "gradfused._cuda", "gradfused.triton_kernels"),
     ("gradfused.backends.base",),
-    ("gradfused.backends.native", "gradfused.backends.device"),
+    ("gradfused.backends.native", "gradfused.backends.rules"),
     ("gradfused.backends.device",),
     ("gradfused.backends.reference", "gradfused.backends.cpu", "gradfused.backends.cuda", "gradfused.backends.triton"),
     ("gradfused.backends",),
-    ("gradfused.options", "gradfused.table"),
+    ("gradfused.options", "gradfused.memory", "gradfused.table"),
     ("gradfused.optim", "gradfused.sam", "gradfused.nn"),
     ("gradfused",),
     ("gradfused.__main__",),

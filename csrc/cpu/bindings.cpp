@@ -12,6 +12,7 @@
 #include "bind/plan.h"
 #include "cpu/engine.h"
 #include "cpu/isa.h"
+#include "cpu/lpg_engine.h"
 #include "cpu/threads.h"
 
 namespace py = pybind11;
@@ -33,6 +34,32 @@ void roof(const std::vector<uintptr_t>& written, const std::vector<uintptr_t>& r
     }
   });
 }
+
+// LPG cross-entropy of one batch; see gradfused.backends.lpg_cpu.
+class Lpg {
+ public:
+  Lpg(uintptr_t logits, const std::string& dtype, int64_t rows, int64_t classes, int64_t stride, uintptr_t target, int64_t ignore_index,
+      uintptr_t weight, double weight_sum, double smoothing, uintptr_t saved, int threads)
+      : problem_{reinterpret_cast<const char*>(logits), bind::dtype_named(dtype), rows, classes, stride,
+                 reinterpret_cast<const int64_t*>(target), ignore_index, reinterpret_cast<const void*>(weight), weight_sum, smoothing,
+                 reinterpret_cast<void*>(saved)},
+        threads_(threads) {}
+
+  int64_t stray() const { return cpu::lpg_stray(problem_); }
+  void forward(uintptr_t loss, uintptr_t total, uintptr_t tally) const {
+    const cpu::LpgTotals totals = {reinterpret_cast<double*>(total), reinterpret_cast<double*>(tally)};
+    cpu::lpg_forward(problem_, reinterpret_cast<void*>(loss), totals, threads_);
+  }
+  void backward(uintptr_t out, uintptr_t factor, int64_t factor_stride, uintptr_t bound, bool by_sample, uintptr_t means) const {
+    const cpu::LpgGradient gradient = {reinterpret_cast<char*>(out), reinterpret_cast<const double*>(factor), factor_stride};
+    cpu::lpg_backward(problem_, gradient, {reinterpret_cast<const double*>(bound), by_sample, reinterpret_cast<const void*>(means)}, threads_);
+  }
+  void class_sums(uintptr_t to) const { cpu::lpg_class_sums(problem_, reinterpret_cast<void*>(to), threads_); }
+
+ private:
+  const cpu::LpgProblem problem_;
+  const int threads_;
+};
 
 }  // namespace
 
@@ -57,6 +84,17 @@ PYBIND11_MODULE(_cpu, m) {
       .def("apply", [](cpu::Table& t, double unscale, uintptr_t sums, int threads) {
             return t.apply(unscale, reinterpret_cast<double*>(sums), threads);
           }, py::arg("unscale"), py::arg("sums"), py::arg("threads"), py::call_guard<py::gil_scoped_release>());
+
+  const auto released = py::call_guard<py::gil_scoped_release>();
+  py::class_<Lpg>(m, "Lpg", py::module_local())
+      .def(py::init<uintptr_t, const std::string&, int64_t, int64_t, int64_t, uintptr_t, int64_t, uintptr_t, double, double, uintptr_t, int>(),
+           py::kw_only(), py::arg("logits"), py::arg("dtype"), py::arg("rows"), py::arg("classes"), py::arg("stride"), py::arg("target"),
+           py::arg("ignore_index"), py::arg("weight"), py::arg("weight_sum"), py::arg("smoothing"), py::arg("saved"), py::arg("threads"))
+      .def("stray", &Lpg::stray, released)
+      .def("forward", &Lpg::forward, py::arg("loss"), py::arg("total"), py::arg("tally"), released)
+      .def("backward", &Lpg::backward, py::arg("out"), py::arg("factor"), py::arg("factor_stride"), py::arg("bound"), py::arg("by_sample"),
+           py::arg("means"), released)
+      .def("class_sums", &Lpg::class_sums, py::arg("to"), released);
 
   // The table of kernels that are compiled elsewhere, in Triton.
   py::class_<device::Plan, Rows> plan(m, "Plan", py::module_local());

@@ -1,6 +1,7 @@
 // What the engine asks of an instruction set's kernels.
 #pragma once
 
+#include "cpu/lpg.h"
 #include "table.h"
 
 namespace gradfused::cpu {
@@ -61,6 +62,7 @@ struct Kernels {
   // every stream in place with no math: the memory roof; `nothing` is 0
   void (*roof)(float* const* written, int writes, const float* const* read, int reads, int64_t begin, int64_t end,
                float nothing);
+  const LpgKernels& (*lpg)();
 };
 
 const Kernels& kernels_generic();

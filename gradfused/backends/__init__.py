@@ -12,7 +12,17 @@ from torch import Tensor
 from . import cpu, cuda, reference, triton
 from .base import Availability, BackendTable, Row, Scaling, Settings
 
-__all__ = ["NAMES", "Availability", "BackendTable", "Row", "Scaling", "Settings", "availability", "choose"]
+__all__ = [
+    "NAMES",
+    "Availability",
+    "BackendTable",
+    "Row",
+    "Scaling",
+    "Settings",
+    "availability",
+    "choose",
+    "choose_name",
+]
 
 NAMES = ("auto", "cuda", "cpu", "triton", "reference")
 _TABLES: dict[str, type[BackendTable]] = {
@@ -48,7 +58,14 @@ def _log_fallback(taken: str, name: str, reason: str) -> None:
 
 
 def choose(request: str, tensors: Sequence[Tensor]) -> type[BackendTable]:
-    """The table type to use for ``tensors``: parameters and gradients.
+    """The table type to use for ``tensors``: parameters and gradients. Raises as ``choose_name``."""
+    return _TABLES[choose_name(request, tensors)]
+
+
+def choose_name(
+    request: str, tensors: Sequence[Tensor], offered: Sequence[str] = tuple(_TABLES), what: str = ""
+) -> str:
+    """The backend to use for ``tensors``, of those in ``offered``; ``what`` names the work that the others have no kernels for.
 
     ``"auto"`` asks the environment variable GRADFUSED_BACKEND, then takes the fastest backend that can run; leaving a
     faster one out is logged once.
@@ -67,13 +84,15 @@ def choose(request: str, tensors: Sequence[Tensor]) -> type[BackendTable]:
         raise RuntimeError(f"backend 'cpu' cannot run: {available['cpu'].reason}")
     if request != "auto":
         reason = _refusal(available[request], tensors)
+        if request not in offered:
+            reason = f"has no kernels for {what}; {', '.join(offered)} do"
         if reason is not None:
             raise RuntimeError(f"{source}='{request}' cannot run: {reason}; backend='auto' takes what can")
-        return _TABLES[request]
+        return request
     on_cpu = all(t.device.type == "cpu" for t in tensors)
     refused: dict[str, str] = {}
     taken = "reference"
-    for name in ("cpu",) if on_cpu else ("cuda", "triton"):
+    for name in [n for n in (("cpu",) if on_cpu else ("cuda", "triton")) if n in offered]:
         reason = _refusal(available[name], tensors)
         if reason is None:
             taken = name
@@ -81,4 +100,4 @@ def choose(request: str, tensors: Sequence[Tensor]) -> type[BackendTable]:
         refused[name] = reason
     for name, reason in refused.items():
         _log_fallback(taken, name, reason)
-    return _TABLES[taken]
+    return taken

@@ -231,9 +231,9 @@ class Table(BackendTable):
             return centred(direction, row) if row.centre and s.centralize_at == "update" else direction
 
         direction, shrink, step_size = RULES[row.rule](g, p, state, s, now, late)
-        self._keep(row, s, now, p * shrink - step_size * direction)
-        for key, value in state.items():
+        for key, value in state.items():  # before the weights, which a backup may be a view of
             row.state[key].copy_(value)
+        self._keep(row, s, now, p * shrink - step_size * direction)
 
     @staticmethod
     def _keep(row: Row, s: Settings, now: Count, p: Tensor) -> None:

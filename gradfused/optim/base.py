@@ -14,7 +14,8 @@ from torch._compile import _disable_dynamo
 
 from .. import options
 from ..backends import Scaling, Settings
-from ..table import RIDERS, SCALARS, GroupPlan, StepTable, check_disjoint, check_parameter, parameter_name
+from ..memory import check_disjoint
+from ..table import RIDERS, SCALARS, GroupPlan, StepTable, check_parameter, parameter_name, state_dtype
 
 Params = Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]]
 _NOT_OPTIONS = frozenset(("params", "param_names"))
@@ -68,6 +69,7 @@ class Optimizer(torch.optim.Optimizer):
         self._plans: list[tuple[list[Any], GroupPlan]] = []
         self._skipped: int | Tensor = 0
         self._sources: dict[Tensor, Tensor] | None = None  # where SAM keeps the weights between its two halves
+        self._stepped: frozenset[Tensor] = frozenset()  # parameters that the last step moved
         self._averaged = False  # swap_ema() is under way
 
     # ---- the rule
@@ -179,8 +181,9 @@ class Optimizer(torch.optim.Optimizer):
         return loss
 
     @_disable_dynamo
-    def _take_step(self) -> bool:
-        """False if the host knows that the step was not taken."""
+    def _take_step(self) -> None:
+        """Takes the step unless the host knows reasons not to."""
+        self._stepped = frozenset()
         if self._averaged:
             raise RuntimeError(
                 "step() inside swap_ema(): the weights are the averaged ones, and would be lost; leave the block first"
@@ -188,26 +191,27 @@ class Optimizer(torch.optim.Optimizer):
         scaling = Scaling(getattr(self, "grad_scale", None), getattr(self, "found_inf", None))
         if scaling.found_inf is not None and not scaling.found_inf.is_cuda and scaling.forbids:
             self._zero_unused()
-            return False
+            return
         table = self._table_for(self._current_plans())
         if not table.params:
             self._seen = table
-            return True
+            return
         if not table.table.on_device and scaling.forbids:
             self._forget(table)
-            return False
+            return
         self._seen = table
         if table.measures:
             table.table.stats(scaling)
         if table.table.apply(scaling):
             table.keep_state()
+            self._stepped = table.stepped
             torch.autograd.graph.increment_version(table.params)
-            if table.table.on_device and (scaling.found_inf is not None or table.may_skip):
+            uncertain = table.table.on_device and (scaling.found_inf is not None or table.may_skip)
+            if uncertain or table.zero_apart:
                 self._zero_unused()
-            return True
+            return
         self._skipped += 1
         self._forget(table)
-        return False
 
     @torch.no_grad()
     def _zero_unused(self) -> None:
@@ -338,19 +342,17 @@ class Optimizer(torch.optim.Optimizer):
         self._restore_dtypes(seen[-1])
 
     def _restore_dtypes(self, saved: dict[str, Any]) -> None:
-        """torch casts loaded state to the parameters' dtypes: what had another one gets its own values back."""
-        numbers = [i for group in saved["param_groups"] for i in group["params"]]
-        params = [p for group in self.param_groups for p in group["params"]]
-        for number, p in zip(numbers, params, strict=True):
-            for key, value in saved["state"].get(number, {}).items():
-                mine = self.state[p].get(key)
-                if (
-                    isinstance(value, Tensor)
-                    and isinstance(mine, Tensor)
-                    and value.dtype != mine.dtype
-                    and key != "step"
-                ):
-                    self.state[p][key] = value.detach().to(device=mine.device, copy=True)
+        """torch casts loaded state to the parameters' dtypes: what is to have another one gets its own values back."""
+        numbers = iter([i for group in saved["param_groups"] for i in group["params"]])
+        for group in self.param_groups:
+            for p, number in zip(group["params"], numbers, strict=False):
+                for key, value in saved["state"].get(number, {}).items():
+                    if isinstance(value, Tensor) and value.is_floating_point() and key != "step":
+                        dtype = state_dtype(key, p, options.STATE_DTYPES.get(group["state_dtype"])) or value.dtype
+                        if self.state[p][key].dtype != dtype:
+                            self.state[p][key] = value.detach().to(
+                                device=self.state[p][key].device, dtype=dtype, copy=True
+                            )
 
     def _checked(self, state_dict: dict[str, Any]) -> dict[str, Any]:
         """The state dict with options that it lacks filled in."""

@@ -129,7 +129,8 @@ void roof(float* const* written, int writes, const float* const* read, int reads
 #define GRADFUSED_TEXT(x) GRADFUSED_STRING(x)
 
 const Kernels& GRADFUSED_NAME(kernels_, GRADFUSED_ISA)() {
-  static constexpr Kernels kernels = {GRADFUSED_TEXT(GRADFUSED_ISA), sum, squares, rehearse, weigh, apply, roof};
+  static constexpr Kernels kernels = {GRADFUSED_TEXT(GRADFUSED_ISA), sum, squares, rehearse, weigh, apply, roof,
+                                      GRADFUSED_NAME(lpg_kernels_, GRADFUSED_ISA)};
   return kernels;
 }
 

@@ -1,0 +1,63 @@
+// LPG cross-entropy: rows of logits, and what the engine asks of an instruction set's kernels. T below is float64 for float64 logits, else
+// float32.
+#pragma once
+
+#include "table.h"
+
+namespace gradfused::cpu {
+
+struct LpgProblem {
+  const char* logits;
+  DType dtype;
+  int64_t rows, classes, stride;  // elements from one row to the next; a row lies together
+  const int64_t* target;
+  int64_t ignore_index;
+  const void* weight;  // T a class, or null
+  double weight_sum;   // the classes' number without weights
+  double smoothing;
+  void* saved;         // kSaved values of T a row: the greatest logit m; of the other classes, the sums of exp(x - m) and its square
+
+  double share() const { return smoothing / double(classes); }  // of the target distribution, for each class but the row's own
+  bool counts(int64_t row) const { return target[row] != ignore_index; }
+};
+constexpr int kSaved = 3;
+
+// What the forward finds of each row, in T. The last two may be null: the own class's probability, the norm of the logit gradient.
+struct LpgRows {
+  void *loss, *confidence, *norm;
+};
+
+// The gradient of rows.
+struct LpgGradient {
+  char* out;  // as the logits, its rows one after another
+  const double* factor;
+  int64_t factor_stride;  // 0: one for all
+};
+
+// What is added to the logit gradients g of a class's rows: along * (scale * mean + offset), and along * own_mean for their own class.
+// Without `mean`: along * g.
+struct LpgDelta {
+  double along = 0;
+  const void* mean = nullptr;  // T a class; its own class's value is not read
+  double scale = 1, offset = 0, own_mean = 0;
+};
+
+struct LpgKernels {
+  void (*forward)(const LpgProblem&, const LpgRows&, int64_t begin, int64_t end);
+  // sums[j] <- the sum of class j's probability over rows[0..count); returns the sum of the probability that is not the own class's.
+  double (*accumulate)(const LpgProblem&, const int64_t* rows, int64_t count, void* sums);
+  // The sum of (scale * mean[j] + offset)^2 over all j but one.
+  double (*squares)(const LpgProblem&, const void* mean, double scale, double offset, int64_t but);
+  // The norm of one row's logit gradient.
+  double (*norm)(const LpgProblem&, int64_t row);
+  // The perturbed gradient of one row that counts, or zeros for one that does not.
+  void (*write)(const LpgProblem&, const LpgGradient&, const LpgDelta&, int64_t row);
+  // to[j] <- the sum of parts[k * classes + j] over k, plus `offset`, for begin <= j < end. to may be the first part.
+  void (*combine)(const LpgProblem&, const void* parts, int64_t count, double offset, void* to, int64_t begin, int64_t end);
+};
+
+const LpgKernels& lpg_kernels_generic();
+const LpgKernels& lpg_kernels_avx2();
+const LpgKernels& lpg_kernels_avx512();
+
+}  // namespace gradfused::cpu
