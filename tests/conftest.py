@@ -11,6 +11,7 @@ import hypothesis
 import pytest
 import torch
 import triton_interpreter  # before anything else imports Triton
+from cases import FEW_RECIPES, device_of
 from cuda_emulator import build
 
 from gradfused.backends import cpu, cuda
@@ -38,8 +39,37 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
 
 
+# What a recipe does is the same code for all rules: all recipes run with these alone under the emulator, the other rules with one recipe
+# of every way through the kernels.
+EVERY_RECIPE = ("sgd", "adam")
+SHARED_RECIPES = {
+    *FEW_RECIPES,
+    "clip-param",
+    "centralize-unit-decayed",
+    "centralize-unit-update",
+    "full-decayed",
+    "full-unit",
+    "noise",
+}
+
+
+def _is_repetitive(item: pytest.Item) -> bool:
+    """Whether an emulated test reaches no code that others of its kind do not."""
+    if backend_of(item) != "cuda" or device_of("cuda") != "cpu" or item.path.name != "test_conformance.py":
+        return False
+    asked = item.callspec.params  # type: ignore[attr-defined]
+    case, recipe = asked.get("case", ""), asked.get("recipe", "plain")
+    return not case.startswith(EVERY_RECIPE) and bool(case) and recipe not in SHARED_RECIPES
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Interpreted, the conformance suite takes half an hour on the Triton backend. test_triton.py has what always runs."""
+    """Leaves out what would repeat itself, and what takes too long.
+
+    Interpreted, the conformance suite takes half an hour on the Triton backend. test_triton.py has what always runs.
+    """
+    repetitive = [] if config.getoption("--interpret-all") else [item for item in items if _is_repetitive(item)]
+    config.hook.pytest_deselected(items=repetitive)
+    items[:] = [item for item in items if item not in set(repetitive)]
     if config.getoption("--interpret-all") or not triton_interpreter.INTERPRETED:
         return
     late = [i for i in items if backend_of(i) == "triton" and i.path.name in ("test_conformance.py", "test_chunks.py")]

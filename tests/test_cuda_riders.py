@@ -1,4 +1,4 @@
-"""What the CUDA kernels do besides rules on plain weights: riders, trust ratios, ascents, in every order and shape of their work."""
+"""What the CUDA kernels do besides rules on plain weights: riders, trust ratios, ascents, in every order and shape."""
 
 from __future__ import annotations
 
@@ -71,9 +71,7 @@ def test_an_average_of_wider_weights(dtype: str, backend: str) -> None:
 @pytest.mark.parametrize("shape", [(9, 130), (3, 40000)])
 def test_gradients_that_share_elements_are_read_before_they_are_zeroed(shape: tuple[int, int], backend: str) -> None:
     options = {"zero_grad_in_step": True}
-    runs = [
-        Run(CASES["adam"], o, (shape,), backend=backend, layout="expanded-gradient").step(2) for o in (options, {})
-    ]
+    runs = [Run(CASES["adam"], o, (shape,), backend=backend, layout="expanded-gradient").step(2) for o in (options, {})]
     assert bool((runs[0].grads[0] == 0).all())
     assert_same_bits(runs[0].outcome(), runs[1].outcome())
 
@@ -107,7 +105,9 @@ def test_a_refused_step_leaves_the_product_of_momenta(case: str, backend: str) -
 # ---- trust ratios
 
 
-@pytest.mark.parametrize("recipe", ["plain", "clip-param", "centralize-agc", "full-update", "full-decayed", "full-unit"])
+@pytest.mark.parametrize(
+    "recipe", ["plain", "clip-param", "centralize-agc", "full-update", "full-decayed", "full-unit"]
+)
 @pytest.mark.parametrize("case", ["lamb", "lars", "lars-plain"])
 def test_trust_ratios_of_long_rows(case: str, recipe: str, backend: str) -> None:
     """Units longer than a block's, rows of many chunks, and rows that end beside a chunk's end."""
@@ -161,7 +161,12 @@ def test_no_order_of_threads_changes_a_bit(
 
 @ordered
 def test_no_grid_changes_a_bit(
-    case: str, options: dict[str, Any], dtype: torch.dtype, backend: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    case: str,
+    options: dict[str, Any],
+    dtype: torch.dtype,
+    backend: str,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
 ) -> None:
     expected = Run(CASES[case], options, LARGE, backend=backend, dtype=dtype).step(2).outcome()
     own = tmp_path / cuda.native().__file__.rpartition("/")[2]  # another file: a library of its own
@@ -188,9 +193,7 @@ class Ascent:
             p.grad.copy_(values(p.shape, i, 0))
         self.state: dict[Any, dict[str, Any]] = {p: {} for p in self.params}
         self.sources = {p: p.detach().float() * 1.001 for p in self.params} if sources else None
-        settings = Settings(
-            scope="global", perturb=(0.0, 0.05, 1e-12, 0.0, math.inf), decoupled=True, **options
-        )
+        settings = Settings(scope="global", perturb=(0.0, 0.05, 1e-12, 0.0, math.inf), decoupled=True, **options)
         plan = GroupPlan("ascend", ("backup",), False, "off", backend, settings)
         self.table = StepTable([{"params": self.params}], self.state, [plan], self.sources)  # type: ignore[arg-type]
 
@@ -205,7 +208,10 @@ class Ascent:
 @pytest.mark.parametrize("layout", ["contiguous", "channels-last-gradient", "view", "misaligned"])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_ascents(dtype: str, layout: str, options: dict[str, Any], backend: str) -> None:
-    ours, exact = Ascent(backend, DTYPES[dtype], layout=layout, **options), Ascent("reference", torch.float64, **options)
+    ours, exact = (
+        Ascent(backend, DTYPES[dtype], layout=layout, **options),
+        Ascent("reference", torch.float64, **options),
+    )
     for p, q in zip(exact.params, ours.params, strict=True):
         p.data.copy_(q.detach())
         assert p.grad is not None

@@ -112,7 +112,11 @@ def test_launches_where_a_late_mean_takes_several_chunks(backend: str) -> None:
         ("lamb-plain", {}, 1),
         ("lamb", {"clip_norm": 1.0}, 3),
         ("lamb", {"centralize": True, "centralize_at": "update"}, 2),
-        ("lamb", {"centralize": "tensor", "centralize_at": "update", "clip_norm": 1.0}, 4),  # the mean takes several chunks
+        (
+            "lamb",
+            {"centralize": "tensor", "centralize_at": "update", "clip_norm": 1.0},
+            4,
+        ),  # the mean takes several chunks
         ("adan", {"clip_norm": 1.0}, 2),
         ("adamw", {"precision": "kahan", "ema": 0.9, "zero_grad_in_step": True}, 1),
         ("adamw", {"precision": "stochastic", "clip_norm": 1.0}, 2),

@@ -47,10 +47,10 @@ class Limit(NamedTuple):
 
 
 # Registers: what __launch_bounds__ leaves. Local accesses: those of sm_90 in 2026-11, and a fifth. Outside they are what
-# a chunk's walk keeps around its loops, and around calls of pow and log, once a row. In the lean step the loops of
-# AMSGrad in 16 bits, eight elements of five operands at once, keep two or three values there: more registers would
-# cost a third of the threads. The full kernel draws noise within its loops, some 300 instructions an access: the narrow
-# loads of the seed and the step hide behind that.
+# a chunk's walk keeps around its loops, and around calls of pow and log, once a row. In the lean step the loops with
+# three states and more in 16 bits, eight elements of five or six operands at once, keep a few values there: more
+# registers would cost a third of the threads. So do, with four states, those of the full one, whose riders take four
+# operands more: among some thousand instructions.
 LIMITS = {
     "step_lean": Limit(registers=80, outside=125, inside=4, bodies=3),
     "step_full": Limit(registers=128, outside=220, strict=False, bodies=4),
@@ -357,13 +357,16 @@ def missing_loops(found: list[Kernel]) -> list[str]:
                 if family not in built:
                     said.append(f"sm_{arch} {kind}: there is none for {family}")
                 elif built[family].steps < (expected := expected_bodies(built[family])):
-                    said.append(f"sm_{arch} {kind} of {family}: {built[family].steps} of {expected} steps have 16-byte loops")
+                    said.append(
+                        f"sm_{arch} {kind} of {family}: {built[family].steps} of {expected} steps have 16-byte loops"
+                    )
     return said
 
 
 def all_faults(found: list[Kernel]) -> list[str]:
     """Everything that is not as it should be."""
-    return [f"sm_{k.arch} {k.kind}{k.family and f' of {k.family}'}: {fault}" for k in found for fault in k.faults()] + missing_loops(found)
+    named = ((f"sm_{k.arch} {k.kind}" + (f" of {k.family}" if k.family else ""), k) for k in found)
+    return [f"{name}: {fault}" for name, k in named for fault in k.faults()] + missing_loops(found)
 
 
 def table(found: list[Kernel]) -> str:
