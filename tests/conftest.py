@@ -39,8 +39,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
 
 
-# What a recipe does is the same code for all rules: all recipes run with these alone under the emulator, the other rules with one recipe
-# of every way through the kernels.
+# What a recipe does is the same code for all rules: under the emulator all recipes run with these alone, the other rules with
+# one recipe of every way through the kernels.
 EVERY_RECIPE = ("sgd", "adam")
 SHARED_RECIPES = {
     *FEW_RECIPES,

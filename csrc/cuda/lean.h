@@ -102,7 +102,8 @@ template <class R, class A> class LeanStepper {
 template <class A> struct LeanRule {
   const Place& at;
   template <class R> __device__ __forceinline__ void operator()(R) const {
-    if constexpr (R::trust == math::Trust::none) LeanStepper<OneRule<R>, A>(at).run();  // the others' rows are never lean
+    // The others' rows are never lean.
+    if constexpr (R::trust == math::Trust::none && R::states <= kLeanStates) LeanStepper<OneRule<R>, A>(at).run();
   }
 };
 

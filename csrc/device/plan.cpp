@@ -26,6 +26,17 @@ math::Trust trust_of(Rule rule) {
   }
 }
 
+// Whether the rule has lean kernels.
+bool is_lean(Rule rule) {
+  switch (rule) {
+#define GRADFUSED_RULE(name, type, family) \
+  case Rule::name: return math::type::trust == math::Trust::none && math::type::states <= kLeanStates;
+#include "rules.def"
+#undef GRADFUSED_RULE
+    default: return false;
+  }
+}
+
 // Every operand a 16-byte aligned array of one dtype, but that copies and averages of 16-bit weights may be of float32; the gradient's
 // address is looked at in each step.
 bool is_plain(const Row& row) {
@@ -110,7 +121,7 @@ void Plan::plan_row(size_t index) {
     }
   }
   r.chunk1 = int32_t(chunks_.size());
-  full_ |= row.param.dtype == DType::float64 || h.noise > 0 || by_unit || late(row, h) || trust_of(row.rule) != math::Trust::none;
+  full_ |= row.param.dtype == DType::float64 || h.noise > 0 || by_unit || late(row, h) || !is_lean(row.rule);
   full_ |= row.source.data || row.ema.data || row.rounding != Rounding::nearest || h.zero_grad;
   for (const Operand* x : {&row.param, &row.grad, &row.state[0], &row.state[1], &row.state[2], &row.state[3], &row.source, &row.rest, &row.ema}) {
     shape_words_ += 2 * size_t(x->dims);
