@@ -11,7 +11,7 @@ import hypothesis
 import pytest
 import torch
 import triton_interpreter  # before anything else imports Triton
-from cases import CASES, FEW_RECIPES
+from cases import FEW_RECIPES, device_of
 from cuda_emulator import build
 
 from gradfused.backends import cpu, cuda
@@ -39,20 +39,40 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
 
 
+# What a recipe does is the same code for all rules: emulated or interpreted, all recipes run with these alone, the other rules
+# with one recipe of every way through the kernels.
+EVERY_RECIPE = ("sgd", "adam")
+SHARED_RECIPES = {
+    *FEW_RECIPES,
+    "clip-param",
+    "centralize-unit-decayed",
+    "centralize-unit-update",
+    "full-decayed",
+    "full-unit",
+    "noise",
+}
+
+
+def _repeats(item: pytest.Item) -> bool:
+    """Whether a conformance test reaches no code of a kernel that others do not."""
+    asked = item.callspec.params  # type: ignore[attr-defined]
+    case, recipe = asked.get("case", ""), asked.get("recipe", "plain")
+    return bool(case) and not case.startswith(EVERY_RECIPE) and recipe not in SHARED_RECIPES
+
+
+def _is_late(item: pytest.Item, interpret_all: bool) -> bool:
+    """Whether a test is left out: it repeats others in a slow way, or all of its kind are too slow for every run."""
+    backend, file = backend_of(item), item.path.name
+    if backend == "triton" and triton_interpreter.INTERPRETED and file in ("test_conformance.py", "test_chunks.py"):
+        return not interpret_all or _repeats(item)
+    return backend == "cuda" and device_of("cuda") == "cpu" and file == "test_conformance.py" and _repeats(item)
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Interpreted, the conformance suite takes half an hour on the Triton backend. test_triton.py has what always runs."""
-    if not triton_interpreter.INTERPRETED:
-        return
-    late = [i for i in items if backend_of(i) == "triton" and i.path.name in ("test_conformance.py", "test_chunks.py")]
-    if config.getoption("--interpret-all"):
-        late = [i for i in late if "test_every_recipe" in i.name and not worth_interpreting(**i.callspec.params)]  # type: ignore[attr-defined]
-    config.hook.pytest_deselected(items=late)
-    items[:] = [item for item in items if item not in set(late)]
-
-
-def worth_interpreting(case: str, recipe: str, **_: object) -> bool:
-    """What comes before the rule is the same for all: every recipe with the first rules, a few with each of the others."""
-    return recipe in FEW_RECIPES or CASES[case].optimizer in ("SGD", "Adam", "AdamW")
+    late = {item for item in items if _is_late(item, config.getoption("--interpret-all"))}
+    config.hook.pytest_deselected(items=[item for item in items if item in late])
+    items[:] = [item for item in items if item not in late]
 
 
 def backend_of(node: pytest.Item) -> object:

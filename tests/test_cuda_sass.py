@@ -13,7 +13,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "tools"))
 
 import check_sass
 
-SYMBOL = "_ZN9gradfused4cuda40_GLOBAL__N__b826a168_8_apply_cu_3cb41af65applyILb0EEEvNS0_3JobEb"
+SYMBOL = "_ZN9gradfused4cuda40_GLOBAL__N__78af0231_8_apply_cu_e55839d114step_adam_leanENS_6device3JobENS0_5DoingE"
 
 # A walk over chunks (0x10 to 0xa0), in it the step's loop (0x30 to 0x80). What is spilt around the inner loop is no fault.
 STEP = (
@@ -53,7 +53,7 @@ def with_inside(text: str) -> check_sass.Kernel:
 
 def test_a_clean_loop_passes():
     clean = with_inside("FMUL R5, R5, R9")
-    assert (clean.kind, clean.arch, clean.local) == ("apply_lean", "90", 2)
+    assert (clean.kind, clean.family, clean.arch, clean.local) == ("step_lean", "adam", "90", 2)
     [loop] = clean.loops
     assert (loop.address, loop.loads, loop.stores, loop.flight, loop.states) == (0x30, 2, 1, 32, 0)
     assert clean.faults() == []
@@ -95,11 +95,16 @@ def test_registers_are_limited():
     assert replace(with_inside("NOP"), registers=96).faults() == ["96 registers, over 80"]
 
 
-def test_a_rule_without_wide_loops_is_missed():
-    assert check_sass.missing_loops([with_inside("NOP")]) == [
-        f"sm_90 {kind}: 0 of {check_sass.rule_count()} rules have 16-byte loops for {bodies} dtypes"
-        for kind, bodies in (("apply_lean", 3), ("apply_full", 4))
-    ]
+def test_a_rule_without_wide_loops_and_a_family_without_kernels_are_missed():
+    said = check_sass.missing_loops([with_inside("NOP")])
+    assert said[0].startswith("sm_90 step_lean: there is none for ")
+    assert "sm_90 step_lean of adam: 1 of 6 steps have 16-byte loops" in said
+    assert len(said) == 2 * len(check_sass.rule_families())
+
+
+def test_rules_without_lean_kernels_are_known():
+    rules = [rule for family in check_sass.rule_families().values() for rule in family]
+    assert {rule for rule in rules if not check_sass.has_lean_kernels(rule)} == {"LAMB", "LARS", "LARSMomentum", "Adan"}
 
 
 def test_the_built_kernels_are_within_their_limits():

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
@@ -100,6 +101,31 @@ def test_launches_of_a_steady_step(recipe: str, most: int, backend: str) -> None
 def test_launches_where_a_late_mean_takes_several_chunks(backend: str) -> None:
     run = Run(CASES["adamw"], RECIPES["full-update"], ((200, 500),), backend=backend).step()
     assert launches(run.optimizer.step) == 3  # statistics, rehearsal, step
+
+
+@emulated_only
+@pytest.mark.parametrize(
+    ("case", "recipe", "expected"),
+    [
+        ("lamb", {}, 2),  # sums for the trust ratios, step
+        ("lars", {}, 2),
+        ("lamb-plain", {}, 1),
+        ("lamb", {"clip_norm": 1.0}, 3),
+        ("lamb", {"centralize": True, "centralize_at": "update"}, 2),
+        (
+            "lamb",
+            {"centralize": "tensor", "centralize_at": "update", "clip_norm": 1.0},
+            4,
+        ),  # the mean takes several chunks
+        ("adan", {"clip_norm": 1.0}, 2),
+        ("adamw", {"precision": "kahan", "ema": 0.9, "zero_grad_in_step": True}, 1),
+        ("adamw", {"precision": "stochastic", "clip_norm": 1.0}, 2),
+    ],
+)
+def test_launches_of_rules_and_riders(case: str, recipe: dict[str, Any], expected: int, backend: str) -> None:
+    shapes = (*SHAPES, (200, 500))
+    run = Run(CASES[case], recipe, shapes, backend=backend, dtype=torch.bfloat16).step()
+    assert launches(run.optimizer.step) == expected
 
 
 @emulated_only
@@ -250,7 +276,8 @@ def test_families_do_not_mix(backend: str) -> None:
         operand = (p.data_ptr(), "float32", [], [])
         table.add(
             rule=rule, param=operand, grad=operand, state=[operand] * states, numel=4, length=4, group=0, parameter=0,
-            centre=False, whole=False, first=True, step=None,
+            centre=False, whole=False, first=True, step=None, product=None, source=None, rest=None, ema=None,
+            rounding="nearest",
         )  # fmt: skip
     with pytest.raises(ValueError, match="two families"):
         table.bytes()

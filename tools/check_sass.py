@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
+CSRC = ROOT / "csrc"
 BUILT = ROOT / "gradfused" / f"_cuda{sysconfig.get_config_var('EXT_SUFFIX')}"
 LINE = re.compile(r"\s+/\*([0-9a-f]{4,})\*/\s+(?:@(!?U?P\w+)\s+)?([A-Z][A-Z0-9_.]*)\s*(.*?)\s*;")
 WIDE = 128
@@ -33,9 +34,9 @@ class Limit(NamedTuple):
     Attributes:
         registers: They bound how many threads run at once.
         outside: Accesses of local memory outside its hot loops.
-        inside: Those within a hot loop of three states or more; the others hold none.
+        inside: Those within a hot loop of three states or more, or of any that is not strict; the others hold none.
         strict: Whether hot loops may hold no narrow access of global memory.
-        bodies: Dtypes with 16-byte accesses, thus hot loops a rule; 0 where there are no rules.
+        bodies: Dtypes with 16-byte accesses, thus hot loops a rule or a family; 0 where there are no rules.
     """
 
     registers: int
@@ -46,13 +47,13 @@ class Limit(NamedTuple):
 
 
 # Registers: what __launch_bounds__ leaves. Local accesses: those of sm_90 in 2026-11, and a fifth. Outside they are what
-# a chunk's walk keeps around its loops, and around calls of pow and log, once a row. In the lean step the loops of
-# AMSGrad in 16 bits, eight elements of five operands at once, keep two or three values there: more registers would
-# cost a third of the threads. The full kernel draws noise within its loops, some 300 instructions an access: the narrow
-# loads of the seed and the step hide behind that.
+# a chunk's walk keeps around its loops, and around calls of pow and log, once a row. In the lean step the loops with
+# three states in 16 bits, eight elements of five operands at once, keep two or three values there: more registers would
+# cost a third of the threads. In the full one the loops of the family with Adan, of four states and up to five operands
+# besides, keep four, among some thousand instructions.
 LIMITS = {
-    "apply_lean": Limit(registers=80, outside=125, inside=4, bodies=3),
-    "apply_full": Limit(registers=128, outside=220, strict=False, bodies=4),
+    "step_lean": Limit(registers=80, outside=175, inside=4, bodies=3),
+    "step_full": Limit(registers=128, outside=335, inside=5, strict=False, bodies=4),
     "stats": Limit(registers=64, outside=70),
     "patch": Limit(registers=32, outside=0),
 }
@@ -114,7 +115,7 @@ class Loop:
     def flaws(self, limit: Limit) -> list[str]:
         """What does not belong in it."""
         said = []
-        if self.local > (limit.inside if self.states >= 3 else 0):
+        if self.local > (limit.inside if self.states >= 3 or not limit.strict else 0):
             said.append(f"{self.local} accesses of local memory")
         if self.narrow and limit.strict:
             said.append("narrow: " + ", ".join(f"{n} {op}" for op, n in Counter(self.narrow).items()))
@@ -137,11 +138,16 @@ class Kernel:
     @property
     def kind(self) -> str:
         """Key of LIMITS."""
-        found = re.search(r"\d(apply|stats|patch)\w*?(?:ILb([01])E)?E", self.symbol)
+        found = re.search(r"\d(?:step_[a-z]+_(lean|full)|(stats|patch))E", self.symbol)
         if not found:
             return self.symbol
-        version = {"0": "_lean", "1": "_full"}.get(found[2], "")
-        return found[1] + version
+        return found[2] or f"step_{found[1]}"
+
+    @property
+    def family(self) -> str:
+        """Of the rules that it takes steps with; empty if it takes none."""
+        found = re.search(r"\dstep_([a-z]+)_(?:lean|full)E", self.symbol)
+        return found[1] if found else ""
 
     @property
     def inside(self) -> int:
@@ -149,9 +155,9 @@ class Kernel:
         return sum(loop.local for loop in self.loops)
 
     @property
-    def steps(self) -> Counter[float]:
-        """The number of loops that take a step, by how many states the step has."""
-        return Counter(loop.states for loop in self.loops if loop.stores)
+    def steps(self) -> int:
+        """The number of loops that take a step."""
+        return sum(loop.stores > 0 for loop in self.loops)
 
     def faults(self) -> list[str]:
         """Where it breaks its limits."""
@@ -321,35 +327,53 @@ def kernels(module: Path, cuobjdump: str) -> Iterator[Kernel]:
         raise SystemExit(f"{' '.join(command)} failed ({process.returncode})")
 
 
-def rule_count() -> int:
-    """The rules that the kernels implement."""
-    return len(re.findall(r"^GRADFUSED_RULE\(", (ROOT / "csrc" / "rules.def").read_text(), re.MULTILINE))
+def rule_families() -> dict[str, list[str]]:
+    """The types of the rules of each family."""
+    rules = re.findall(r"^GRADFUSED_RULE\(\w+, (\w+), (\w+)\)", (CSRC / "rules.def").read_text(), re.MULTILINE)
+    return {family: [rule for rule, its in rules if its == family] for _, family in rules}
+
+
+def has_lean_kernels(rule: str) -> bool:
+    """Whether a rule takes no trust ratio and has no more than three states."""
+    headers = (path.read_text() for path in sorted((CSRC / "math").glob("*.h")))
+    own = next(text for text in headers if re.search(rf"\b(struct|using) {rule}\b", text))
+    return "Trust trust = " not in own and "states = 4" not in own
+
+
+def expected_bodies(kernel: Kernel) -> int:
+    """How many loops are to take a step: one a dtype and rule in the lean kernels, one a dtype for all rules in the full ones."""
+    rules = rule_families().get(kernel.family, [])
+    lean = sum(map(has_lean_kernels, rules))
+    return LIMITS[kernel.kind].bodies * (lean if kernel.kind == "step_lean" else bool(rules))
 
 
 def missing_loops(found: list[Kernel]) -> list[str]:
-    """Rules and dtypes whose step has no hot loop: each rule of a family has its own number of states."""
+    """Kernels whose steps lack 16-byte loops, and kernels that are not there."""
     said = []
     for arch in sorted({kernel.arch for kernel in found}):
-        for kind, limit in LIMITS.items():
-            steps = (k.steps for k in found if k.arch == arch and k.kind == kind and limit.bodies)
-            rules = sum(count >= limit.bodies for step in steps for count in step.values())
-            if limit.bodies and rules < rule_count():
-                said.append(
-                    f"sm_{arch} {kind}: {rules} of {rule_count()} rules have 16-byte loops for {limit.bodies} dtypes"
-                )
+        for kind in ("step_lean", "step_full"):
+            built = {k.family: k for k in found if k.arch == arch and k.kind == kind}
+            for family in rule_families():
+                if family not in built:
+                    said.append(f"sm_{arch} {kind}: there is none for {family}")
+                elif built[family].steps < (expected := expected_bodies(built[family])):
+                    said.append(
+                        f"sm_{arch} {kind} of {family}: {built[family].steps} of {expected} steps have 16-byte loops"
+                    )
     return said
 
 
 def all_faults(found: list[Kernel]) -> list[str]:
     """Everything that is not as it should be."""
-    return [f"sm_{k.arch} {k.kind}: {fault}" for k in found for fault in k.faults()] + missing_loops(found)
+    named = ((f"sm_{k.arch} {k.kind}" + (f" of {k.family}" if k.family else ""), k) for k in found)
+    return [f"{name}: {fault}" for name, k in named for fault in k.faults()] + missing_loops(found)
 
 
 def table(found: list[Kernel]) -> str:
     """A line a kernel."""
     head = (
         "kernel",
-        "states",
+        "family",
         "target",
         "registers",
         "stack B",
@@ -360,11 +384,10 @@ def table(found: list[Kernel]) -> str:
     )
     rows: list[tuple[str, ...]] = [head]
     for k in found:
-        states = ",".join(f"{s:g}" for s in sorted(k.steps)) or "-"
         flights = sorted({loop.flight for loop in k.loops}) or [0]
         span = f"{flights[0]}-{flights[-1]}"
         numbers = (k.registers, k.stack, k.local - k.inside, k.inside, len(k.loops))
-        rows.append((k.kind, states, f"sm_{k.arch}", *map(str, numbers), span))
+        rows.append((k.kind, k.family or "-", f"sm_{k.arch}", *map(str, numbers), span))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows)
 

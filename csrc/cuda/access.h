@@ -1,9 +1,11 @@
 // How a kernel reads and writes an operand: 16 bytes at a time where it can, else an element at a time through dtype and strides.
 #pragma once
 
+#include <type_traits>
+
 #include "cuda/device.h"
 #include "cuda/job.h"
-#include "math/half.h"
+#include "math/rounding.h"
 
 namespace gradfused::cuda {
 namespace {
@@ -17,6 +19,10 @@ template <class S> struct alignas(16) Vector {
 };
 template <class T> struct One {
   T at[1];
+};
+// The same as words: what is loaded in some branch and used behind it would be split into 16-bit halves at once, and waited for.
+struct alignas(16) Words {
+  uint32_t at[4];
 };
 
 // Tells the compiler that an address found in a table is one of device memory: LDG in place of generic loads.
@@ -58,6 +64,92 @@ template <class S, class T> struct Plain {
   }
   static __device__ __forceinline__ Pack load(Handle x, int i) { return math::bits<Pack>(load_16_bytes(x + i)); }
   static __device__ __forceinline__ void store(Handle x, int i, const Pack& v) { store_16_bytes(x + i, math::bits<uint4>(v)); }
+
+  using Raw = Words;
+  // What has been stored, rounded as it is.
+  static __device__ __forceinline__ Raw stored(Handle, int, const Raw& v) { return v; }
+  static __device__ __forceinline__ Raw load_raw(Handle x, int i) { return math::bits<Words>(load_16_bytes(x + i)); }
+  static __device__ __forceinline__ void store_raw(Handle x, int i, const Raw& v) { store_16_bytes(x + i, math::bits<uint4>(v)); }
+  static __device__ __forceinline__ Raw raw(const Pack& v) { return math::bits<Raw>(v); }
+  static __device__ __forceinline__ Pack pack(const Raw& v) { return math::bits<Pack>(v); }
+  static __device__ __forceinline__ T get(const Raw& v, int k) {
+    if constexpr (sizeof(S) == 2) return T(math::widen(S{uint16_t(v.at[k / 2] >> (16 * (k % 2)))}));
+    if constexpr (sizeof(S) == 4) return math::bits<S>(v.at[k]);
+    if constexpr (sizeof(S) == 8) return math::bits<S>(uint64_t{v.at[(2 * k) % 4]} | uint64_t{v.at[(2 * k + 1) % 4]} << 32);
+  }
+  static __device__ __forceinline__ void set(Raw& v, int k, T x) {
+    S stored;
+    math::put(x, stored);
+    if constexpr (sizeof(S) == 2) {
+      const uint32_t half = stored.bits;
+      v.at[k / 2] = k % 2 ? (v.at[k / 2] & 0xFFFFu) | half << 16 : (v.at[k / 2] & 0xFFFF0000u) | half;
+    }
+    if constexpr (sizeof(S) == 4) v.at[k] = math::bits<uint32_t>(stored);
+    if constexpr (sizeof(S) == 8) {
+      v.at[(2 * k) % 4] = uint32_t(math::bits<uint64_t>(stored));
+      v.at[(2 * k + 1) % 4] = uint32_t(math::bits<uint64_t>(stored) >> 32);
+    }
+  }
+
+  // An operand that may be wider: a copy or an average of 16-bit weights in float32, two accesses a pack.
+  static constexpr bool may_widen = sizeof(S) < sizeof(float);
+  struct Rider {
+    char* data;
+    bool wide;
+  };
+  struct RiderRaw {
+    Words part[may_widen ? 2 : 1];
+  };
+  static __device__ __forceinline__ Rider rider(const Operand& x, int64_t begin) {
+    const bool wide = may_widen && x.dtype == DType::float32;
+    return {global(x.data) + begin * int64_t(wide ? sizeof(float) : sizeof(S)), wide};
+  }
+  static __device__ __forceinline__ RiderRaw load_rider(const Rider& x, int i) {
+    RiderRaw v{};
+    if constexpr (may_widen) {
+      const char* const at = x.data + int64_t(i) * (x.wide ? 4 : 2);
+      v.part[0] = math::bits<Words>(load_16_bytes(at));
+      if (x.wide) v.part[1] = math::bits<Words>(load_16_bytes(at + 16));
+    } else {
+      v.part[0] = math::bits<Words>(load_16_bytes(x.data + int64_t(i) * int64_t(sizeof(S))));
+    }
+    return v;
+  }
+  static __device__ __forceinline__ void widen(const Rider& x, const RiderRaw& v, T* to) {
+    if constexpr (may_widen) {
+      if (x.wide) {
+#pragma unroll
+        for (int k = 0; k < width; ++k) to[k] = math::bits<float>(v.part[k / 4].at[k % 4]);
+        return;
+      }
+    }
+#pragma unroll
+    for (int k = 0; k < width; ++k) to[k] = get(v.part[0], k);
+  }
+  static __device__ __forceinline__ void store_rider(const Rider& x, int i, const T* from) {
+    Words v{};
+    if constexpr (may_widen) {
+      if (x.wide) {
+#pragma unroll
+        for (int n = 0; n < 2; ++n) {
+#pragma unroll
+          for (int k = 0; k < 4; ++k) v.at[k] = math::bits<uint32_t>(from[4 * n + k]);
+          store_16_bytes(x.data + int64_t(i) * 4 + 16 * n, math::bits<uint4>(v));
+        }
+        return;
+      }
+    }
+#pragma unroll
+    for (int k = 0; k < width; ++k) set(v, k, from[k]);
+    store_16_bytes(x.data + int64_t(i) * int64_t(sizeof(S)), math::bits<uint4>(v));
+  }
+
+  static constexpr bool may_round_randomly = may_widen;
+  static __device__ __forceinline__ T rounded_randomly(Handle, T x, uint32_t random) {
+    if constexpr (std::is_same_v<S, BFloat16>) return math::random_bfloat16(x, random);
+    if constexpr (std::is_same_v<S, Half>) return math::random_half(x, random);
+    return x;
+  }
 };
 
 // Any dtype, layout and alignment.
@@ -105,10 +197,34 @@ template <class T> struct Any {
       default: return math::put(v.at[0], element<BFloat16>(x, i));
     }
   }
+
+  using Raw = Pack;
+  static __device__ __forceinline__ Raw load_raw(const Handle& x, int i) { return load(x, i); }
+  static __device__ __forceinline__ void store_raw(const Handle& x, int i, const Raw& v) { store(x, i, v); }
+  static __device__ __forceinline__ Raw raw(const Pack& v) { return v; }
+  static __device__ __forceinline__ Pack pack(const Raw& v) { return v; }
+  static __device__ __forceinline__ T get(const Raw& v, int) { return v.at[0]; }
+  static __device__ __forceinline__ void set(Raw& v, int, T x) { v.at[0] = x; }
+  static __device__ __forceinline__ Raw stored(const Handle& x, int i, const Raw&) { return load(x, i); }
+
+  using Rider = Handle;
+  using RiderRaw = Raw;
+  static __device__ __forceinline__ Rider rider(const Operand& x, int64_t begin) { return {&x, x.data, begin}; }
+  static __device__ __forceinline__ RiderRaw load_rider(const Rider& x, int i) { return load(x, i); }
+  static __device__ __forceinline__ void widen(const Rider&, const RiderRaw& v, T* to) { to[0] = v.at[0]; }
+  static __device__ __forceinline__ void store_rider(const Rider& x, int i, const T* from) { store(x, i, {from[0]}); }
+
+  static constexpr bool may_round_randomly = sizeof(T) == sizeof(float);
+  static __device__ __forceinline__ T rounded_randomly(const Handle& x, T v, uint32_t random) {
+    return x.shape->dtype == DType::bfloat16 ? T(math::random_bfloat16(float(v), random)) : T(math::random_half(float(v), random));
+  }
 };
 
-// Runs f with the access that suits a chunk: one uniform branch a chunk. Operands of mixed dtypes go an element at a time, so that there
-// are six bodies a rule, not one a combination. Without kWide there is no float64.
+// Where a row's weights are kept before the step.
+__device__ __forceinline__ const Operand& kept_weights(const Row& row) { return row.source.data ? row.source : row.param; }
+
+// Runs f with the access that suits a chunk: one uniform branch a chunk. Operands of mixed dtypes go an element at a time, but for what may
+// be float32 beside 16-bit weights, so that there are six bodies, not one a combination. Without kWide there is no float64.
 template <bool kWide = true, class F> __device__ __forceinline__ void with_access(const Row& row, const char* grad, bool plain, const F& f) {
   if (plain && reinterpret_cast<uintptr_t>(grad) % 16 == 0) {
     switch (row.param.dtype) {

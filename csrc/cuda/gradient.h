@@ -4,6 +4,7 @@
 
 #include "cuda/access.h"
 #include "cuda/group.h"
+#include "math/ascend.h"
 #include "math/transforms.h"
 
 namespace gradfused::cuda {
@@ -24,6 +25,7 @@ template <int kCount, class T> __device__ __forceinline__ double sum_squares(con
 template <class A> struct Gradient {
   using T = typename A::Compute;
   using Pack = typename A::Pack;
+  using Raw = typename A::Raw;
   static constexpr int width = A::width;
 
   const Operand& operand;
@@ -54,27 +56,28 @@ template <class A> struct Gradient {
     for (int i = lane * width; i < count; i += lanes * width) f(i);
   }
 
-  // f(i, pack) over an operand in memory, four loads under way at a time: with one, too few bytes are in flight.
-  template <class F> __device__ __forceinline__ void for_each_of(const typename A::Handle& x, F f) const {
+  // f(i, load(i)), four loads under way at a time: with one, too few bytes are in flight.
+  template <class L, class F> __device__ __forceinline__ void for_each_loaded(L load, F f) const {
     constexpr int kAhead = 4;
     const int step = lanes * width;
     int i = lane * width;
 #pragma unroll 1
     for (; i + (kAhead - 1) * step < count; i += kAhead * step) {
-      Pack v[kAhead];
+      decltype(load(0)) v[kAhead];
 #pragma unroll
-      for (int k = 0; k < kAhead; ++k) v[k] = A::load(x, i + k * step);
+      for (int k = 0; k < kAhead; ++k) v[k] = load(i + k * step);
 #pragma unroll
       for (int k = 0; k < kAhead; ++k) f(i + k * step, v[k]);
     }
 #pragma unroll 1
-    for (; i < count; i += step) f(i, A::load(x, i));
+    for (; i < count; i += step) f(i, load(i));
   }
 
   // The tile as an array of what V is made of.
   template <class V> __device__ __forceinline__ V& slot(int i) const { return *reinterpret_cast<V*>(tile + i * int(sizeof(V) / width)); }
 
-  __device__ __forceinline__ Pack read(int i) const { return held ? slot<Pack>(i) : A::load(from, i); }
+  __device__ __forceinline__ Pack read(int i) const { return held ? A::pack(slot<Raw>(i)) : A::load(from, i); }
+  __device__ __forceinline__ Raw read_raw(int i) const { return held ? slot<Raw>(i) : A::load_raw(from, i); }
 
   __device__ __forceinline__ bool fits() const { return count <= lanes * (kTileBytes / kThreads) / int(sizeof(T)); }
 
@@ -82,8 +85,8 @@ template <class A> struct Gradient {
   __device__ __forceinline__ double sum() {
     const bool fitting = fits();
     double total = 0;
-    for_each_of(from, [&](int i, const Pack& g) {
-      if (fitting) slot<Pack>(i) = g;
+    for_each_loaded([&](int i) { return A::load(from, i); }, [&](int i, const Pack& g) {
+      if (fitting) slot<Raw>(i) = A::raw(g);
       T part = 0;
 #pragma unroll
       for (int k = 0; k < width; ++k) part += T(math::widen(g.at[k])) * unscale;
@@ -103,20 +106,36 @@ template <class A> struct Gradient {
       total += sum_squares<width>(x);
     };
     if (held) {
-      for_each([&](int i) { add(i, slot<Pack>(i)); });
+      for_each([&](int i) { add(i, A::pack(slot<Raw>(i))); });
     } else {
-      for_each_of(from, add);
+      for_each_loaded([&](int i) { return A::load(from, i); }, add);
     }
     return total;
   }
 
-  // This thread's part of another operand's sum of squares over the same elements.
-  __device__ __forceinline__ double own_squares_of(const typename A::Handle& other) const {
+  // This thread's part of the sum of squares of the weights of the same elements.
+  __device__ __forceinline__ double own_squares_of(const typename A::Rider& weights) const {
     double total = 0;
-    for_each_of(other, [&](int, const Pack& v) {
+    for_each_loaded([&](int i) { return A::load_rider(weights, i); }, [&](int, const typename A::RiderRaw& v) {
       T x[width];
+      A::widen(weights, v, x);
+      total += sum_squares<width>(x);
+    });
+    return total;
+  }
+
+  // This thread's part of the sum of squares of the gradient times what each weight may move by.
+  __device__ __forceinline__ double own_squares_reached(const typename A::Rider& weights, T eta) const {
+    struct Both {
+      Pack g;
+      typename A::RiderRaw w;
+    };
+    double total = 0;
+    for_each_loaded([&](int i) { return Both{A::load(from, i), A::load_rider(weights, i)}; }, [&](int, const Both& v) {
+      T x[width];
+      A::widen(weights, v.w, x);
 #pragma unroll
-      for (int k = 0; k < width; ++k) x[k] = T(math::widen(v.at[k]));
+      for (int k = 0; k < width; ++k) x[k] = math::centred(T(math::widen(v.g.at[k])), unscale, T(0)) * math::reach(x[k], eta);
       total += sum_squares<width>(x);
     });
     return total;

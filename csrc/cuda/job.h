@@ -7,8 +7,10 @@ namespace gradfused::cuda {
 
 using namespace device;
 
-// What a launch of the apply kernel does. The step counts and `first` of the rows are written when all its blocks are done.
-enum class Doing { step, rehearsal };
+// What a launch of a step's kernel does, in the order of the launches. The first three write nothing but sums: of the rows that take a trust
+// ratio before anything is rehearsed, of what is to be centred late, and of the other rows that take one. The step counts and `first` of the
+// rows are written when all blocks of the step are done.
+enum class Doing { weigh_first, rehearsal, weigh, step };
 
 // The launches. A stream is a cudaStream_t, of the device.
 using Launch = void (*)(const Job&, Doing, int device, void* stream);

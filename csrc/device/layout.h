@@ -20,6 +20,9 @@ constexpr int64_t kChunk = 8192;
 constexpr int64_t kWarpUnit = kTileBytes / kWarps / int64_t{sizeof(float)};
 constexpr int64_t kBlockUnit = 65536;
 
+// A rule with more states needs more registers than a lean kernel has: Adan's loops in 16 bits kept 15 values in local memory.
+constexpr int kLeanStates = 3;
+
 // A run of elements of one row.
 struct Chunk {
   int64_t begin;

@@ -26,6 +26,17 @@ math::Trust trust_of(Rule rule) {
   }
 }
 
+// Whether the rule has lean kernels.
+bool is_lean(Rule rule) {
+  switch (rule) {
+#define GRADFUSED_RULE(name, type, family) \
+  case Rule::name: return math::type::trust == math::Trust::none && math::type::states <= kLeanStates;
+#include "rules.def"
+#undef GRADFUSED_RULE
+    default: return false;
+  }
+}
+
 // Every operand a 16-byte aligned array of one dtype, but that copies and averages of 16-bit weights may be of float32; the gradient's
 // address is looked at in each step.
 bool is_plain(const Row& row) {
@@ -35,8 +46,9 @@ bool is_plain(const Row& row) {
     return !x.data || (x.dims == 0 && aligned(x) && (x.dtype == row.param.dtype || x.dtype == DType::float32));
   };
   if (!fits(row.param) || !aligned(row.param) || !fits(row.grad)) return false;
-  if (!rides(row.source) || !rides(row.rest) || !rides(row.ema)) return false;
-  return std::all_of(row.state, row.state + kMaxStates, [&](const Operand& s) { return !s.data || (fits(s) && aligned(s)); });
+  if (!rides(row.source) || !rides(row.ema)) return false;
+  const auto matches = [&](const Operand& x) { return !x.data || (fits(x) && aligned(x)); };
+  return matches(row.rest) && std::all_of(row.state, row.state + kMaxStates, matches);
 }
 
 // Threads for a unit: as many as it has 16-byte packs, up to a warp, or the block.
@@ -109,7 +121,7 @@ void Plan::plan_row(size_t index) {
     }
   }
   r.chunk1 = int32_t(chunks_.size());
-  full_ |= row.param.dtype == DType::float64 || h.noise > 0 || by_unit || late(row, h) || r.weighed || r.weighed_first;
+  full_ |= row.param.dtype == DType::float64 || h.noise > 0 || by_unit || late(row, h) || !is_lean(row.rule);
   full_ |= row.source.data || row.ema.data || row.rounding != Rounding::nearest || h.zero_grad;
   for (const Operand* x : {&row.param, &row.grad, &row.state[0], &row.state[1], &row.state[2], &row.state[3], &row.source, &row.rest, &row.ema}) {
     shape_words_ += 2 * size_t(x->dims);

@@ -1,0 +1,94 @@
+// The rules of the family that is being compiled: GRADFUSED_FAMILY names it.
+#pragma once
+
+#include "cuda/row.h"
+#include "math/rules.h"
+
+#define GRADFUSED_PASTE(a, b) a##b
+#define GRADFUSED_NAME(a, b) GRADFUSED_PASTE(a, b)
+#define GRADFUSED_STRING(x) #x
+#define GRADFUSED_TEXT(x) GRADFUSED_STRING(x)
+
+namespace gradfused::cuda {
+namespace {
+
+constexpr __host__ __device__ bool same(const char* a, const char* b) { return *a == *b && (*a == '\0' || same(a + 1, b + 1)); }
+
+// Runs f with the rule, among those of this family. What runs big bodies is given as a functor: the compiler leaves lambdas of that size
+// as calls, through local memory.
+template <class F> __device__ __forceinline__ void with_rule(Rule rule, const F& f) {
+  switch (rule) {
+#define GRADFUSED_RULE(name, type, family)                                              \
+  case Rule::name:                                                                      \
+    if constexpr (same(#family, GRADFUSED_TEXT(GRADFUSED_FAMILY))) return f(math::type{}); \
+    return;
+#include "rules.def"
+#undef GRADFUSED_RULE
+    case Rule::count: return;
+  }
+}
+
+constexpr int most_states() {
+  int most = 0;
+#define GRADFUSED_RULE(name, type, family) \
+  if (same(#family, GRADFUSED_TEXT(GRADFUSED_FAMILY)) && math::type::states > most) most = math::type::states;
+#include "rules.def"
+#undef GRADFUSED_RULE
+  return most;
+}
+
+// A rule that a body is compiled for alone.
+template <class R> struct OneRule {
+  static constexpr int states = R::states;
+  const Now& now;  // in shared memory: fewer registers
+
+  __device__ OneRule(const Now& row, Rule) : now(row) {}
+  __device__ __forceinline__ bool reads(int) const { return R::reads_state; }
+  __device__ __forceinline__ bool writes(int) const { return true; }
+
+  // x <- the direction the rule takes at one element.
+  template <class T> __device__ __forceinline__ void direct(T& x, T weight, T* state) const {
+    x = R::direction(x, weight, state, *reinterpret_cast<const typename R::template Coef<T>*>(now.coef));
+  }
+};
+
+template <class T> struct DirectOne {
+  const Now& now;
+  T &x, weight, *state;
+  template <class R> __device__ __forceinline__ void operator()(R) const { OneRule<R>(now, Rule()).direct(x, weight, state); }
+};
+
+// Any rule of the family, told apart where it runs: one body in place of one a rule.
+struct AnyRule {
+  static constexpr int states = most_states();
+  const Now& now;
+  const Rule rule;
+
+  __device__ AnyRule(const Now& row, Rule which) : now(row), rule(which) {}
+  __device__ __forceinline__ bool reads(int n) const { return now.todo & (kReads << n); }
+  __device__ __forceinline__ bool writes(int n) const { return now.todo & (kWrites << n); }
+
+  template <class T> __device__ __forceinline__ void direct(T& x, T weight, T* state) const {
+    with_rule(rule, DirectOne<T>{now, x, weight, state});
+  }
+};
+
+// Writes the rule's numbers for a row to now.coef, and what is in the numbers of all rules beside them.
+template <class T> __device__ void set_coef(Now& now, const Row& row, const Hyper& h, const Count& count, const DeviceRow* trusted) {
+  with_rule(row.rule, [&](auto rule) {
+    using R = decltype(rule);
+    using C = typename R::template Coef<T>;
+    static_assert(sizeof(C) <= sizeof(now.coef), "room for the coefficients");
+    C c = R::template coef<T>(h, count);
+    if constexpr (R::trust != math::Trust::none) {
+      if (trusted) R::template trusted<T>(c, h, trusted->weight_norm, trusted->norm);
+    }
+    *reinterpret_cast<C*>(now.coef) = c;
+    *reinterpret_cast<Move<T>*>(now.move) = {c.shrink, c.step, T(1.0 - h.ema), T(h.weight_decay)};
+    now.todo |= (R::reads_state ? (1u << R::states) - 1 : 0) * kReads | ((1u << R::states) - 1) * kWrites;
+    if (R::trust == math::Trust::update) now.todo |= kTrustsUpdate;
+  });
+}
+
+}  // namespace
+}  // namespace gradfused::cuda

@@ -1,0 +1,81 @@
+// What the last block of a launch does, when nobody reads any more what it writes: a warp a row, in a fixed order.
+#pragma once
+
+#include "cuda/row.h"
+
+namespace gradfused::cuda {
+namespace {
+
+__device__ bool is_rehearsed(const Job& job, const DeviceRow& r) {
+  return r.split && r.row.centre && job.hypers[r.row.group].hyper.centralize_at != Centre::gradient;
+}
+
+// Whether a launch has anything to do with a row.
+__device__ bool concerns(const Job& job, const DeviceRow& r, Doing doing) {
+  switch (doing) {
+    case Doing::weigh_first: return r.weighed_first;
+    case Doing::rehearsal: return is_rehearsed(job, r);
+    case Doing::weigh: return r.weighed;
+    default: return true;
+  }
+}
+
+// The step was taken: counts go on.
+__device__ void finish_step(const Job& job) {
+  for (int i = int(threadIdx.x) / kLanes; i < job.row_count; i += kWarps) {
+    DeviceRow& r = job.rows[i];
+    Row& row = r.row;
+    const Hyper& h = job.hypers[row.group].hyper;
+    if (h.scope == Scope::unit && !r.measured) {
+      const double squares = sum_chunks(r.chunk0, r.chunk1, [&](int c) { return job.sums[c].squares; });
+      if (threadIdx.x % kLanes == 0) job.squares[i] = squares;
+    }
+    if (threadIdx.x % kLanes) continue;
+    const Count count = count_of(row, h);
+    if (row.step) put_scalar(row.step, row.step_dtype, count.step);
+    if (row.product) put_scalar(row.product, row.product_dtype, count.product);
+    row.first = false;
+  }
+}
+
+// The rehearsed means.
+__device__ void finish_rehearsal(const Job& job) {
+  for (int i = int(threadIdx.x) / kLanes; i < job.row_count; i += kWarps) {
+    const DeviceRow& r = job.rows[i];
+    if (!is_rehearsed(job, r) || !r.row.numel) continue;
+    const auto sum = [&](int c) { return job.sums[c].sum; };
+    const int64_t units = r.row.numel / r.row.length;
+    const int pieces = int((r.row.length + kChunk - 1) / kChunk);
+    double mean = 0;
+    if (r.row.whole) mean = sum_chunks(r.chunk0, r.chunk1, sum) / double(r.row.numel);
+    for (int64_t u = 0; u < units; ++u) {
+      const int c0 = r.chunk0 + int(u) * pieces;
+      if (!r.row.whole) mean = sum_chunks(c0, c0 + pieces, sum) / double(r.row.length);
+      if (threadIdx.x % kLanes == 0) job.units[r.unit0 + u].direction = mean;
+    }
+  }
+}
+
+// The norms of a trust ratio.
+__device__ void finish_weighing(const Job& job, Doing doing) {
+  for (int i = int(threadIdx.x) / kLanes; i < job.row_count; i += kWarps) {
+    DeviceRow& r = job.rows[i];
+    if (!concerns(job, r, doing)) continue;
+    const double squares = sum_chunks(r.chunk0, r.chunk1, [&](int c) { return job.sums[c].sum; });
+    const double weights = sum_chunks(r.chunk0, r.chunk1, [&](int c) { return job.sums[c].weight_squares; });
+    if (threadIdx.x % kLanes) continue;
+    r.norm = sqrt(squares);
+    r.weight_norm = sqrt(weights);
+  }
+}
+
+__device__ void finish(const Job& job, Doing doing) {
+  switch (doing) {
+    case Doing::step: return finish_step(job);
+    case Doing::rehearsal: return finish_rehearsal(job);
+    default: return finish_weighing(job, doing);
+  }
+}
+
+}  // namespace
+}  // namespace gradfused::cuda

@@ -1,0 +1,258 @@
+// One chunk's walk through a step in which anything may be asked for: noise, norms by unit, late centring, float64, trust ratios, and
+// weights that are kept in another way than in one array. One loop does it all, and is told by bits what: a body an access for all rules of
+// a family.
+#pragma once
+
+#include "cuda/enter.h"
+#include "cuda/weights.h"
+
+namespace gradfused::cuda {
+namespace {
+
+template <class A> struct States {
+  typename A::Raw of[AnyRule::states];
+};
+
+// x <- the directions the rule takes: told apart once a pack.
+template <class A> struct DirectPack {
+  using T = typename A::Compute;
+  const Now& now;
+  T *x, *weights;
+  States<A>& s;
+
+  template <class R> __device__ __forceinline__ void operator()(R) const {
+    const OneRule<R> rule(now, Rule());
+#pragma unroll
+    for (int k = 0; k < A::width; ++k) {
+      T one[kMaxStates];
+#pragma unroll
+      for (int n = 0; n < R::states; ++n) one[n] = R::reads_state ? A::get(s.of[n], k) : T(0);
+      rule.direct(x[k], weights[k], one);
+#pragma unroll
+      for (int n = 0; n < R::states; ++n) A::set(s.of[n], k, one[n]);
+    }
+  }
+};
+
+template <class A> class FullStepper {
+  using T = typename A::Compute;
+  static constexpr int width = A::width, states = AnyRule::states;
+  struct Held {
+    T at[width];
+  };
+
+ public:
+  __device__ __forceinline__ explicit FullStepper(const Place& at)
+      : at_(at), row_(at.r.row), h_(at.job.hypers[at.r.row.group].hyper), rule_(at.r.row.rule),
+        t_(*reinterpret_cast<const math::Transform<T>*>(at.now.transform)), move_(*reinterpret_cast<const Move<T>*>(at.now.move)),
+        weights_(at.now), g_(at.r.row.grad, at.job.grads[at.c.row], at.c.lanes ? int(at.c.lanes) : kThreads, at.tile, at.now.unscale) {}
+
+  __device__ __forceinline__ void run() {
+    const Chunk& c = at_.c;
+    const int length = c.lanes ? int(row_.length) : c.count, units = c.count / length, groups = kThreads / g_.lanes;
+#pragma unroll 1
+    for (int first = 0; first < units; first += groups) {
+      const int unit = first + int(threadIdx.x) / g_.lanes;
+      open(c.begin + int64_t(unit) * length, unit < units ? length : 0);
+      const Unit* known = at_.r.split && g_.count ? &at_.job.units[at_.r.unit0 + weights_.begin / row_.length] : nullptr;
+      const double squares = measure(known);
+      walk_unit(known);
+      total_ += at_.doing != Doing::step ? sum_ : g_.lane == 0 ? squares : 0.0;
+    }
+    leave_sums();
+  }
+
+ private:
+  __device__ __forceinline__ void open(int64_t begin, int count) {
+    g_.open(begin, count);
+    weights_.open(row_, begin);
+#pragma unroll
+    for (int n = 0; n < states; ++n) state_[n] = A::handle(row_.state[n], row_.state[n].data, begin);
+  }
+
+  __device__ __forceinline__ bool by_unit() const { return h_.scope == Scope::unit; }
+  __device__ __forceinline__ bool late() const { return row_.centre && h_.centralize_at != Centre::gradient; }
+
+  // Sets the unit's mean and factor. Returns its sum of squares if norms are by unit.
+  __device__ __forceinline__ double measure(const Unit* known) {
+    if (row_.centre && !late()) {
+      if (at_.r.split) {
+        mean_ = known ? T(known->mean) : T(0);
+      } else {
+        mean_ = T(g_.sum() / double(row_.length));
+      }
+    }
+    if (!by_unit()) {
+      factor_ = t_.factor;
+      return 0;
+    }
+    double squares, weights = 0;
+    if (at_.r.split && row_.length > kBlockUnit) {
+      squares = known ? known->squares : 0;
+      weights = known ? known->weight_squares : 0;
+    } else {
+      squares = sum_group(g_.own_squares(mean_), g_.lanes);
+      if (h_.agc) weights = sum_group(g_.own_squares_of(A::rider(kept_weights(row_), weights_.begin)), g_.lanes);
+    }
+    factor_ = T(h_.agc ? math::agc_factor(h_.radius, sqrt(weights), sqrt(squares)) : math::perturb_factor(h_.perturb, sqrt(squares)));
+    return squares;
+  }
+
+  // What this launch does with each element in the end.
+  __device__ __forceinline__ uint32_t last_walk(bool decayed, bool directed) const {
+    switch (at_.doing) {
+      case Doing::step: return kDirect | kMove | kStep | (decayed ? kCentreBefore : 0) | (directed ? kCentreAfter : 0);
+      case Doing::rehearsal: return kSum | (directed ? kDirect : 0);
+      case Doing::weigh_first: return kWeigh;
+      default: {
+        const bool updates = at_.now.todo & kTrustsUpdate;
+        return kWeigh | (updates ? kDirect : 0) | (decayed ? kCentreBefore : 0) | (directed && updates ? kCentreAfter : 0);
+      }
+    }
+  }
+
+  // Where something is centred late whose mean is not known, a walk for that mean comes first. What fits in the tile stays there, and the
+  // states then move in that walk.
+  __device__ __forceinline__ void walk_unit(const Unit* known) {
+    const bool decayed = late() && h_.centralize_at == Centre::decayed, directed = late() && !decayed;
+    uint32_t last = last_walk(decayed, directed), now = last;
+    bool final = true;
+    T mean = known && late() ? T(known->direction) : T(0);
+    if (!at_.r.split && (last & (kCentreBefore | kCentreAfter))) {
+      final = false;
+      now = kSum | (directed ? kDirect : 0);
+      if (g_.fits()) {
+        now |= kHold | (directed ? last & kMove : 0);
+        last |= kHeld;
+        if (directed) last &= ~uint32_t(kDirect | kMove);
+      }
+    }
+#pragma unroll 1
+    for (;; now = last) {
+      sum_ = 0;
+      walk(now | at_.now.todo, mean);
+      if (final) return;
+      final = true;
+      mean = T(sum_group(sum_, g_.lanes) / double(row_.length));
+    }
+  }
+
+  // Stages 0 to 6.
+  __device__ __forceinline__ T transformed(T x, float z, T weight, uint32_t todo) const {
+    math::Transform<T> t = t_;
+    t.mean = mean_;
+    t.factor = factor_;
+    x = math::perturbed(x, t);
+    if (todo & kNoise) x = x + t_.sigma * T(z);
+    x = x * t_.sign;
+    return todo & kDecay ? x + t_.decay * weight : x;
+  }
+
+  __device__ __forceinline__ void walk(uint32_t todo, T mean) {
+    g_.for_each([&](int i) {
+      const typename Weights<A>::Loaded loaded = weights_.load(i, todo);
+      States<A> s{};
+      if (todo & kDirect) {
+#pragma unroll
+        for (int n = 0; n < states; ++n) {
+          if (todo & (kReads << n)) s.of[n] = A::load_raw(state_[n], i);
+        }
+      }
+      T weights[width], x[width];
+      if (todo & kHeld) {
+        const Held held = g_.template slot<Held>(i);
+#pragma unroll
+        for (int k = 0; k < width; ++k) x[k] = held.at[k];
+        weights_.widen(loaded, todo, weights);
+      } else {
+        const typename A::Raw g = g_.read_raw(i);
+        float z[width] = {};
+        if (todo & kNoise) draw_noise<width>(at_.now, weights_.begin + i, z);
+        weights_.widen(loaded, todo, weights);
+#pragma unroll
+        for (int k = 0; k < width; ++k) x[k] = transformed(A::get(g, k), z[k], weights[k], todo);
+      }
+      if (todo & kCentreBefore) take_off(mean, x);
+      if (todo & kDirect) with_rule(rule_, DirectPack<A>{at_.now, x, weights, s});
+      if (todo & kCentreAfter) take_off(mean, x);
+      if (todo & kMove) {
+#pragma unroll
+        for (int n = 0; n < states; ++n) {
+          if (todo & (kWrites << n)) A::store_raw(state_[n], i, s.of[n]);
+        }
+      }
+      if (todo & kSum) sum(i, todo, x);
+      if (todo & kWeigh) weigh(todo, x, weights);
+      if (todo & kStep) {
+#pragma unroll
+        for (int k = 0; k < width; ++k) weights[k] = weights[k] * move_.shrink - move_.step * x[k];
+        weights_.store(i, todo, loaded, move_.fresh, weights);
+        if (todo & kZeroGrad) A::store_raw(g_.from, i, typename A::Raw{});
+      }
+    });
+  }
+
+  static __device__ __forceinline__ void take_off(T mean, T* x) {
+#pragma unroll
+    for (int k = 0; k < width; ++k) x[k] = x[k] - mean;
+  }
+
+  // x joins the sum, and with kHold the tile.
+  __device__ __forceinline__ void sum(int i, uint32_t todo, const T* x) {
+    T part = 0;
+    Held held;
+#pragma unroll
+    for (int k = 0; k < width; ++k) {
+      part += x[k];
+      held.at[k] = x[k];
+    }
+    sum_ += double(part);
+    if (todo & kHold) g_.template slot<Held>(i) = held;
+  }
+
+  // Of the gradient as the rule is given it, or of the direction with what decay adds to it; and of the weights.
+  __device__ __forceinline__ void weigh(uint32_t todo, T* x, const T* weights) {
+    if (todo & kTrustsUpdate) {
+#pragma unroll
+      for (int k = 0; k < width; ++k) x[k] = x[k] + move_.decay * weights[k];
+    }
+    sum_ += sum_squares<width>(x);
+    weight_squares_ += sum_squares<width>(weights);
+  }
+
+  __device__ __forceinline__ void leave_sums() {
+    if (at_.doing == Doing::step && (!by_unit() || at_.r.measured)) return;  // nobody asks for the squares, or they are known
+    Sums& to = at_.job.sums[at_.index];
+    const double total = sum_block(total_);
+    if (threadIdx.x == 0) (at_.doing == Doing::step ? to.squares : to.sum) = total;
+    if (at_.doing == Doing::step || at_.doing == Doing::rehearsal) return;
+    const double weights = sum_block(weight_squares_);
+    if (threadIdx.x == 0) to.weight_squares = weights;
+  }
+
+  const Place& at_;
+  const Row& row_;
+  const Hyper& h_;
+  const Rule rule_;
+  // In shared memory: fewer registers.
+  const math::Transform<T>& t_;
+  const Move<T>& move_;
+  Weights<A> weights_;
+  Gradient<A> g_;
+  typename A::Handle state_[states]{};
+  T mean_ = T(0), factor_ = T(1);  // of the unit
+  double sum_ = 0;                        // this thread's part of the last walk's
+  double total_ = 0, weight_squares_ = 0;  // and of what the chunk leaves behind
+};
+
+struct FullChunk {
+  const Place& at;
+  template <class A> __device__ __forceinline__ void operator()(A) const { FullStepper<A>(at).run(); }
+};
+
+__device__ __forceinline__ void step_full(const Place& at) {
+  with_access(at.r.row, at.job.grads[at.c.row], at.c.plain, FullChunk{at});
+}
+
+}  // namespace
+}  // namespace gradfused::cuda

@@ -1,0 +1,127 @@
+// One chunk's walk through a step that needs no more than centring, wide norms and what is done element by element in float32: few
+// enough registers for three blocks a multiprocessor.
+#pragma once
+
+#include "cuda/enter.h"
+
+namespace gradfused::cuda {
+namespace {
+
+// With the rules R, one or any of the family, and access A.
+template <class R, class A> class LeanStepper {
+  using T = typename A::Compute;
+  using Pack = typename A::Pack;
+  static constexpr int width = A::width;
+
+ public:
+  __device__ __forceinline__ explicit LeanStepper(const Place& at)
+      : job_(at.job), r_(at.r), row_(at.r.row), c_(at.c), rule_(at.now, at.r.row.rule),
+        t_(*reinterpret_cast<const math::Transform<T>*>(at.now.transform)), move_(*reinterpret_cast<const Move<T>*>(at.now.move)),
+        g_(at.r.row.grad, at.job.grads[at.c.row], at.c.lanes ? int(at.c.lanes) : kThreads, at.tile, at.now.unscale) {}
+
+  __device__ __forceinline__ void run() {
+    const int length = c_.lanes ? int(row_.length) : c_.count, units = c_.count / length, groups = kThreads / g_.lanes;
+#pragma unroll 1
+    for (int first = 0; first < units; first += groups) {
+      const int unit = first + int(threadIdx.x) / g_.lanes;
+      open(c_.begin + int64_t(unit) * length, unit < units ? length : 0);
+      if (row_.centre) centre();
+      step();
+    }
+  }
+
+ private:
+  __device__ __forceinline__ void open(int64_t begin, int count) {
+    begin_ = begin;
+    g_.open(begin, count);
+    param_ = A::handle(row_.param, row_.param.data, begin);
+#pragma unroll
+    for (int n = 0; n < R::states; ++n) state_[n] = A::handle(row_.state[n], row_.state[n].data, begin);
+  }
+
+  __device__ __forceinline__ void centre() {
+    if (r_.split) {
+      mean_ = g_.count ? T(job_.units[r_.unit0 + begin_ / row_.length].mean) : T(0);
+    } else {
+      mean_ = T(g_.sum() / double(row_.length));
+    }
+  }
+
+  static __device__ __forceinline__ T get(const Pack& v, int k) { return T(math::widen(v.at[k])); }
+
+  // Stages 0 to 6.
+  __device__ __forceinline__ T transformed(T x, T weight) const {
+    math::Transform<T> t = t_;
+    t.mean = mean_;
+    x = math::perturbed(x, t) * t_.sign;
+    return t_.decay != T(0) ? x + t_.decay * weight : x;
+  }
+
+  __device__ __forceinline__ void step() {
+    g_.for_each([&](int i) {
+      Pack p = A::load(param_, i), s[R::states ? R::states : 1]{};
+#pragma unroll
+      for (int n = 0; n < R::states; ++n) {
+        if (rule_.reads(n)) s[n] = A::load(state_[n], i);
+      }
+      const Pack g = g_.read(i);
+#pragma unroll
+      for (int k = 0; k < width; ++k) {
+        const T weight = get(p, k);
+        T one[kMaxStates];
+#pragma unroll
+        for (int n = 0; n < R::states; ++n) one[n] = get(s[n], k);
+        T x = transformed(get(g, k), weight);
+        rule_.direct(x, weight, one);
+#pragma unroll
+        for (int n = 0; n < R::states; ++n) math::put(one[n], s[n].at[k]);
+        math::put(weight * move_.shrink - move_.step * x, p.at[k]);
+      }
+#pragma unroll
+      for (int n = 0; n < R::states; ++n) {
+        if (rule_.writes(n)) A::store(state_[n], i, s[n]);
+      }
+      A::store(param_, i, p);
+    });
+  }
+
+  const Job& job_;
+  const DeviceRow& r_;
+  const Row& row_;
+  const Chunk& c_;
+  const R rule_;
+  // In shared memory: fewer registers.
+  const math::Transform<T>& t_;
+  const Move<T>& move_;
+  T mean_ = T(0);      // of the unit
+  int64_t begin_ = 0;  // of the unit or piece at hand
+  typename A::Handle param_{}, state_[R::states ? R::states : 1]{};
+  Gradient<A> g_;
+};
+
+template <class A> struct LeanRule {
+  const Place& at;
+  template <class R> __device__ __forceinline__ void operator()(R) const {
+    // The others' rows are never lean.
+    if constexpr (R::trust == math::Trust::none && R::states <= kLeanStates) LeanStepper<OneRule<R>, A>(at).run();
+  }
+};
+
+// A body a rule where accesses are wide, one for all where they are not.
+struct LeanChunk {
+  const Place& at;
+  template <class A> __device__ __forceinline__ void operator()(A) const {
+    if constexpr (A::width > 1) {
+      with_rule(at.r.row.rule, LeanRule<A>{at});
+    } else {
+      LeanStepper<AnyRule, A>(at).run();
+    }
+  }
+};
+
+__device__ __forceinline__ void step_lean(const Place& at) {
+  with_access<false>(at.r.row, at.job.grads[at.c.row], at.c.plain, LeanChunk{at});
+}
+
+}  // namespace
+}  // namespace gradfused::cuda

@@ -1,0 +1,127 @@
+// What a block knows of the row that it works on.
+#pragma once
+
+#include "cuda/gradient.h"
+
+namespace gradfused::cuda {
+namespace {
+
+// What there is to do with each element: first what depends on the row, then what depends on the walk.
+enum Todo : uint32_t {
+  kNoise = 1u << 0,
+  kDecay = 1u << 1,        // coupled
+  kKahan = 1u << 3,
+  kMaster = 1u << 4,
+  kStochastic = 1u << 5,
+  kEma = 1u << 6,
+  kZeroGrad = 1u << 7,
+  kTrustsUpdate = 1u << 8,
+  kReads = 1u << 9,        // of the first state; the others' follow
+  kWrites = 1u << (9 + kMaxStates),
+  kHeld = 1u << 17,        // the tile has what the last walk left there
+  kCentreBefore = 1u << 18,  // the mean is taken off what the rule is given
+  kDirect = 1u << 19,
+  kCentreAfter = 1u << 20,  // the mean is taken off what the rule makes of it
+  kMove = 1u << 21,        // states are written
+  kSum = 1u << 22,         // of what has come about so far
+  kHold = 1u << 23,        // and it is put into the tile
+  kWeigh = 1u << 24,       // sums of squares for a trust ratio
+  kStep = 1u << 25,        // weights are written, and what rides on that
+};
+static_assert(9 + 2 * kMaxStates == 17, "the states' bits have room");
+
+template <class T> struct Move {
+  T shrink, step;  // of the weights, of the direction
+  T fresh;         // what an average takes of new weights
+  T decay;         // what LAMB adds to a direction before it takes its norm
+};
+
+// Worked out by one thread when the row changes.
+struct Now {
+  alignas(16) char coef[96];       // the rule's Coef<T>
+  alignas(16) char transform[64];  // Transform<T>, but for what is of a unit
+  alignas(16) char move[32];       // Move<T>
+  double unscale, step, product;
+  uint64_t seed;
+  uint32_t parameter, taken;  // with the seed, what draws are a function of: the parameter's number, steps taken before this one
+  uint32_t todo;
+  int row;
+  int group;  // with step, product, `first` and `wide`: what coef was made for; -1: for no other row
+  bool first, wide;
+};
+
+// Where the block is.
+struct Place {
+  const Job& job;
+  const DeviceRow& r;
+  const Chunk& c;
+  const Now& now;
+  char* tile;
+  int index;
+  Doing doing;
+};
+
+__device__ double scalar_at(const char* at, DType dtype) {
+  return dtype == DType::float64 ? *reinterpret_cast<const double*>(at) : double(*reinterpret_cast<const float*>(at));
+}
+__device__ void put_scalar(char* at, DType dtype, double value) {
+  if (dtype == DType::float64) {
+    *reinterpret_cast<double*>(at) = value;
+  } else {
+    *reinterpret_cast<float*>(at) = float(value);
+  }
+}
+
+// This step's number, and the product of the momenta up to it.
+__device__ Count count_of(const Row& row, const Hyper& h) {
+  Count count = {1 + (row.step ? scalar_at(row.step, row.step_dtype) : 0.0), row.first, 1};
+  if (row.product) count.product = math::next_product(h, count.step, scalar_at(row.product, row.product_dtype), row.product_dtype);
+  return count;
+}
+
+// The block's sum of f(i) over rows [begin, end).
+template <class F> __device__ __forceinline__ double sum_rows(int begin, int end, F f) {
+  double total = 0;
+  for (int i = begin + int(threadIdx.x); i < end; i += kThreads) total += f(i);
+  return sum_block(total);
+}
+
+__device__ double global_squares(const Job& job) {
+  if (!job.any_global) return 0;
+  return sum_rows(0, job.row_count, [&](int i) {
+    return job.hypers[job.rows[i].row.group].hyper.scope == Scope::global ? job.squares[i] : 0.0;
+  });
+}
+
+// Whether what the norms saw forbids the step.
+__device__ bool is_spoilt(const Job& job) {
+  if (!job.any_skip) return false;
+  return sum_rows(0, job.row_count, [&](int i) {
+           const bool finite = job.squares[i] - job.squares[i] == 0.0;
+           return job.hypers[job.rows[i].row.group].hyper.skip_nonfinite && !finite ? 1.0 : 0.0;
+         }) > 0;
+}
+
+template <class T> __device__ void set_transform(Now& now, const Hyper& h, double factor) {
+  static_assert(sizeof(math::Transform<T>) <= sizeof(now.transform), "room for the transform");
+  const double sigma = h.noise > 0 ? math::noise_sigma(h.noise, h.noise_decay, now.step - 1) : 0.0;
+  *reinterpret_cast<math::Transform<T>*>(now.transform) = {T(now.unscale), T(0),      T(factor), T(h.clip_value),
+                                                           T(sigma),       T(h.sign), h.decoupled ? T(0) : T(h.weight_decay)};
+}
+
+// What a row's options and weights ask of each element.
+__device__ uint32_t todo_of(const Row& row, const Hyper& h) {
+  uint32_t todo = 0;
+  const auto ask = [&](bool asked, uint32_t what) { todo |= asked ? what : 0; };
+  ask(h.noise > 0, kNoise);
+  ask(!h.decoupled && h.weight_decay != 0, kDecay);
+  ask(row.rounding == Rounding::kahan, kKahan);
+  ask(row.rounding == Rounding::master, kMaster);
+  ask(row.rounding == Rounding::stochastic, kStochastic);
+  ask(row.ema.data, kEma);
+  ask(h.zero_grad, kZeroGrad);
+  return todo;
+}
+
+}  // namespace
+}  // namespace gradfused::cuda

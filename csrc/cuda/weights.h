@@ -1,0 +1,124 @@
+// The weights of a unit or piece: read from where they are kept, and written back in the way that is asked for, with what rides on that.
+#pragma once
+
+#include "cuda/row.h"
+#include "math/noise.h"
+
+namespace gradfused::cuda {
+namespace {
+
+// Four random words, a function of the row, the step and the place of four elements. `mark` tells draws of one kind from another's.
+__device__ __forceinline__ void draw_words(const Now& now, uint64_t quad, uint32_t mark, uint32_t* four) {
+  uint64_t c0 = uint32_t(quad), c1 = uint32_t(quad >> 32) | mark, c2 = now.parameter, c3 = now.taken;
+  math::philox(now.seed, c0, c1, c2, c3);
+  four[0] = uint32_t(c0), four[1] = uint32_t(c1), four[2] = uint32_t(c2), four[3] = uint32_t(c3);
+}
+
+// to[] <- of four neighbours that share a draw those from element i on: i is a multiple of kCount, `q` counts the fours among kCount.
+template <int kCount, class V> __device__ __forceinline__ void pick(const V* four, int64_t i, int q, V* to) {
+#pragma unroll
+  for (int k = 0; k < 4; ++k) {
+    if (kCount >= 4) to[(q * 4 + k) % kCount] = four[k];
+    if (kCount < 4 && int(i % 4) <= k && k < int(i % 4) + kCount) to[k % kCount] = four[k];
+  }
+}
+
+// The normal values of element i and its neighbours.
+template <int kCount> __device__ __forceinline__ void draw_noise(const Now& now, int64_t i, float* to) {
+#pragma unroll
+  for (int q = 0; q < (kCount + 3) / 4; ++q) {
+    uint32_t words[4];
+    draw_words(now, uint64_t(i) / 4 + uint64_t(q), 0, words);
+    float four[4];
+    math::box_muller(words[0], words[1], four[0], four[1]);
+    math::box_muller(words[2], words[3], four[2], four[3]);
+    pick<kCount>(four, i, q, to);
+  }
+}
+
+// 32 random bits for each of element i and its neighbours, other than the noise's.
+template <int kCount> __device__ __forceinline__ void draw_bits(const Now& now, int64_t i, uint32_t* to) {
+#pragma unroll
+  for (int q = 0; q < (kCount + 3) / 4; ++q) {
+    uint32_t four[4];
+    draw_words(now, uint64_t(i) / 4 + uint64_t(q), math::kRoundingCounter, four);
+    pick<kCount>(four, i, q, to);
+  }
+}
+
+template <class A> struct Weights {
+  using T = typename A::Compute;
+  using Raw = typename A::Raw;
+  static constexpr int width = A::width;
+
+  // As they came from memory: nothing waits for them until they are widened.
+  struct Loaded {
+    typename A::RiderRaw kept, ema;
+    Raw rest;
+  };
+
+  const Now& now;
+  int64_t begin = 0;
+  typename A::Handle param{}, rest{};
+  typename A::Rider kept{}, ema{};
+
+  __device__ __forceinline__ explicit Weights(const Now& row) : now(row) {}
+
+  __device__ __forceinline__ void open(const Row& row, int64_t at) {
+    begin = at;
+    param = A::handle(row.param, row.param.data, at);
+    kept = A::rider(kept_weights(row), at);
+    rest = A::handle(row.rest, row.rest.data, at);
+    ema = A::rider(row.ema, at);
+  }
+
+  __device__ __forceinline__ Loaded load(int i, uint32_t todo) const {
+    Loaded v{};
+    v.kept = A::load_rider(kept, i);
+    if (todo & kKahan) v.rest = A::load_raw(rest, i);
+    if ((todo & (kEma | kStep)) == (kEma | kStep)) v.ema = A::load_rider(ema, i);
+    return v;
+  }
+
+  __device__ __forceinline__ void widen(const Loaded& v, uint32_t todo, T* to) const {
+    A::widen(kept, v.kept, to);
+    if (!(todo & kKahan)) return;
+#pragma unroll
+    for (int k = 0; k < width; ++k) to[k] = to[k] + A::get(v.rest, k);
+  }
+
+  // Takes the step's weights `w` to where they are kept.
+  __device__ __forceinline__ void store(int i, uint32_t todo, const Loaded& v, T fresh, T* w) const {
+    if (todo & kEma) {
+      T average[width];
+      A::widen(ema, v.ema, average);
+#pragma unroll
+      for (int k = 0; k < width; ++k) average[k] = average[k] + (w[k] - average[k]) * fresh;
+      A::store_rider(ema, i, average);
+    }
+    if (todo & kMaster) A::store_rider(kept, i, w);
+    if constexpr (A::may_round_randomly) {
+      if (todo & kStochastic) round_randomly(i, w);
+    }
+    Raw p{};
+#pragma unroll
+    for (int k = 0; k < width; ++k) A::set(p, k, w[k]);
+    A::store_raw(param, i, p);
+    if (!(todo & kKahan)) return;
+    p = A::stored(param, i, p);
+    Raw off{};
+#pragma unroll
+    for (int k = 0; k < width; ++k) A::set(off, k, w[k] - A::get(p, k));
+    A::store_raw(rest, i, off);
+  }
+
+  __device__ __forceinline__ void round_randomly(int i, T* w) const {
+    uint32_t random[width];
+    draw_bits<width>(now, begin + i, random);
+#pragma unroll
+    for (int k = 0; k < width; ++k) w[k] = A::rounded_randomly(param, w[k], random[k]);
+  }
+};
+
+}  // namespace
+}  // namespace gradfused::cuda
