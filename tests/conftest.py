@@ -39,8 +39,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
 
 
-# What a recipe does is the same code for all rules: emulated or interpreted, all recipes run with these alone, the other rules
-# with one recipe of every way through the kernels.
+# What a recipe does is the same code for all rules: emulated, interpreted or under sanitizers, all recipes run with these
+# alone, the other rules with one recipe of every way through the kernels.
 EVERY_RECIPE = ("sgd", "adam")
 SHARED_RECIPES = {
     *FEW_RECIPES,
@@ -65,7 +65,8 @@ def _is_late(item: pytest.Item, interpret_all: bool) -> bool:
     backend, file = backend_of(item), item.path.name
     if backend == "triton" and triton_interpreter.INTERPRETED and file in ("test_conformance.py", "test_chunks.py"):
         return not interpret_all or _repeats(item)
-    return backend == "cuda" and device_of("cuda") == "cpu" and file == "test_conformance.py" and _repeats(item)
+    slow = bool(os.environ.get("GRADFUSED_SANITIZE_INSIDE")) or (backend == "cuda" and device_of("cuda") == "cpu")
+    return slow and file == "test_conformance.py" and _repeats(item)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

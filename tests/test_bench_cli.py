@@ -77,7 +77,7 @@ def test_bfloat16_must_beat_every_peer_and_nothing_else():
         (["--models", "gpt3"], "unknown 'gpt3'; allowed: all, or any of small-400, resnet50"),
         (["--models", ","], "empty list"),
         (["--recipes", "plain,spicy"], "unknown 'spicy'; allowed: all, or any of plain, central"),
-        (["--optimizers", "lion"], "allowed: all, or any of adamw"),
+        (["--optimizers", "muon"], "allowed: all, or any of adamw"),
         (["--peers", "tinygrad"], "allowed: all, or any of gradfused"),
         (["--dtype", "int8"], "allowed: all, or any of float32"),
         (["--device", "tpu"], "allowed: cpu, cuda, cuda:0"),

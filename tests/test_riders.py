@@ -15,7 +15,7 @@ from torch.nn import Parameter
 
 import gradfused
 
-BACKENDS = ["cpu", "reference", EMULATED_CUDA]
+BACKENDS = [pytest.param("cpu", marks=pytest.mark.kernels), "reference", EMULATED_CUDA]
 backends = pytest.mark.parametrize("backend", BACKENDS)
 short = pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 precisions = pytest.mark.parametrize("precision", ["kahan", "stochastic", "master"])

@@ -14,7 +14,7 @@ from torch.nn import Parameter
 import gradfused
 from gradfused import SAM
 
-BACKENDS = ["cpu", "reference", EMULATED_CUDA]
+BACKENDS = [pytest.param("cpu", marks=pytest.mark.kernels), "reference", EMULATED_CUDA]
 backends = pytest.mark.parametrize("backend", BACKENDS)
 RHO = 0.3
 STEPS = 4
