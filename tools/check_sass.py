@@ -54,7 +54,7 @@ class Limit(NamedTuple):
 LIMITS = {
     "step_lean": Limit(registers=80, outside=175, inside=4, bodies=3),
     "step_full": Limit(registers=128, outside=335, inside=5, strict=False, bodies=4),
-    "stats": Limit(registers=64, outside=70),
+    "stats": Limit(registers=64, outside=115),
     "patch": Limit(registers=32, outside=0),
 }
 

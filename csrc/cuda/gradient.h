@@ -56,9 +56,8 @@ template <class A> struct Gradient {
     for (int i = lane * width; i < count; i += lanes * width) f(i);
   }
 
-  // f(i, load(i)), four loads under way at a time: with one, too few bytes are in flight.
-  template <class L, class F> __device__ __forceinline__ void for_each_loaded(L load, F f) const {
-    constexpr int kAhead = 4;
+  // f(i, load(i)), several loads under way at a time: with one, too few bytes are in flight.
+  template <int kAhead = 4, class L, class F> __device__ __forceinline__ void for_each_loaded(L load, F f) const {
     const int step = lanes * width;
     int i = lane * width;
 #pragma unroll 1
@@ -113,10 +112,13 @@ template <class A> struct Gradient {
     return total;
   }
 
+  // Of 16-bit weights' float32 copies a load is two: more than these had no room in the registers.
+  static constexpr int kRidersAhead = sizeof(typename A::RiderRaw) > 16 ? 2 : 4;
+
   // This thread's part of the sum of squares of the weights of the same elements.
   __device__ __forceinline__ double own_squares_of(const typename A::Rider& weights) const {
     double total = 0;
-    for_each_loaded([&](int i) { return A::load_rider(weights, i); }, [&](int, const typename A::RiderRaw& v) {
+    for_each_loaded<kRidersAhead>([&](int i) { return A::load_rider(weights, i); }, [&](int, const typename A::RiderRaw& v) {
       T x[width];
       A::widen(weights, v, x);
       total += sum_squares<width>(x);
@@ -131,7 +133,7 @@ template <class A> struct Gradient {
       typename A::RiderRaw w;
     };
     double total = 0;
-    for_each_loaded([&](int i) { return Both{A::load(from, i), A::load_rider(weights, i)}; }, [&](int, const Both& v) {
+    for_each_loaded<kRidersAhead / 2>([&](int i) { return Both{A::load(from, i), A::load_rider(weights, i)}; }, [&](int, const Both& v) {
       T x[width];
       A::widen(weights, v.w, x);
 #pragma unroll
