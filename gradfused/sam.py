@@ -264,7 +264,10 @@ class SAM(torch.optim.Optimizer):
         base = self.optimizer
         skips = any(group["nonfinite"] == "skip" for group in self.param_groups)
         # Whether a step is skipped for its norm is known to the device alone: it must find the weights where they were.
-        early = scaling.forbids or (skips and any(p.device.type != "cpu" for p in self._backups))
+        late = (
+            any(p.device.type != "cpu" for p in self._backups) if self._table is None else self._table.table.on_device
+        )
+        early = scaling.forbids or (skips and late)
         if early:
             self._take_back(self._backups)
         base.grad_scale, base.found_inf = scaling.grad_scale, scaling.found_inf  # type: ignore[attr-defined]
