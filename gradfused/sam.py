@@ -237,6 +237,7 @@ class SAM(torch.optim.Optimizer):
         if scaling.forbids:
             self.optimizer._zero_unused()
             return
+        self.optimizer._follow_weights()
         plans, masters = self._plans(), self._current_masters()
         table = self._table
         if table is None or not table.still_describes(self.param_groups, self._state, plans, masters):
@@ -281,11 +282,11 @@ class SAM(torch.optim.Optimizer):
             stepped = base._stepped
             self._take_back({p: backup for p, backup in self._backups.items() if p not in stepped})
 
-    @staticmethod
     @torch.no_grad()
-    def _take_back(backups: dict[Tensor, Tensor]) -> None:
+    def _take_back(self, backups: dict[Tensor, Tensor]) -> None:
         if backups:
             torch._foreach_copy_(list(backups), list(backups.values()))
+            self.optimizer._note_weights()
 
     # ---- saving and loading
 

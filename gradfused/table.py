@@ -307,6 +307,7 @@ class StepTable:
         sources: Where the weights of some parameters are to be read in their place.
 
     Attributes:
+        finer: Parameters whose state holds more of their values than they do.
         zero_apart: Gradients that are to be left at zero share memory, which takes a pass of its own.
     """
 
@@ -340,6 +341,7 @@ class StepTable:
         self._sources = sources
         self.params = [row.param for row in rows]
         self.stepped = frozenset(self.params)
+        self.finer = [row.param for row in rows if row.rounding in ("master", "kahan")]
         self.may_skip = any(plan.settings.skip_nonfinite for plan in plans)
         self._names = [row.name.strip("'") for row in rows]
         self.measures = self.table.needs_stats

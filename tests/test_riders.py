@@ -147,6 +147,30 @@ def test_precision_means_nothing_to_wider_weights(precision: str) -> None:
         assert torch.equal(run.outcome()[name], tensor)
 
 
+@pytest.mark.parametrize("precision", ["kahan", "master"])
+@pytest.mark.parametrize("between", ["model", "nothing", "sam", "ema"])
+def test_weights_that_are_loaded_in_mid_run_are_stepped_from(precision: str, between: str) -> None:
+    """A copy of the weights that is not theirs any more would bring the old ones back; one that is keeps its digits."""
+    p = Parameter(torch.ones(3, dtype=torch.bfloat16))
+    optimizer = gradfused.SGD([p], lr=2.0**-9, precision=precision, ema=0.5)
+    p.grad = torch.ones_like(p)
+    optimizer.step()
+    if between == "model":
+        with torch.no_grad():
+            p.fill_(2.0)
+    if between == "sam":
+        sam = gradfused.SAM(optimizer, 0.5)
+        sam.first_step()
+        sam.restore()
+    if between == "ema":
+        with optimizer.swap_ema():
+            pass
+    optimizer.step()
+    kept = optimizer.state[p]["master"] if precision == "master" else p.double() + optimizer.state[p]["kahan_comp"]
+    expected = 2 - 2.0**-9 if between == "model" else 1 - 2.0**-8
+    assert kept.tolist() == [expected] * 3
+
+
 # ---- dtype of the state
 
 

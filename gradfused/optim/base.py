@@ -70,6 +70,7 @@ class Optimizer(torch.optim.Optimizer):
         self._skipped: int | Tensor = 0
         self._sources: dict[Tensor, Tensor] | None = None  # where SAM keeps the weights between its two halves
         self._stepped: frozenset[Tensor] = frozenset()  # parameters that the last step moved
+        self._versions: dict[Tensor, int] = {}  # of parameters whose state holds more of their values than they do
         self._averaged = False  # swap_ema() is under way
 
     # ---- the rule
@@ -192,6 +193,8 @@ class Optimizer(torch.optim.Optimizer):
         if scaling.found_inf is not None and not scaling.found_inf.is_cuda and scaling.forbids:
             self._zero_unused()
             return
+        if self._sources is None:
+            self._follow_weights()
         table = self._table_for(self._current_plans())
         if not table.params:
             self._seen = table
@@ -206,12 +209,28 @@ class Optimizer(torch.optim.Optimizer):
             table.keep_state()
             self._stepped = table.stepped
             torch.autograd.graph.increment_version(table.params)
+            self._versions.update((p, p._version) for p in table.finer)
             uncertain = table.table.on_device and (scaling.found_inf is not None or table.may_skip)
             if uncertain or table.zero_apart:
                 self._zero_unused()
             return
         self._skipped += 1
         self._forget(table)
+
+    @torch.no_grad()
+    def _follow_weights(self) -> None:
+        """Weights that somebody else wrote since the last step, by loading a model say, are what the state has to hold."""
+        for p in [p for p, version in self._versions.items() if p._version != version]:
+            state = self.state.get(p, {})
+            if "master" in state:
+                state["master"].copy_(p)
+            if "kahan_comp" in state:
+                state["kahan_comp"].zero_()
+        self._note_weights()
+
+    def _note_weights(self) -> None:
+        """The weights are those of the state."""
+        self._versions = {p: p._version for p in self._versions}
 
     @torch.no_grad()
     def _zero_unused(self) -> None:
@@ -276,6 +295,7 @@ class Optimizer(torch.optim.Optimizer):
             raise RuntimeError("swap_ema(): no parameter group keeps an average; give the optimizer ema=0.999, say")
         if self._averaged:
             raise RuntimeError("swap_ema() inside swap_ema(): the weights are the averaged ones already")
+        self._follow_weights()
         averages = {p: s["ema"] for p, s in self.state.items() if s.get("ema") is not None}
         kept = {p: p.detach().clone() for p in averages}
         self._averaged = True
@@ -284,6 +304,7 @@ class Optimizer(torch.optim.Optimizer):
             yield
         finally:
             _overwrite(kept)
+            self._note_weights()
             self._averaged = False
 
     # ---- what a step saw
