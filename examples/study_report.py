@@ -115,11 +115,13 @@ def figure(columns: int, title: str, *, width: float = 4.4, height: float = 3.9)
 
 
 def save(drawn: Figure, path: Path) -> None:
-    """Writes and forgets a figure."""
+    """Writes a figure with a palette, at a third of the bytes, and forgets it."""
     from matplotlib import pyplot as plt
+    from PIL import Image
 
     drawn.savefig(path, dpi=110)
     plt.close(drawn)
+    Image.open(path).convert("RGB").quantize(200).save(path, optimize=True)
 
 
 def band(axis: Axes, curves: Sequence[Sequence[float]], label: str, colour: str, stride: float = 1) -> None:
