@@ -2,6 +2,8 @@
 // of a whole unit in between (a mean of what the rule makes of it), the stages are loops of their own.
 #pragma once
 
+#include <type_traits>
+
 #include "cpu/loops.h"
 #include "cpu/noise_run.h"
 #include "cpu/weights.h"
@@ -86,9 +88,14 @@ template <class R, class T> class Stepper {
   }
 
   template <class S> void together(const Block& b, const S* g, S* p, S* const* s) {
-    if (t_.decay != T(0)) return step_units<R, Before::perturbed_and_decayed>(b, g, p, s[0], s[1], s[2], s[3], means_, factors_, t_, coef_);
-    if (!untouched()) return step_units<R, Before::perturbed>(b, g, p, s[0], s[1], s[2], s[3], means_, factors_, t_, coef_);
-    step_units<R, Before::nothing>(b, g, p, s[0], s[1], s[2], s[3], means_, factors_, t_, coef_);
+    if constexpr (R::coupled) {
+      if (t_.decay != T(0)) return step_units<R, Before::perturbed_and_decayed>(b, g, p, s[0], s[1], s[2], s[3], means_, factors_, t_, coef_);
+    }
+    // Not worth compiling for what is seldom stepped.
+    if constexpr (sizeof(S) != sizeof(double) && !std::is_same_v<S, Half>) {
+      if (untouched()) return step_units<R, Before::nothing>(b, g, p, s[0], s[1], s[2], s[3], means_, factors_, t_, coef_);
+    }
+    step_units<R, Before::perturbed>(b, g, p, s[0], s[1], s[2], s[3], means_, factors_, t_, coef_);
   }
 
   // Perturbing would leave every gradient as it is.
@@ -111,7 +118,9 @@ template <class R, class T> class Stepper {
     const bool in_one_loop = t_.sigma == T(0) && (!at_.row.centre || at_.centre_gradient) && !short_units;
     if constexpr (sizeof(T) == sizeof(float)) {
       if (in_one_loop && stored_as(DType::bfloat16)) return step_stored<BFloat16>();
-      if (in_one_loop && kFew<Half> > 1 && stored_as(DType::float16)) return step_stored<Half>();
+      if constexpr (R::half_in_loop && kFew<Half> > 1) {
+        if (in_one_loop && stored_as(DType::float16)) return step_stored<Half>();
+      }
     }
     at_.for_each_block([&](const Block& b) {
       open_block(b);

@@ -8,6 +8,7 @@ namespace {
 
 template <bool kAmsgrad> struct AdamRule : RuleBase {
   static constexpr int states = kAmsgrad ? 3 : 2;  // exp_avg, exp_avg_sq, max_exp_avg_sq
+  static constexpr bool half_in_loop = true;
   template <class T> struct Coef {
     T shrink, step, fresh, beta2, fresh_sq, unbias, eps;
   };

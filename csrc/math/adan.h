@@ -8,6 +8,7 @@ namespace {
 
 struct Adan : RuleBase {
   static constexpr int states = 4;  // exp_avg, exp_avg_sq, exp_avg_diff, neg_pre_grad
+  static constexpr bool coupled = false;
   template <class T> struct Coef {
     T shrink, step, fresh1, beta2, fresh2, beta3, fresh3, unbias, eps, of_difference;
     bool first;

@@ -12,6 +12,7 @@ template <class T> GRADFUSED_MATH T reach(T p, T eta) { return (p < T(0) ? -p : 
 
 struct Ascend : RuleBase {
   static constexpr int states = 1;  // the backup
+  static constexpr bool coupled = false;
   static constexpr bool reads_state = false;
   template <class T> struct Coef {
     T shrink, step, eta;

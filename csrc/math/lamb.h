@@ -8,6 +8,7 @@ namespace {
 
 struct LAMB : RuleBase {
   static constexpr int states = 2;  // exp_avg, exp_avg_sq
+  static constexpr bool coupled = false;
   static constexpr Trust trust = Trust::update;
   template <class T> struct Coef {
     T shrink, step, fresh, beta2, fresh_sq, unbias1, unbias2, eps;

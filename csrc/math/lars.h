@@ -8,6 +8,7 @@ namespace {
 
 template <bool kMomentum> struct LARSRule : RuleBase {
   static constexpr int states = kMomentum;  // momentum_buffer
+  static constexpr bool coupled = false;
   static constexpr Trust trust = Trust::gradient;
   template <class T> struct Coef {
     T shrink, step, decay, scale, momentum, fresh;

@@ -8,6 +8,7 @@ namespace {
 
 struct Lion : RuleBase {
   static constexpr int states = 1;  // exp_avg
+  static constexpr bool coupled = false;
   template <class T> struct Coef {
     T shrink, step, beta1, fresh1, beta2, fresh2;
   };

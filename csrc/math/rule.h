@@ -16,6 +16,8 @@ enum class Trust : int8_t { none, gradient, update };
 struct RuleBase {
   static constexpr bool reads_state = true;
   static constexpr Trust trust = Trust::none;
+  static constexpr bool coupled = true;        // weight decay may be part of the gradient: stage 6
+  static constexpr bool half_in_loop = false;  // on the CPU, float16 is widened in the step's own loop: faster, and longer to compile
 };
 
 // 1 where either norm says nothing.

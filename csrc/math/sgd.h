@@ -8,6 +8,7 @@ namespace {
 
 struct SGD : RuleBase {
   static constexpr int states = 0;
+  static constexpr bool half_in_loop = true;
   template <class T> struct Coef {
     T shrink, step;
   };
@@ -17,6 +18,7 @@ struct SGD : RuleBase {
 
 struct SGDMomentum : RuleBase {
   static constexpr int states = 1;
+  static constexpr bool half_in_loop = true;
   template <class T> struct Coef {
     T shrink, step, momentum, fresh;
     bool nesterov;
