@@ -117,6 +117,22 @@ def test_dtypes_in_layouts(recipe: str, layout: str, dtype: str, backend: str) -
     check("adam", recipe, backend, dtype=DTYPES[dtype], layout=layout)
 
 
+# Every rule but those above in every dtype, each time in the next of a few layouts. Without noise, which is of float32 precision in
+# float64 too.
+OTHERS = [
+    (case, dtype, ("contiguous", "channels-last-parameter", "view")[(i + k) % 3])
+    for i, case in enumerate(name for name in CASES if not name.startswith(("sgd", "adam")))
+    for k, dtype in enumerate(("float64", "float16", "bfloat16"))
+]
+
+
+@backends
+@pytest.mark.parametrize("recipe", ["centralize-clip", "tensor-decayed-clip-unit"])
+@pytest.mark.parametrize(("case", "dtype", "layout"), OTHERS)
+def test_other_rules_in_dtypes_and_layouts(case: str, dtype: str, layout: str, recipe: str, backend: str) -> None:
+    check(case, recipe, backend, dtype=DTYPES[dtype], layout=layout)
+
+
 @backends
 @few_recipes
 @pytest.mark.parametrize("case", ["sgd-nesterov", "adamw"])
