@@ -117,8 +117,8 @@ def test_dtypes_in_layouts(recipe: str, layout: str, dtype: str, backend: str) -
     check("adam", recipe, backend, dtype=DTYPES[dtype], layout=layout)
 
 
-# Every rule but those above in every dtype, each time in the next of a few layouts. Without noise, which is of float32 precision in
-# float64 too.
+# Every rule but those above in every dtype, each time in the next of a few layouts. Without noise, which is of float32
+# precision in float64 too.
 OTHERS = [
     (case, dtype, ("contiguous", "channels-last-parameter", "view")[(i + k) % 3])
     for i, case in enumerate(name for name in CASES if not name.startswith(("sgd", "adam")))
