@@ -38,7 +38,8 @@ class Recipe(TypedDict, total=False):
         nonfinite: ``"propagate"`` (default) or ``"skip"``: a step whose gradients hold inf or nan changes nothing.
         precision: How float16 and bfloat16 weights are kept: None (default), rounded to nearest; ``"kahan"``, with a second
             tensor for what rounding took off; ``"stochastic"``, rounded at random, without bias; ``"master"``, with a
-            float32 copy that the steps are taken on. Other dtypes are as precise as they are.
+            float32 copy that the steps are taken on. Other dtypes are as precise as they are. Weights that are written between
+            steps, by loading a model say, are noticed, and stepped from; through ``.data`` they are not.
         state_dtype: ``"bfloat16"`` or ``"float32"``: dtype of the optimizer's new state. Default None: the parameter's.
         ema: Keep an exponential moving average of the weights, of which a step keeps this share (0.999, say), for
             ``swap_ema()``. Default None.
