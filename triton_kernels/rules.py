@@ -325,7 +325,7 @@ def adan_coefficients(hyper, lr, step, first, T: tl.constexpr):
         (1.0 / tl.sqrt(1.0 - power(beta3, step))).to(T),
         option(hyper, at.hyper_eps).to(T),
         (beta2 * correction1 / correction2).to(T),
-        first,
+        tl.where(first, 0.0, 1.0).to(T),
     )
     return tl.where(proximal, by, 1.0 - decay).to(T), (lr / correction1 * by).to(T), numbers
 
@@ -333,7 +333,7 @@ def adan_coefficients(hyper, lr, step, first, T: tl.constexpr):
 @triton.jit
 def adan(g, p, s0, s1, s2, s3, c):
     """Adan (Xie et al. 2022): exp_avg, exp_avg_sq, exp_avg_diff and the last gradient, negated."""
-    difference = tl.where(c[8], 0.0, g + s3).to(g.dtype)
+    difference = (g + s3) * c[8]
     s0 = s0 + (g - s0) * c[0]
     s2 = s2 + (difference - s2) * c[2]
     ahead = g + c[1] * difference

@@ -175,7 +175,7 @@ def lars(g: Tensor, p: Tensor, state: State, s: Settings, now: Count, late: Late
 
 def adan(g: Tensor, p: Tensor, state: State, s: Settings, now: Count, late: Late) -> Direction:
     """Adan (Xie et al. 2022), algorithm 1 with the bias corrections of its authors' code."""
-    difference = torch.zeros_like(g) if now.first else g + state["neg_pre_grad"]
+    difference = (g + state["neg_pre_grad"]) * (0.0 if now.first else 1.0)
     average = state["exp_avg"] = state["exp_avg"] * s.beta1 + g * (1.0 - s.beta1)
     change = state["exp_avg_diff"] = state["exp_avg_diff"] * s.beta2 + difference * (1.0 - s.beta2)
     square = (g + s.beta2 * difference) ** 2
