@@ -2,14 +2,16 @@
 // of a whole unit in between (a mean of what the rule makes of it), the stages are loops of their own.
 #pragma once
 
-#include <type_traits>
-
 #include "cpu/loops.h"
 #include "cpu/noise_run.h"
 #include "cpu/weights.h"
 
 namespace gradfused::cpu {
 namespace {
+
+// What is seldom stepped: a loop of its own for gradients that nothing perturbs is not worth compiling.
+template <class S> constexpr bool kSeldom = sizeof(S) == sizeof(double);
+template <> constexpr bool kSeldom<Half> = true;
 
 // One chunk's walk through a step, with rule R in type T.
 template <class R, class T> class Stepper {
@@ -91,8 +93,7 @@ template <class R, class T> class Stepper {
     if constexpr (R::coupled) {
       if (t_.decay != T(0)) return step_units<R, Before::perturbed_and_decayed>(b, g, p, s[0], s[1], s[2], s[3], means_, factors_, t_, coef_);
     }
-    // Not worth compiling for what is seldom stepped.
-    if constexpr (sizeof(S) != sizeof(double) && !std::is_same_v<S, Half>) {
+    if constexpr (!kSeldom<S>) {
       if (untouched()) return step_units<R, Before::nothing>(b, g, p, s[0], s[1], s[2], s[3], means_, factors_, t_, coef_);
     }
     step_units<R, Before::perturbed>(b, g, p, s[0], s[1], s[2], s[3], means_, factors_, t_, coef_);
