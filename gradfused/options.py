@@ -128,12 +128,23 @@ def finite(name: str, value: Any) -> float:
     return number(name, value, high_open=True)
 
 
-def betas(group: Mapping[str, Any], count: int = 2) -> dict[str, float]:
+def finite_numbers(group: Mapping[str, Any], *names: str) -> dict[str, Any]:
+    """A group's options that are fields of Settings by their own names, each in [0, inf)."""
+    return {name: finite(name, group[name]) for name in names}
+
+
+def beta_numbers(group: Mapping[str, Any], count: int = 2) -> dict[str, Any]:
     """A group's ``betas`` as fields of Settings, each in [0, 1)."""
     values = group["betas"]
     if not isinstance(values, (tuple, list)) or len(values) != count:
         raise TypeError(f"betas: expected {'two' if count == 2 else 'three'} numbers, got {values!r}")
     return {f"beta{i + 1}": number(f"betas[{i}]", value, high=1.0, high_open=True) for i, value in enumerate(values)}
+
+
+def adam_numbers(group: Mapping[str, Any]) -> dict[str, Any]:
+    """What Adam, NAdam and RAdam share, as fields of Settings."""
+    numbers = finite_numbers(group, "lr", "eps", "weight_decay") | beta_numbers(group)
+    return numbers | {"decoupled": bool(group["decoupled_weight_decay"])}
 
 
 def momentum_numbers(group: Mapping[str, Any]) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 from typing_extensions import Unpack
 
-from ..options import Recipe, finite
+from ..options import Recipe, finite, finite_numbers
 from .base import Optimizer, Params
 
 
@@ -30,6 +30,7 @@ class Adagrad(Optimizer):
         TypeError, ValueError: An option is unknown, out of range or contradicts another.
     """
 
+    _own_options = ("lr", "lr_decay", "eps", "weight_decay", "initial_accumulator_value")
     _state_keys = frozenset(("sum", "step"))
 
     def __init__(
@@ -60,10 +61,6 @@ class Adagrad(Optimizer):
         }
         super().__init__(params, defaults, dict(recipe))
 
-    @property
-    def _own_options(self) -> tuple[str, ...]:
-        return ("lr", "lr_decay", "eps", "weight_decay", "initial_accumulator_value")
-
     def _rule(self, group: dict[str, Any]) -> tuple[str, tuple[str, ...]]:
         return "adagrad", ("sum",)
 
@@ -71,4 +68,4 @@ class Adagrad(Optimizer):
         return (finite("initial_accumulator_value", group["initial_accumulator_value"]),)
 
     def _numbers(self, group: dict[str, Any]) -> dict[str, Any]:
-        return {name: finite(name, group[name]) for name in ("lr", "lr_decay", "eps", "weight_decay")}
+        return finite_numbers(group, "lr", "lr_decay", "eps", "weight_decay")

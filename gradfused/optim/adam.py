@@ -7,8 +7,7 @@ from typing import Any
 from torch import Tensor
 from typing_extensions import Unpack
 
-from ..options import Recipe, finite
-from ..options import betas as checked_betas
+from ..options import Recipe, adam_numbers
 from .base import Optimizer, Params
 
 
@@ -32,6 +31,7 @@ class Adam(Optimizer):
         TypeError, ValueError: An option is unknown, out of range or contradicts another.
     """
 
+    _own_options = ("lr", "betas", "eps", "weight_decay", "amsgrad")
     _state_keys = frozenset(("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "step"))
 
     def __init__(
@@ -66,20 +66,10 @@ class Adam(Optimizer):
         }
         super().__init__(params, defaults, dict(recipe))
 
-    @property
-    def _own_options(self) -> tuple[str, ...]:
-        return ("lr", "betas", "eps", "weight_decay", "amsgrad")
-
     def _rule(self, group: dict[str, Any]) -> tuple[str, tuple[str, ...]]:
         if group["amsgrad"]:
             return "adam_amsgrad", ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
         return "adam", ("exp_avg", "exp_avg_sq")
 
     def _numbers(self, group: dict[str, Any]) -> dict[str, Any]:
-        return {
-            "lr": finite("lr", group["lr"]),
-            **checked_betas(group),
-            "eps": finite("eps", group["eps"]),
-            "weight_decay": finite("weight_decay", group["weight_decay"]),
-            "decoupled": bool(group["decoupled_weight_decay"]),
-        }
+        return adam_numbers(group)

@@ -7,8 +7,7 @@ from typing import Any
 from torch import Tensor
 from typing_extensions import Unpack
 
-from ..options import Recipe, finite
-from ..options import betas as checked_betas
+from ..options import Recipe, beta_numbers, finite_numbers
 from .base import Optimizer, Params
 
 
@@ -29,6 +28,7 @@ class Adan(Optimizer):
         TypeError, ValueError: An option is unknown, out of range or contradicts another.
     """
 
+    _own_options = ("lr", "betas", "eps", "weight_decay", "no_prox")
     _state_keys = frozenset(("exp_avg", "exp_avg_sq", "exp_avg_diff", "neg_pre_grad", "step"))
 
     def __init__(
@@ -53,13 +53,9 @@ class Adan(Optimizer):
         }
         super().__init__(params, defaults, dict(recipe))
 
-    @property
-    def _own_options(self) -> tuple[str, ...]:
-        return ("lr", "betas", "eps", "weight_decay", "no_prox")
-
     def _rule(self, group: dict[str, Any]) -> tuple[str, tuple[str, ...]]:
         return "adan", ("exp_avg", "exp_avg_sq", "exp_avg_diff", "neg_pre_grad")
 
     def _numbers(self, group: dict[str, Any]) -> dict[str, Any]:
-        numbers = {name: finite(name, group[name]) for name in ("lr", "eps", "weight_decay")}
-        return numbers | checked_betas(group, 3) | {"decoupled": True, "proximal": not group["no_prox"]}
+        numbers = finite_numbers(group, "lr", "eps", "weight_decay") | beta_numbers(group, 3)
+        return numbers | {"decoupled": True, "proximal": not group["no_prox"]}

@@ -75,6 +75,11 @@ class Optimizer(torch.optim.Optimizer):
 
     # ---- the rule
 
+    _own_options: tuple[str, ...]  # a state dict whose groups lack one of these is another optimizer's
+    _state_keys: frozenset[str]  # every key its state may have
+    _counts_steps = True  # the rule reads the step's number
+    _keeps_product = False  # and the product of its momenta
+
     @abstractmethod
     def _rule(self, group: dict[str, Any]) -> tuple[str, tuple[str, ...]]:
         """The rule's name in csrc/rules.def and the keys of its state, in its order."""
@@ -82,9 +87,6 @@ class Optimizer(torch.optim.Optimizer):
     @abstractmethod
     def _numbers(self, group: dict[str, Any]) -> dict[str, Any]:
         """The rule's validated options as fields of Settings."""
-
-    _counts_steps = True  # the rule reads the step's number
-    _keeps_product = False  # and the product of its momenta
 
     def _initial(self, group: dict[str, Any]) -> tuple[float, ...]:
         """What new state holds, in the rule's order; empty for zeros."""
@@ -394,13 +396,6 @@ class Optimizer(torch.optim.Optimizer):
                 f"state dict is not of {type(self).__name__}: its parameter group has no '{missing[0]}'; "
                 "load it into an optimizer of the kind that saved it"
             )
-
-    @property
-    @abstractmethod
-    def _own_options(self) -> tuple[str, ...]:
-        """Options whose absence shows that a state dict is another optimizer's."""
-
-    _state_keys: frozenset[str] = frozenset()  # every key its state may have
 
     def _check_saved_state(self, groups: list[dict[str, Any]], state: dict[int, dict[str, Any]]) -> None:
         saved = [i for group in groups for i in group["params"]]

@@ -7,8 +7,7 @@ from typing import Any
 from torch import Tensor
 from typing_extensions import Unpack
 
-from ..options import Recipe, finite
-from ..options import betas as checked_betas
+from ..options import Recipe, beta_numbers, finite_numbers
 from .base import Optimizer, Params
 
 
@@ -30,6 +29,7 @@ class LAMB(Optimizer):
         TypeError, ValueError: An option is unknown, out of range or contradicts another.
     """
 
+    _own_options = ("lr", "betas", "eps", "weight_decay", "adapt")
     _state_keys = frozenset(("exp_avg", "exp_avg_sq", "step"))
 
     def __init__(
@@ -54,13 +54,9 @@ class LAMB(Optimizer):
         }
         super().__init__(params, defaults, dict(recipe))
 
-    @property
-    def _own_options(self) -> tuple[str, ...]:
-        return ("lr", "betas", "eps", "weight_decay", "adapt")
-
     def _rule(self, group: dict[str, Any]) -> tuple[str, tuple[str, ...]]:
         return "lamb", ("exp_avg", "exp_avg_sq")
 
     def _numbers(self, group: dict[str, Any]) -> dict[str, Any]:
-        numbers = {name: finite(name, group[name]) for name in ("lr", "eps", "weight_decay")}
-        return numbers | checked_betas(group) | {"decoupled": True, "adapt": bool(group["adapt"])}
+        numbers = finite_numbers(group, "lr", "eps", "weight_decay") | beta_numbers(group)
+        return numbers | {"decoupled": True, "adapt": bool(group["adapt"])}

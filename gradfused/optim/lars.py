@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 from typing_extensions import Unpack
 
-from ..options import Recipe, finite, momentum_numbers
+from ..options import Recipe, finite, finite_numbers, momentum_numbers
 from .base import Optimizer, Params
 
 
@@ -31,6 +31,7 @@ class LARS(Optimizer):
         TypeError, ValueError: An option is unknown, out of range or contradicts another.
     """
 
+    _own_options = ("lr", "momentum", "weight_decay", "trust_coefficient", "adapt")
     _state_keys = frozenset(("momentum_buffer", "step"))
     _counts_steps = False
 
@@ -62,21 +63,13 @@ class LARS(Optimizer):
         }
         super().__init__(params, defaults, dict(recipe))
 
-    @property
-    def _own_options(self) -> tuple[str, ...]:
-        return ("lr", "momentum", "weight_decay", "trust_coefficient", "adapt")
-
     def _rule(self, group: dict[str, Any]) -> tuple[str, tuple[str, ...]]:
         return ("lars_momentum", ("momentum_buffer",)) if group["momentum"] else ("lars", ())
 
     def _numbers(self, group: dict[str, Any]) -> dict[str, Any]:
-        numbers = {name: finite(name, group[name]) for name in ("lr", "weight_decay", "eps")}
-        return (
-            numbers
-            | momentum_numbers(group)
-            | {
-                "trust": finite("trust_coefficient", group["trust_coefficient"]),
-                "decoupled": True,  # the rule adds the decay, after the norm is taken
-                "adapt": bool(group["adapt"]),
-            }
-        )
+        numbers = finite_numbers(group, "lr", "weight_decay", "eps") | momentum_numbers(group)
+        return numbers | {
+            "trust": finite("trust_coefficient", group["trust_coefficient"]),
+            "decoupled": True,  # the rule adds the decay, after the norm is taken
+            "adapt": bool(group["adapt"]),
+        }

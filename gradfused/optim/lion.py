@@ -7,8 +7,7 @@ from typing import Any
 from torch import Tensor
 from typing_extensions import Unpack
 
-from ..options import Recipe, finite
-from ..options import betas as checked_betas
+from ..options import Recipe, beta_numbers, finite_numbers
 from .base import Optimizer, Params
 
 
@@ -27,6 +26,7 @@ class Lion(Optimizer):
         TypeError, ValueError: An option is unknown, out of range or contradicts another.
     """
 
+    _own_options = ("lr", "betas", "weight_decay")
     _state_keys = frozenset(("exp_avg",))
     _counts_steps = False
 
@@ -48,13 +48,8 @@ class Lion(Optimizer):
         }
         super().__init__(params, defaults, dict(recipe))
 
-    @property
-    def _own_options(self) -> tuple[str, ...]:
-        return ("lr", "betas", "weight_decay")
-
     def _rule(self, group: dict[str, Any]) -> tuple[str, tuple[str, ...]]:
         return "lion", ("exp_avg",)
 
     def _numbers(self, group: dict[str, Any]) -> dict[str, Any]:
-        numbers = {name: finite(name, group[name]) for name in ("lr", "weight_decay")}
-        return numbers | checked_betas(group) | {"decoupled": True}
+        return finite_numbers(group, "lr", "weight_decay") | beta_numbers(group) | {"decoupled": True}

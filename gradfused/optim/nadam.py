@@ -7,8 +7,7 @@ from typing import Any
 from torch import Tensor
 from typing_extensions import Unpack
 
-from ..options import Recipe, finite
-from ..options import betas as checked_betas
+from ..options import Recipe, adam_numbers, finite_numbers
 from .base import Optimizer, Params
 
 
@@ -32,6 +31,7 @@ class NAdam(Optimizer):
         TypeError, ValueError: An option is unknown, out of range or contradicts another.
     """
 
+    _own_options = ("lr", "betas", "eps", "weight_decay", "momentum_decay")
     _state_keys = frozenset(("exp_avg", "exp_avg_sq", "mu_product", "step"))
     _keeps_product = True
 
@@ -65,13 +65,8 @@ class NAdam(Optimizer):
         }
         super().__init__(params, defaults, dict(recipe))
 
-    @property
-    def _own_options(self) -> tuple[str, ...]:
-        return ("lr", "betas", "eps", "weight_decay", "momentum_decay")
-
     def _rule(self, group: dict[str, Any]) -> tuple[str, tuple[str, ...]]:
         return "nadam", ("exp_avg", "exp_avg_sq")
 
     def _numbers(self, group: dict[str, Any]) -> dict[str, Any]:
-        numbers = {name: finite(name, group[name]) for name in ("lr", "eps", "weight_decay", "momentum_decay")}
-        return numbers | checked_betas(group) | {"decoupled": bool(group["decoupled_weight_decay"])}
+        return adam_numbers(group) | finite_numbers(group, "momentum_decay")

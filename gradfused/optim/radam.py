@@ -7,8 +7,7 @@ from typing import Any
 from torch import Tensor
 from typing_extensions import Unpack
 
-from ..options import Recipe, finite
-from ..options import betas as checked_betas
+from ..options import Recipe, adam_numbers
 from .base import Optimizer, Params
 
 
@@ -31,6 +30,7 @@ class RAdam(Optimizer):
         TypeError, ValueError: An option is unknown, out of range or contradicts another.
     """
 
+    _own_options = ("lr", "betas", "eps", "weight_decay")
     _state_keys = frozenset(("exp_avg", "exp_avg_sq", "step"))
 
     def __init__(
@@ -61,13 +61,8 @@ class RAdam(Optimizer):
         }
         super().__init__(params, defaults, dict(recipe))
 
-    @property
-    def _own_options(self) -> tuple[str, ...]:
-        return ("lr", "betas", "eps", "weight_decay")
-
     def _rule(self, group: dict[str, Any]) -> tuple[str, tuple[str, ...]]:
         return "radam", ("exp_avg", "exp_avg_sq")
 
     def _numbers(self, group: dict[str, Any]) -> dict[str, Any]:
-        numbers = {name: finite(name, group[name]) for name in ("lr", "eps", "weight_decay")}
-        return numbers | checked_betas(group) | {"decoupled": bool(group["decoupled_weight_decay"])}
+        return adam_numbers(group)

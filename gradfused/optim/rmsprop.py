@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 from typing_extensions import Unpack
 
-from ..options import Recipe, finite, number
+from ..options import Recipe, finite_numbers, number
 from .base import Optimizer, Params
 
 
@@ -31,6 +31,7 @@ class RMSprop(Optimizer):
         TypeError, ValueError: An option is unknown, out of range or contradicts another.
     """
 
+    _own_options = ("lr", "alpha", "eps", "weight_decay", "momentum", "centered")
     _state_keys = frozenset(("square_avg", "momentum_buffer", "grad_avg", "step"))
 
     def __init__(
@@ -62,15 +63,11 @@ class RMSprop(Optimizer):
         }
         super().__init__(params, defaults, dict(recipe))
 
-    @property
-    def _own_options(self) -> tuple[str, ...]:
-        return ("lr", "alpha", "eps", "weight_decay", "momentum", "centered")
-
     def _rule(self, group: dict[str, Any]) -> tuple[str, tuple[str, ...]]:
         momentum, centered = group["momentum"] > 0, bool(group["centered"])
         rule = "rmsprop" + "_centered" * centered + "_momentum" * momentum
         return rule, ("square_avg", *("momentum_buffer",) * momentum, *("grad_avg",) * centered)
 
     def _numbers(self, group: dict[str, Any]) -> dict[str, Any]:
-        numbers = {name: finite(name, group[name]) for name in ("lr", "eps", "weight_decay", "momentum")}
+        numbers = finite_numbers(group, "lr", "eps", "weight_decay", "momentum")
         return numbers | {"beta2": number("alpha", group["alpha"], high=1.0)}

@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 from typing_extensions import Unpack
 
-from ..options import Recipe, finite, momentum_numbers
+from ..options import Recipe, finite_numbers, momentum_numbers
 from .base import Optimizer, Params
 
 
@@ -30,6 +30,7 @@ class SGD(Optimizer):
         TypeError, ValueError: An option is unknown, out of range or contradicts another.
     """
 
+    _own_options = ("lr", "momentum", "weight_decay")
     _state_keys = frozenset(("momentum_buffer", "step"))
     _counts_steps = False
 
@@ -61,13 +62,8 @@ class SGD(Optimizer):
         }
         super().__init__(params, defaults, dict(recipe))
 
-    @property
-    def _own_options(self) -> tuple[str, ...]:
-        return ("lr", "momentum", "weight_decay")
-
     def _rule(self, group: dict[str, Any]) -> tuple[str, tuple[str, ...]]:
         return ("sgd_momentum", ("momentum_buffer",)) if group["momentum"] else ("sgd", ())
 
     def _numbers(self, group: dict[str, Any]) -> dict[str, Any]:
-        numbers = {name: finite(name, group[name]) for name in ("lr", "weight_decay")}
-        return numbers | momentum_numbers(group)
+        return finite_numbers(group, "lr", "weight_decay") | momentum_numbers(group)
