@@ -147,7 +147,7 @@ class SAM(torch.optim.Optimizer):
             raise RuntimeError(
                 "first_step() twice: the weights went up already; take second_step(), or restore() to go back"
             )
-        self._ascend(self._scaling())
+        self._ascend(Scaling.of(self))
         self._ascended = True
 
     def second_step(self) -> None:
@@ -159,7 +159,7 @@ class SAM(torch.optim.Optimizer):
         """
         if not self._ascended:
             raise RuntimeError("second_step() without first_step(): there was no ascent; call first_step() before it")
-        self._descend(self._scaling())
+        self._descend(Scaling.of(self))
         self._backups, self._ascended = {}, False
 
     def restore(self) -> None:
@@ -202,8 +202,10 @@ class SAM(torch.optim.Optimizer):
             raise
         return loss
 
-    def _scaling(self) -> Scaling:
-        return Scaling(getattr(self, "grad_scale", None), getattr(self, "found_inf", None))
+    @property
+    def _skips(self) -> bool:
+        """Whether a half whose gradients are not finite is not to be taken."""
+        return any(group["nonfinite"] == "skip" for group in self.param_groups)
 
     def _plans(self) -> list[GroupPlan]:
         """The ascent as a step of the rule ``ascend``, on gradients normalised to ``rho`` over all parameters."""
@@ -235,7 +237,7 @@ class SAM(torch.optim.Optimizer):
     @torch.no_grad()
     def _ascend(self, scaling: Scaling) -> None:
         if scaling.forbids:
-            self.optimizer._zero_unused()
+            self.optimizer._zero_gradients()
             return
         self.optimizer._follow_weights()
         plans, masters = self._plans(), self._current_masters()
@@ -245,13 +247,12 @@ class SAM(torch.optim.Optimizer):
         if not table.params:
             return
         table.table.stats(scaling)
-        skips = any(group["nonfinite"] == "skip" for group in self.param_groups)
-        if skips and not bool(torch.isfinite(table.table.sums).all()):
-            self.optimizer._zero_unused()
+        if self._skips and not bool(torch.isfinite(table.table.sums).all()):
+            self.optimizer._zero_gradients()
             return
         table.table.apply(scaling)
         if table.zero_apart:
-            self.optimizer._zero_unused()
+            self.optimizer._zero_gradients()
         table.keep_state()
         torch.autograd.graph.increment_version(table.params)
         backups = {p: self._state[p]["backup"] for p in table.params}
@@ -263,12 +264,11 @@ class SAM(torch.optim.Optimizer):
     @torch.no_grad()
     def _descend(self, scaling: Scaling) -> None:
         base = self.optimizer
-        skips = any(group["nonfinite"] == "skip" for group in self.param_groups)
         # Whether a step is skipped for its norm is known to the device alone: it must find the weights where they were.
         late = (
             any(p.device.type != "cpu" for p in self._backups) if self._table is None else self._table.table.on_device
         )
-        early = scaling.forbids or (skips and late)
+        early = scaling.forbids or (self._skips and late)
         if early:
             self._take_back(self._backups)
         base.grad_scale, base.found_inf = scaling.grad_scale, scaling.found_inf  # type: ignore[attr-defined]

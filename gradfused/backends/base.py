@@ -114,6 +114,11 @@ class Scaling:
     grad_scale: Tensor | None = None
     found_inf: Tensor | None = None
 
+    @classmethod
+    def of(cls, optimizer: object) -> Scaling:
+        """What it told an optimizer: it sets these attributes for the time of a step."""
+        return cls(getattr(optimizer, "grad_scale", None), getattr(optimizer, "found_inf", None))
+
     @property
     def unscale(self) -> float:
         """What to multiply gradients by. Waits for the device."""

@@ -191,9 +191,9 @@ class Optimizer(torch.optim.Optimizer):
             raise RuntimeError(
                 "step() inside swap_ema(): the weights are the averaged ones, and would be lost; leave the block first"
             )
-        scaling = Scaling(getattr(self, "grad_scale", None), getattr(self, "found_inf", None))
+        scaling = Scaling.of(self)
         if scaling.found_inf is not None and not scaling.found_inf.is_cuda and scaling.forbids:
-            self._zero_unused()
+            self._zero_gradients()
             return
         if self._sources is None:
             self._follow_weights()
@@ -214,7 +214,7 @@ class Optimizer(torch.optim.Optimizer):
             self._versions.update((p, p._version) for p in table.finer)
             uncertain = table.table.on_device and (scaling.found_inf is not None or table.may_skip)
             if uncertain or table.zero_apart:
-                self._zero_unused()
+                self._zero_gradients()
             return
         self._skipped += 1
         self._forget(table)
@@ -235,8 +235,8 @@ class Optimizer(torch.optim.Optimizer):
         self._versions = {p: p._version for p in self._versions}
 
     @torch.no_grad()
-    def _zero_unused(self) -> None:
-        """Gradients of a step that was not taken go, too, where steps leave them at zero."""
+    def _zero_gradients(self) -> None:
+        """Leaves gradients at zero where the options ask for it and the kernels have not done it."""
         groups = (group for group in self.param_groups if group["zero_grad_in_step"])
         grads = [p.grad for group in groups for p in group["params"] if p.grad is not None]
         if grads:
@@ -244,7 +244,7 @@ class Optimizer(torch.optim.Optimizer):
 
     def _forget(self, table: StepTable) -> None:
         """The step was not taken: state that it created goes, and the tables that know it."""
-        self._zero_unused()
+        self._zero_gradients()
         if table.take_back_state():
             self._tables.clear()
 
@@ -368,14 +368,15 @@ class Optimizer(torch.optim.Optimizer):
         """torch casts loaded state to the parameters' dtypes: what is to have another one gets its own values back."""
         numbers = iter([i for group in saved["param_groups"] for i in group["params"]])
         for group in self.param_groups:
+            asked = options.STATE_DTYPES.get(group["state_dtype"])
             for p, number in zip(group["params"], numbers, strict=False):
                 for key, value in saved["state"].get(number, {}).items():
-                    if isinstance(value, Tensor) and value.is_floating_point() and key != "step":
-                        dtype = state_dtype(key, p, options.STATE_DTYPES.get(group["state_dtype"])) or value.dtype
-                        if self.state[p][key].dtype != dtype:
-                            self.state[p][key] = value.detach().to(
-                                device=self.state[p][key].device, dtype=dtype, copy=True
-                            )
+                    if not isinstance(value, Tensor) or not value.is_floating_point() or key == "step":
+                        continue
+                    cast = self.state[p][key]
+                    dtype = state_dtype(key, p, asked) or value.dtype
+                    if cast.dtype != dtype:
+                        self.state[p][key] = value.detach().to(device=cast.device, dtype=dtype, copy=True)
 
     def _checked(self, state_dict: dict[str, Any]) -> dict[str, Any]:
         """The state dict with options that it lacks filled in."""
