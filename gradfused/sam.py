@@ -15,7 +15,8 @@ from torch._compile import _disable_dynamo
 from .backends import Scaling, Settings
 from .optim.base import Optimizer
 from .options import INF, finite
-from .table import GroupPlan, StepTable, parameter_name
+from .rows import GroupPlan, named_parameters
+from .table import StepTable
 
 _TINY = 1e-12
 
@@ -307,11 +308,7 @@ class SAM(torch.optim.Optimizer):
             ValueError: The state is another optimizer's, or its shapes are not these parameters'; nothing has changed.
         """
         mine = state_dict.get("sam", {})
-        names = [
-            (parameter_name(self.param_groups, g, i), p)
-            for g, group in enumerate(self.param_groups)
-            for i, p in enumerate(group["params"])
-        ]
+        names = list(named_parameters(self.param_groups))
         backups = mine.get("backups", {})
         for number, backup in backups.items():
             if number >= len(names) or names[number][1].shape != backup.shape:

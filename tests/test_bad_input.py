@@ -20,7 +20,7 @@ from twins import (
 )
 
 import gradfused
-from gradfused.table import _check_gradient
+from gradfused.rows import check_gradient
 
 EXACT = {"rtol": 0, "atol": 0}
 NAN = float("nan")
@@ -250,7 +250,7 @@ def test_gradient_of_another_shape(shape, after_a_step, backend):
 def test_gradient_on_another_device():
     """torch itself refuses every way to get there but exotic ones, so the check is called by itself."""
     with pytest.raises(ValueError, match="gradient of parameter 'b' is on meta, expected it on the parameter's cpu"):
-        _check_gradient("'b'", torch.ones(2, 3), torch.ones(2, 3, device="meta"))
+        check_gradient("'b'", torch.ones(2, 3), torch.ones(2, 3, device="meta"))
 
 
 @every_backend

@@ -30,7 +30,7 @@ LAYERS: list[tuple[str, ...]] = [
     ("gradfused.backends.device",),
     ("gradfused.backends.reference", "gradfused.backends.cpu", "gradfused.backends.cuda", "gradfused.backends.triton"),
     ("gradfused.backends",),
-    ("gradfused.options", "gradfused.memory", "gradfused.table"),
+    ("gradfused.options", "gradfused.memory", "gradfused.state", "gradfused.rows", "gradfused.table"),
     ("gradfused.optim", "gradfused.sam", "gradfused.nn"),
     ("gradfused",),
     ("gradfused.__main__",),
@@ -82,7 +82,15 @@ def test_the_package_imports_no_benchmark_and_no_test(module: str) -> None:
 
 @pytest.mark.parametrize("module", [m for m in MODULES if m.startswith("gradfused.backends")])
 def test_backends_know_no_optimizers(module: str) -> None:
-    above = ("gradfused.table", "gradfused.options", "gradfused.optim", "gradfused.sam", "gradfused.nn")
+    above = (
+        "gradfused.state",
+        "gradfused.rows",
+        "gradfused.table",
+        "gradfused.options",
+        "gradfused.optim",
+        "gradfused.sam",
+        "gradfused.nn",
+    )
     assert not [name for name in imports(module, MODULES[module]) if name.startswith(above)]
 
 

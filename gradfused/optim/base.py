@@ -15,7 +15,9 @@ from torch._compile import _disable_dynamo
 from .. import options
 from ..backends import Scaling, Settings
 from ..memory import check_disjoint
-from ..table import RIDERS, SCALARS, GroupPlan, StepTable, check_parameter, parameter_name, state_dtype
+from ..rows import GroupPlan, check_parameter, named_parameters, parameter_name
+from ..state import RIDERS, SCALARS, state_dtype
+from ..table import StepTable
 
 Params = Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]]
 _NOT_OPTIONS = frozenset(("params", "param_names"))
@@ -151,12 +153,7 @@ class Optimizer(torch.optim.Optimizer):
             raise
 
     def _check_memory(self) -> None:
-        named = {
-            id(p): (f"parameter {parameter_name(self.param_groups, g, i)}", p)
-            for g, group in enumerate(self.param_groups)
-            for i, p in enumerate(group["params"])
-            if not p.is_meta
-        }
+        named = {id(p): (f"parameter {name}", p) for name, p in named_parameters(self.param_groups) if not p.is_meta}
         check_disjoint(list(named.values()))
 
     # ---- the step
@@ -400,12 +397,7 @@ class Optimizer(torch.optim.Optimizer):
 
     def _check_saved_state(self, groups: list[dict[str, Any]], state: dict[int, dict[str, Any]]) -> None:
         saved = [i for group in groups for i in group["params"]]
-        params = [
-            (parameter_name(self.param_groups, g, i), p)
-            for g, group in enumerate(self.param_groups)
-            for i, p in enumerate(group["params"])
-        ]
-        for index, (name, p) in zip(saved, params, strict=False):
+        for index, (name, p) in zip(saved, named_parameters(self.param_groups), strict=False):
             for key, value in state.get(index, {}).items():
                 if key not in self._state_keys | RIDERS:
                     raise ValueError(

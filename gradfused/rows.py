@@ -1,0 +1,218 @@
+"""From an optimizer's groups to the rows of a step: options interpreted, parameters and gradients checked."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .backends import BackendTable, Row, Settings
+from .state import FLOATING, SCALARS, SHORT, State, States
+
+Group = dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class GroupPlan:
+    """A group's options, interpreted.
+
+    Attributes:
+        rule: The update rule's name.
+        states: Keys of the state tensors in the rule's order.
+        counts: Whether the parameters count their steps.
+        centre: ``"off"``, ``"unit"``, ``"conv"`` or ``"tensor"``.
+        backend: The backend asked for.
+        settings: The numbers.
+        initial: What new state tensors are filled with; zeros if empty.
+        product: Whether the parameters keep the product of their momenta.
+        rounding: How weights of 16 bits are kept.
+        state_dtype: Of new state tensors; None: the parameter's.
+        ema: Whether an average of the weights is kept.
+    """
+
+    rule: str
+    states: tuple[str, ...]
+    counts: bool
+    centre: str
+    backend: str
+    settings: Settings
+    initial: tuple[float, ...] = ()
+    product: bool = False
+    rounding: str = "nearest"
+    state_dtype: torch.dtype | None = None
+    ema: bool = False
+
+    @property
+    def measures(self) -> bool:
+        """Whether its gradients' norms are known after a step."""
+        return self.settings.scope != "none" or self.settings.skip_nonfinite
+
+    @property
+    def structure(self) -> tuple[object, ...]:
+        """What rows are made from: a table is kept while this stays."""
+        s = self.settings
+        return (
+            self.rule,
+            self.states,
+            self.counts,
+            self.centre,
+            self.backend,
+            self.product,
+            self.rounding,
+            self.state_dtype,
+            self.ema,
+            s.centralize_at,
+            s.scope,
+            s.agc,
+            s.adapt,
+            s.skip_nonfinite,
+            s.zero_grad,
+            s.noise > 0,
+        )
+
+
+def parameter_name(groups: Sequence[Group], group: int, index: int) -> str:
+    """How messages call a parameter: its name if it was given one, else its place."""
+    names = groups[group].get("param_names")
+    return f"'{names[index]}'" if names else f"{index} of group {group}"
+
+
+def named_parameters(groups: Sequence[Group]) -> Iterator[tuple[str, Tensor]]:
+    """(how messages call it, parameter) of every parameter, in the optimizer's order."""
+    for g, group in enumerate(groups):
+        for i, p in enumerate(group["params"]):
+            yield parameter_name(groups, g, i), p
+
+
+def check_parameter(name: str, p: Tensor) -> None:
+    """Raise TypeError unless ``p`` is of a kind that any backend can step."""
+    if p.is_complex():
+        raise TypeError(
+            f"parameter {name} is complex ({p.dtype}), expected a real dtype: optimize torch.view_as_real of it"
+        )
+    if p.dtype not in FLOATING:
+        wanted = ", ".join(str(d).removeprefix("torch.") for d in FLOATING)
+        raise TypeError(f"parameter {name} has dtype {p.dtype}, expected one of {wanted}")
+    if p.layout != torch.strided:
+        raise TypeError(f"parameter {name} has layout {p.layout}, expected a dense tensor: call .to_dense()")
+
+
+def check_gradient(name: str, p: Tensor, g: Tensor) -> None:
+    """Raise TypeError or ValueError unless ``g`` is a gradient that any backend can step ``p`` with."""
+    if g.layout != torch.strided:
+        raise TypeError(
+            f"gradient of parameter {name} is sparse ({g.layout}), expected a dense one: "
+            "use sparse=False or .to_dense()"
+        )
+    if g.is_complex():
+        raise TypeError(f"gradient of parameter {name} is complex ({g.dtype}), expected {p.dtype} or torch.float32")
+    if g.device != p.device:
+        raise ValueError(f"gradient of parameter {name} is on {g.device}, expected it on the parameter's {p.device}")
+    if g.shape != p.shape:
+        raise ValueError(
+            f"gradient of parameter {name} has shape {tuple(g.shape)}, expected the parameter's {tuple(p.shape)}"
+        )
+    if g.dtype not in (p.dtype, torch.float32):
+        raise TypeError(f"gradient of parameter {name} has dtype {g.dtype}, expected {p.dtype} or torch.float32")
+    if p.is_meta:
+        raise ValueError(
+            f"parameter {name} is on the meta device and has no values: materialise it first (module.to_empty)"
+        )
+    if p.is_neg() or g.is_neg():
+        raise ValueError(f"parameter {name} or its gradient is a lazy negation: assign .resolve_neg() of it")
+
+
+def with_gradient(groups: Sequence[Group]) -> Iterator[tuple[int, int, str, Tensor]]:
+    """(group, number in the optimizer, name, parameter) of each parameter to step; a repeated one counts once."""
+    seen: set[int] = set()
+    number = 0
+    for g, group in enumerate(groups):
+        for i, p in enumerate(group["params"]):
+            if p.grad is not None and id(p) not in seen:
+                seen.add(id(p))
+                yield g, number, parameter_name(groups, g, i), p
+            number += 1
+
+
+def _unit_shape(p: Tensor, plan: GroupPlan) -> tuple[int, bool, bool]:
+    """(unit length, centre, whole) of a row."""
+    by_rows = p.numel() // p.shape[0] if p.dim() >= 2 and p.shape[0] else p.numel()
+    centre = {"off": False, "unit": p.dim() >= 2, "conv": p.dim() >= 4, "tensor": True}[plan.centre]
+    by_unit = plan.settings.scope == "unit"
+    unit = by_rows if by_unit or (centre and plan.centre != "tensor") else p.numel()
+    return unit, centre, centre and plan.centre == "tensor" and unit != p.numel()
+
+
+def make_row(
+    name: str,
+    p: Tensor,
+    plan: GroupPlan,
+    group: int,
+    number: int,
+    states: States,
+    make: type[BackendTable],
+    source: Tensor | None,
+) -> Row:
+    """The row of a parameter with a gradient; its state is created where it is missing.
+
+    Args:
+        name: How messages call the parameter.
+        p: The parameter.
+        plan: Its group's options.
+        group: Its group's number.
+        number: Its own number in the optimizer.
+        states: The optimizer's state.
+        make: The backend's table.
+        source: Where its weights are to be read in its place.
+    """
+    unit, centre, whole = _unit_shape(p, plan)
+    first = not states.has(p, plan.states)
+    rounding = plan.rounding if p.dtype in SHORT else "nearest"
+    weights = p if source is None else source
+    kept: dict[str, Tensor] = {
+        key: states.tensor(name, p, key, initial, plan.state_dtype)
+        for key, initial in zip(plan.states, plan.initial or (0.0,) * len(plan.states), strict=True)
+    }
+    state = dict(kept)
+    if rounding == "master":
+        source = kept["master"] = states.tensor(name, p, "master", weights)
+    if rounding == "kahan":
+        kept["kahan_comp"] = states.tensor(name, p, "kahan_comp")
+    if plan.ema:
+        kept["ema"] = states.tensor(name, p, "ema", weights)
+    if plan.counts:
+        kept["step"] = states.scalar(name, p, "step", make.step_device(p))
+    if plan.product:
+        kept["mu_product"] = states.scalar(name, p, "mu_product", make.step_device(p), 1.0)
+    assert p.grad is not None
+    return Row(
+        name=name,
+        rule=plan.rule,
+        param=p,
+        grad=p.grad,
+        state=state,
+        source=source,
+        rest=kept.get("kahan_comp"),
+        ema=kept.get("ema"),
+        rounding=rounding,
+        step=kept.get("step"),
+        product=kept.get("mu_product"),
+        group=group,
+        number=number,
+        unit=unit,
+        centre=centre,
+        whole=whole,
+        first=first,
+        kept=list(kept),
+    )
+
+
+def written(row: Row, state: State) -> Iterator[tuple[str, Tensor]]:
+    """(what, tensor) of each tensor of a row that a step writes, but for those of one element."""
+    yield f"parameter {row.name}", row.param
+    for key in row.kept:
+        if key not in SCALARS:
+            yield f"{key} of parameter {row.name}", state[row.param][key]

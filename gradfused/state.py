@@ -1,0 +1,110 @@
+"""Optimizer state: what dtype each kind has, finding it, creating it, and taking back what was created."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+State = dict[Tensor, dict[str, Any]]
+FLOATING = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+SHORT = (torch.float16, torch.bfloat16)
+#: State of one element; state that any rule may have.
+SCALARS = frozenset(("step", "mu_product"))
+RIDERS = frozenset(("master", "kahan_comp", "ema"))
+
+
+def _scalar_dtype() -> torch.dtype:
+    """torch counts steps in float32, or in float64 where that is the default."""
+    return torch.float64 if torch.get_default_dtype() == torch.float64 else torch.float32
+
+
+def state_dtype(key: str, p: Tensor, asked: torch.dtype | None) -> torch.dtype | None:
+    """Dtype of a state tensor; None for state of one element, which has its own. ``asked`` is what the user wants."""
+    if key in SCALARS:
+        return None
+    if key in ("master", "ema"):
+        return torch.float32 if p.dtype in SHORT else p.dtype
+    return p.dtype if key == "kahan_comp" or asked is None else asked
+
+
+class States:
+    """Reads and creates optimizer state; what it created can be taken back."""
+
+    def __init__(self, state: State) -> None:
+        self._state = state
+        self._undo: list[tuple[Tensor, str, Any]] = []
+
+    def has(self, p: Tensor, keys: Iterable[str]) -> bool:
+        """Whether the parameter has state, these among it."""
+        return p in self._state and all(self._state[p].get(key) is not None for key in keys)
+
+    def _get(self, p: Tensor, key: str) -> Any:
+        return self._state[p].get(key) if p in self._state else None
+
+    def _set(self, p: Tensor, key: str, value: Tensor) -> Tensor:
+        self._undo.append((p, key, self._get(p, key)))
+        self._state[p][key] = value
+        return value
+
+    def tensor(
+        self, name: str, p: Tensor, key: str, initial: float | Tensor = 0.0, asked: torch.dtype | None = None
+    ) -> Tensor:
+        """State shaped like ``p``; a new one holds ``initial``, a number or a tensor of that shape."""
+        value = self._get(p, key)
+        if value is None:
+            dtype = state_dtype(key, p, asked)
+            made = torch.empty_like(p, dtype=dtype, memory_format=torch.preserve_format, requires_grad=False)
+            with torch.no_grad():
+                made.copy_(initial) if isinstance(initial, Tensor) else made.fill_(initial)
+            return self._set(p, key, made)
+        if (
+            not isinstance(value, Tensor)
+            or value.shape != p.shape
+            or value.device != p.device
+            or value.dtype not in FLOATING
+            or value.layout != torch.strided
+        ):
+            got = (
+                f"{value.dtype} of shape {tuple(value.shape)} and layout {value.layout} on {value.device}"
+                if isinstance(value, Tensor)
+                else repr(value)
+            )
+            raise ValueError(
+                f"state '{key}' of parameter {name}: "
+                f"expected a dense floating tensor of shape {tuple(p.shape)} on {p.device}, got {got}"
+            )
+        return value
+
+    def scalar(self, name: str, p: Tensor, key: str, device: torch.device, initial: float = 0.0) -> Tensor:
+        """A one-element state, such as the count of steps."""
+        value = self._get(p, key)
+        if isinstance(value, Tensor) and value.numel() == 1 and value.device == device and value.dtype in FLOATING[:2]:
+            return value
+        if value is not None and not (
+            isinstance(value, (int, float)) or (isinstance(value, Tensor) and value.numel() == 1)
+        ):
+            raise ValueError(
+                f"state '{key}' of parameter {name}: expected a number or a one-element tensor, got {value!r}"
+            )
+        number = initial if value is None else float(value)
+        return self._set(p, key, torch.tensor(number, dtype=_scalar_dtype(), device=device))
+
+    def take_back(self) -> bool:
+        """Leave the state as it was found. True if anything had been created."""
+        created = bool(self._undo)
+        for p, key, value in reversed(self._undo):
+            if value is None:
+                del self._state[p][key]
+                if not self._state[p]:
+                    del self._state[p]
+            else:
+                self._state[p][key] = value
+        self.keep()
+        return created
+
+    def keep(self) -> None:
+        """What was created stays."""
+        self._undo.clear()
