@@ -100,9 +100,7 @@ class SAM(torch.optim.Optimizer):
         """What is not part of the saved state."""
         self._state: dict[Tensor, dict[str, Any]] = defaultdict(dict)  # each parameter's backup, kept for the next step
         self._table: StepTable | None = None
-        self._masters: dict[Tensor, Tensor] | None = None
         self._backups: dict[Tensor, Tensor] = {}  # of the parameters that went up; empty between steps
-        self._known: dict[Tensor, Tensor] = {}  # the last ones: the same dict while they are the same
         self._ascended = False
 
     # ---- what is the optimizer's
@@ -148,7 +146,7 @@ class SAM(torch.optim.Optimizer):
             raise RuntimeError(
                 "first_step() twice: the weights went up already; take second_step(), or restore() to go back"
             )
-        self._ascend(Scaling.of(self))
+        self._ascend()
         self._ascended = True
 
     def second_step(self) -> None:
@@ -160,7 +158,7 @@ class SAM(torch.optim.Optimizer):
         """
         if not self._ascended:
             raise RuntimeError("second_step() without first_step(): there was no ascent; call first_step() before it")
-        self._descend(Scaling.of(self))
+        self._descend()
         self._backups, self._ascended = {}, False
 
     def restore(self) -> None:
@@ -224,24 +222,21 @@ class SAM(torch.optim.Optimizer):
 
         return [plan(group) for group in self.param_groups]
 
-    def _current_masters(self) -> dict[Tensor, Tensor] | None:
-        """Where parameters of 16 bits have their weights in float32: the same dict while they are the same tensors."""
+    def _masters(self) -> dict[Tensor, Tensor]:
+        """Where parameters of 16 bits have their weights in float32."""
         if all(group["precision"] != "master" for group in self.param_groups):
-            return None
-        found = {p: state["master"] for p, state in self.state.items() if state.get("master") is not None}
-        known = self._masters
-        if known is None or len(known) != len(found) or any(known.get(p) is not t for p, t in found.items()):
-            self._masters = found
-        return self._masters
+            return {}
+        return {p: state["master"] for p, state in self.state.items() if state.get("master") is not None}
 
     @_disable_dynamo
     @torch.no_grad()
-    def _ascend(self, scaling: Scaling) -> None:
+    def _ascend(self) -> None:
+        scaling = Scaling.of(self)
         if scaling.forbids:
             self.optimizer._zero_gradients()
             return
         self.optimizer._follow_weights()
-        plans, masters = self._plans(), self._current_masters()
+        plans, masters = self._plans(), self._masters()
         table = self._table
         if table is None or not table.still_describes(self.param_groups, self._state, plans, masters):
             table = self._table = StepTable(self.param_groups, self._state, plans, masters)
@@ -256,15 +251,12 @@ class SAM(torch.optim.Optimizer):
             self.optimizer._zero_gradients()
         table.keep_state()
         torch.autograd.graph.increment_version(table.params)
-        backups = {p: self._state[p]["backup"] for p in table.params}
-        if len(backups) != len(self._known) or any(self._known.get(p) is not t for p, t in backups.items()):
-            self._known = backups
-        self._backups = self._known
+        self._backups = {p: self._state[p]["backup"] for p in table.params}
 
     @_disable_dynamo
     @torch.no_grad()
-    def _descend(self, scaling: Scaling) -> None:
-        base = self.optimizer
+    def _descend(self) -> None:
+        base, scaling = self.optimizer, Scaling.of(self)
         # Whether a step is skipped for its norm is known to the device alone: it must find the weights where they were.
         late = (
             any(p.device.type != "cpu" for p in self._backups) if self._table is None else self._table.table.on_device
@@ -273,15 +265,14 @@ class SAM(torch.optim.Optimizer):
         if early:
             self._take_back(self._backups)
         base.grad_scale, base.found_inf = scaling.grad_scale, scaling.found_inf  # type: ignore[attr-defined]
-        base._sources = self._backups if self._backups and not early else None
+        base._sources = {} if early else self._backups
         try:
             base.step()
         finally:
-            base._sources = None
+            base._sources = {}
             del base.grad_scale, base.found_inf  # type: ignore[attr-defined]
         if not early:
-            stepped = base._stepped
-            self._take_back({p: backup for p, backup in self._backups.items() if p not in stepped})
+            self._take_back({p: self._backups[p] for p in self._backups.keys() - base._stepped})
 
     @torch.no_grad()
     def _take_back(self, backups: dict[Tensor, Tensor]) -> None:
@@ -325,7 +316,7 @@ class SAM(torch.optim.Optimizer):
             p = names[number][1]
             self._state[p]["backup"] = torch.empty_like(p, requires_grad=False).copy_(backup)
             self._backups[p] = self._state[p]["backup"]
-        self._known, self._ascended = self._backups, bool(mine.get("ascended", False))
+        self._ascended = bool(mine.get("ascended", False))
 
     def __getstate__(self) -> dict[str, Any]:
         names = ("optimizer", "rho", "adaptive", "eta", "defaults", "_backups", "_ascended")
@@ -336,6 +327,5 @@ class SAM(torch.optim.Optimizer):
         self._begin()
         self._complete = True
         super().__setstate__(state)
-        self._known = self._backups
         for p, backup in self._backups.items():
             self._state[p]["backup"] = backup

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from operator import is_
 
 import torch
 from torch import Tensor
@@ -44,9 +45,10 @@ class StepTable:
             check_gradient(name, p, p.grad)  # type: ignore[arg-type]
         make = _backend(plans, [t for _, _, _, p in found for t in (p, p.grad) if t is not None])
         self._states = States(state)
+        self._sources = dict(sources or {})
         try:
             rows = [
-                make_row(name, p, plans[g], g, number, self._states, make, (sources or {}).get(p))
+                make_row(name, p, plans[g], g, number, self._states, make, self._sources.get(p))
                 for g, number, name, p in found
             ]
             check_disjoint([tensor for row in rows for tensor in written(row, state)])
@@ -58,9 +60,7 @@ class StepTable:
             raise
         self.table.watch(rows, groups, state)
         self._plans = list(plans)
-        self._sources = sources
         self.params = [row.param for row in rows]
-        self.stepped = frozenset(self.params)
         self.finer = [row.param for row in rows if row.rounding in ("master", "kahan")]
         self.may_skip = any(plan.settings.skip_nonfinite for plan in plans)
         self._names = [row.name.strip("'") for row in rows]
@@ -81,7 +81,7 @@ class StepTable:
         sources: Mapping[Tensor, Tensor] | None = None,
     ) -> bool:
         """Whether the next step can use this table; new numbers and moved gradients are taken over."""
-        if sources is not self._sources:
+        if not _same_tensors(sources or {}, self._sources):
             return False
         if plans != self._plans:
             if [plan.structure for plan in plans] != [plan.structure for plan in self._plans]:
@@ -106,6 +106,11 @@ class StepTable:
         """Norm of each measured gradient by parameter name."""
         roots = self.table.sums.sqrt()
         return {self._names[i]: roots[i] for i in self._measured}
+
+
+def _same_tensors(a: Mapping[Tensor, Tensor], b: Mapping[Tensor, Tensor]) -> bool:
+    """Whether both hold the same tensors in the same order. No Python code runs for each: steps are small."""
+    return len(a) == len(b) and all(map(is_, a, b)) and all(map(is_, a.values(), b.values()))
 
 
 def _backend(plans: Sequence[GroupPlan], tensors: Sequence[Tensor]) -> type[BackendTable]:

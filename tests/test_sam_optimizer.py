@@ -56,6 +56,36 @@ def test_step_with_a_closure_takes_both_halves() -> None:
         assert torch.equal(p, q)
 
 
+def short(precision: str | None) -> tuple[Parameter, SAM]:
+    """A bfloat16 parameter of one element, after two steps."""
+    p = Parameter(torch.ones(1, dtype=torch.bfloat16))
+    sam = SAM(gradfused.AdamW([p], lr=0.01, backend="cpu", precision=precision), RHO)
+    for _ in range(4):
+        p.grad = torch.ones_like(p)
+        sam.step()
+    return p, sam
+
+
+@pytest.mark.parametrize("precision", [None, "master"])
+def test_a_steady_step_keeps_the_tables_of_both_halves(precision: str | None) -> None:
+    p, sam = short(precision)
+    tables = sam._table, sam.optimizer._seen
+    for _ in range(4):
+        p.grad = torch.ones_like(p)
+        sam.step()
+        assert sam._table is tables[0]
+        assert sam.optimizer._seen is tables[1]
+
+
+def test_another_master_of_the_same_value_is_noticed() -> None:
+    p, sam = short("master")
+    table, state = sam._table, sam.state[p]
+    state["master"] = state["master"].clone()
+    p.grad = torch.ones_like(p)
+    sam.first_step()
+    assert sam._table is not table
+
+
 @pytest.mark.parametrize("at", [1, 2])
 def test_an_exception_in_the_closure_restores_the_weights(at: int) -> None:
     model, sam = made()

@@ -70,8 +70,8 @@ class Optimizer(torch.optim.Optimizer):
         self._seen: StepTable | None = None  # the last step's
         self._plans: list[tuple[list[Any], GroupPlan]] = []
         self._skipped: int | Tensor = 0
-        self._sources: dict[Tensor, Tensor] | None = None  # where SAM keeps the weights between its two halves
-        self._stepped: frozenset[Tensor] = frozenset()  # parameters that the last step moved
+        self._sources: dict[Tensor, Tensor] = {}  # where SAM keeps the weights between its two halves
+        self._stepped: list[Tensor] = []  # parameters that the last step moved
         self._versions: dict[Tensor, int] = {}  # of parameters whose state holds more of their values than they do
         self._averaged = False  # swap_ema() is under way
 
@@ -183,7 +183,7 @@ class Optimizer(torch.optim.Optimizer):
     @_disable_dynamo
     def _take_step(self) -> None:
         """Takes the step unless the host knows reasons not to."""
-        self._stepped = frozenset()
+        self._stepped = []
         if self._averaged:
             raise RuntimeError(
                 "step() inside swap_ema(): the weights are the averaged ones, and would be lost; leave the block first"
@@ -192,7 +192,7 @@ class Optimizer(torch.optim.Optimizer):
         if scaling.found_inf is not None and not scaling.found_inf.is_cuda and scaling.forbids:
             self._zero_gradients()
             return
-        if self._sources is None:
+        if not self._sources:
             self._follow_weights()
         table = self._table_for(self._current_plans())
         if not table.params:
@@ -206,7 +206,7 @@ class Optimizer(torch.optim.Optimizer):
             table.table.stats(scaling)
         if table.table.apply(scaling):
             table.keep_state()
-            self._stepped = table.stepped
+            self._stepped = table.params
             torch.autograd.graph.increment_version(table.params)
             self._versions.update((p, p._version) for p in table.finer)
             uncertain = table.table.on_device and (scaling.found_inf is not None or table.may_skip)
