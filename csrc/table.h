@@ -17,6 +17,9 @@ enum class Rule : int8_t {
 // Which tensors share one norm.
 enum class Scope : int8_t { none, global, group, param, unit };
 
+// Units that share a norm have to be read before any of them is stepped.
+constexpr bool wide(Scope scope) { return scope == Scope::global || scope == Scope::group || scope == Scope::param; }
+
 // What has its unit mean taken off.
 enum class Centre : int8_t { gradient, decayed, update };
 

@@ -150,7 +150,7 @@ inline void define(py::module_& m) {
       .def("__len__", &Rows::size);
 
   py::class_<Watch>(m, "Watch", py::module_local())
-      .def(py::init<py::object, py::list, py::dict>(), py::arg("tensor"), py::arg("groups"), py::arg("state"))
+      .def(py::init<py::object, py::object, py::list, py::dict>(), py::arg("tensor"), py::arg("exchange"), py::arg("groups"), py::arg("state"))
       .def("add", &Watch::add, py::arg("param"), py::arg("state"), py::arg("keys"))
       .def("refresh", &Watch::refresh, py::arg("groups"), py::arg("state"), py::arg("table"));
 }

@@ -9,11 +9,11 @@
 namespace gradfused::cpu {
 namespace {
 
+using math::smaller;
+
 enum Buffer { kRaw, kGrad, kNoise, kParam, kState };
 
 template <class T> T* buffer(char* scratch, int which) { return reinterpret_cast<T*>(scratch) + which * kUnitMax; }
-
-inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
 // A block: elements [begin, begin + count) of a row as whole units of one length, or as a piece of a long one.
 struct Block {

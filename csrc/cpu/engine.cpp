@@ -20,8 +20,6 @@ bool has_long_units(const Row& row) { return row.length > kUnitMax; }
 // The mean of a unit takes more than one chunk.
 bool mean_is_split(const Row& row) { return row.centre && (row.whole || has_long_units(row)); }
 
-bool wide(Scope scope) { return scope == Scope::global || scope == Scope::group || scope == Scope::param; }
-
 double read_scalar(const char* at, DType dtype, double otherwise) {
   if (!at) return otherwise;
   return dtype == DType::float64 ? *reinterpret_cast<const double*>(at) : double(*reinterpret_cast<const float*>(at));
@@ -36,16 +34,6 @@ void write_scalar(char* at, DType dtype, double value) {
   }
 }
 
-math::Trust trust_of(Rule rule) {
-  switch (rule) {
-#define GRADFUSED_RULE(name, type, family) \
-  case Rule::name: return math::type::trust;
-#include "rules.def"
-#undef GRADFUSED_RULE
-    default: return math::Trust::none;
-  }
-}
-
 }  // namespace
 
 bool Table::wants(Phase phase, const Row& row) const {
@@ -56,8 +44,8 @@ bool Table::wants(Phase phase, const Row& row) const {
     case kSquares: return wide(h.scope) || h.skip_nonfinite || (h.scope == Scope::unit && has_long_units(row));
     case kRehearse: return mean_is_split(row) && !at_gradient;
     // A rehearsed direction takes a gradient's trust ratio into account, and the ratio a rehearsed mean of the decayed gradient.
-    case kWeighFirst: return h.adapt && trust_of(row.rule) == math::Trust::gradient && h.centralize_at != Centre::decayed;
-    case kWeigh: return h.adapt && trust_of(row.rule) != math::Trust::none && !wants(kWeighFirst, row);
+    case kWeighFirst: return h.adapt && math::trust_of(row.rule) == math::Trust::gradient && h.centralize_at != Centre::decayed;
+    case kWeigh: return h.adapt && math::trust_of(row.rule) != math::Trust::none && !wants(kWeighFirst, row);
     default: return true;
   }
 }

@@ -2,6 +2,7 @@
 // float32.
 #pragma once
 
+#include "math/device.h"
 #include "table.h"
 
 namespace gradfused::cpu {
@@ -45,6 +46,14 @@ struct LpgDelta {
   const void* mean = nullptr;  // T a class; its own class's value is not read
   double scale = 1, offset = 0, own_mean = 0;
 };
+
+namespace {
+// The closed form of delta, as a multiple of a gradient of this norm; 0 where that has no direction.
+GRADFUSED_MATH double along(double bound, double norm) {
+  if (!(norm > 0)) return 0;
+  return (bound < 0 ? -math::smaller(-bound, norm) : bound) / norm;
+}
+}  // namespace
 
 struct LpgKernels {
   void (*forward)(const LpgProblem&, const LpgRows&, int64_t begin, int64_t end);

@@ -28,12 +28,6 @@ double wide_at(const LpgProblem& p, const void* values, int64_t i) {
   return p.dtype == DType::float64 ? static_cast<const double*>(values)[i] : double(static_cast<const float*>(values)[i]);
 }
 
-// The closed form, as a multiple of a gradient of this norm; 0 where that has no direction.
-double along(double bound, double norm) {
-  if (!(norm > 0)) return 0;
-  return (bound < 0 ? -std::min(-bound, norm) : bound) / norm;
-}
-
 void put_wide(const LpgProblem& p, void* values, int64_t i, double value) {
   if (p.dtype == DType::float64) {
     static_cast<double*>(values)[i] = value;

@@ -7,6 +7,8 @@
 namespace gradfused::cpu {
 namespace {
 
+using math::smaller;
+
 template <class S> struct WideOf { using Type = float; };
 template <> struct WideOf<double> { using Type = double; };
 
@@ -16,8 +18,6 @@ template <class T> struct Saved {
 template <class T> Saved<T>& saved_of(const LpgProblem& p, int64_t row) { return reinterpret_cast<Saved<T>*>(p.saved)[row]; }
 
 template <class T> double weight_of(const LpgProblem& p, int64_t c) { return p.weight ? double(static_cast<const T*>(p.weight)[c]) : 1.0; }
-
-inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
 // What no logit but -inf is less than.
 inline float lowest(float) { return -3.402823466e+38f; }
@@ -65,12 +65,6 @@ template <class T> void finish_row(const LpgProblem& p, const LpgRows& to, int64
     norm = sqrt(own.gradient * own.gradient + (rest < 0 ? 0 : rest));
   }
   put_row<T>(to, row, loss, own.exponential / own.sum, norm);
-}
-
-// The closed form of delta, as a multiple of a gradient of this norm; 0 where that has no direction.
-inline double along(double bound, double norm) {
-  if (!(norm > 0)) return 0;
-  return (bound < 0 ? -(-bound < norm ? -bound : norm) : bound) / norm;
 }
 
 template <class F> auto in_dtype(const LpgProblem& p, F run) {

@@ -10,8 +10,6 @@ namespace {
 
 template <class T> constexpr DType dtype_of() { return sizeof(T) == sizeof(float) ? DType::float32 : DType::float64; }
 
-inline int64_t itemsize(DType d) { return d == DType::float64 ? 8 : d == DType::float32 ? 4 : 2; }
-
 template <class T> bool in_place(const Operand& x) { return x.dims == 0 && x.dtype == dtype_of<T>(); }
 
 // Calls run(offset in elements, stride, length) for each innermost run of the elements [begin, begin + n).

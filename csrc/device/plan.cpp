@@ -10,21 +10,9 @@
 namespace gradfused::device {
 namespace {
 
-bool wide(Scope scope) { return scope == Scope::global || scope == Scope::group || scope == Scope::param; }
-
 bool late(const Row& row, const Hyper& h) { return row.centre && h.centralize_at != Centre::gradient; }
 
 int64_t itemsize(DType d) { return d == DType::float64 ? 8 : d == DType::float32 ? 4 : 2; }
-
-math::Trust trust_of(Rule rule) {
-  switch (rule) {
-#define GRADFUSED_RULE(name, type, family) \
-  case Rule::name: return math::type::trust;
-#include "rules.def"
-#undef GRADFUSED_RULE
-    default: return math::Trust::none;
-  }
-}
 
 // Whether the rule has lean kernels.
 bool is_lean(Rule rule) {
@@ -97,8 +85,8 @@ void Plan::plan_row(size_t index) {
   r.row = row;
   r.split = (row.centre && (row.whole || long_units)) || (by_unit && long_units);
   r.measured = wide(h.scope) || h.skip_nonfinite || (r.split && ((row.centre && !late(row, h)) || (by_unit && long_units)));
-  if (h.adapt && trust_of(row.rule) != math::Trust::none) {
-    r.weighed_first = trust_of(row.rule) == math::Trust::gradient && h.centralize_at != Centre::decayed;
+  if (h.adapt && math::trust_of(row.rule) != math::Trust::none) {
+    r.weighed_first = math::trust_of(row.rule) == math::Trust::gradient && h.centralize_at != Centre::decayed;
     r.weighed = !r.weighed_first;
   }
   r.unit0 = units_;

@@ -33,6 +33,9 @@ template <class T> GRADFUSED_MATH T clamp(T x, T lo, T hi) {
   return x > hi ? hi : x;
 }
 
+// Of numbers that are not NaN.
+template <class T> GRADFUSED_MATH T smaller(T a, T b) { return a < b ? a : b; }
+
 // torch.maximum: a NaN on either side wins.
 template <class T> GRADFUSED_MATH T maximum(T a, T b) { return (b > a || b != b) ? b : a; }
 

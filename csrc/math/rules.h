@@ -12,3 +12,19 @@
 #include "math/radam.h"
 #include "math/rmsprop.h"
 #include "math/sgd.h"
+
+namespace gradfused::math {
+namespace {
+
+[[maybe_unused]] Trust trust_of(Rule rule) {
+  switch (rule) {
+#define GRADFUSED_RULE(name, type, family) \
+  case Rule::name: return type::trust;
+#include "rules.def"
+#undef GRADFUSED_RULE
+    default: return Trust::none;
+  }
+}
+
+}  // namespace
+}  // namespace gradfused::math

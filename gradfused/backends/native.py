@@ -19,6 +19,8 @@ DTYPES = {
     torch.bfloat16: "bfloat16",
 }
 _SETTINGS = [f.name for f in fields(Settings) if f.name not in ("lr_tensor", "lr_address")]
+#: Describes a tensor to native code without Python calls. torch 2.13 has it, older ones may not.
+EXCHANGE = getattr(Tensor, "__dlpack_c_exchange_api__", None)
 
 # (address, dtype, sizes, strides) as a native module reads an operand
 Operand = tuple[int, str, list[int], list[int]]
@@ -125,7 +127,7 @@ def configure(module: ModuleType, rows: Any, known: Sequence[Settings | None], n
 
 def watch(module: ModuleType, rows: Sequence[Row], groups: list[dict[str, Any]], state: dict[Any, Any]) -> Any:
     """A native watch over an optimizer as it is now."""
-    made = module.Watch(torch._C.TensorBase, groups, state)
+    made = module.Watch(torch._C.TensorBase, EXCHANGE, groups, state)
     for row in rows:
         made.add(row.param, state.get(row.param, {}), row.kept)
     return made

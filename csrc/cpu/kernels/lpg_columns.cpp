@@ -14,7 +14,7 @@ template <class S> class Rows {
 
   Rows(const LpgProblem& p, int64_t at, int64_t end)
       : first(at),
-        count(int(smaller(smaller(end - at, kAbreast), p.inner - at % p.inner))),
+        count(int(smaller(smaller<int64_t>(end - at, kAbreast), p.inner - at % p.inner))),
         p_(p),
         offset_(at / p.inner * p.outer_stride + at % p.inner * p.inner_stride) {
     T own[kAbreast];
