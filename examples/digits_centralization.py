@@ -7,7 +7,7 @@ from pathlib import Path
 
 import study_report as report
 from digits import CURVE_STEP, LossTrace, accuracy, batches, cnn, data_for
-from study import Arm, Metric, Outcome, Record, Run, Study, main, runs_of
+from study import Arm, Metric, Outcome, Record, Run, Study, main
 from torch.nn import functional as F
 
 import gradfused
@@ -40,11 +40,8 @@ def train(run: Run) -> Outcome:
 def draw(record: Record, path: Path) -> None:
     figure, axes = report.figure(3, record["title"])
     for axis, name in zip(axes, OPTIMIZERS, strict=False):
-        rate = RATES[name][-1]
-        for arm, colour in zip(pair(name, rate), report.COLOURS, strict=False):
-            report.band(axis, [run["extra"]["losses"] for run in runs_of(record, arm)], arm, colour, CURVE_STEP)
+        report.curves(axis, record, "losses", {arm: arm for arm in pair(name, RATES[name][-1])}, CURVE_STEP)
         axis.set(yscale="log", xlabel="step", ylabel="loss of 256 training images")
-        axis.legend(frameon=False)
     report.dots(axes[2], record, "oscillation")
     report.save(figure, path)
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import study_report as report
 from digits import CURVE_STEP, LossTrace, accuracy, batches, data_for
-from study import Arm, Metric, Outcome, Record, Run, Study, main, runs_of
+from study import Arm, Metric, Outcome, Record, Run, Study, main
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -56,12 +56,9 @@ def train(run: Run) -> Outcome:
 def draw(record: Record, path: Path) -> None:
     figure, axes = report.figure(3, record["title"])
     for axis, rate in zip(axes, RATES, strict=False):
-        for recipe, colour in zip(RECIPES, report.COLOURS, strict=False):
-            losses = [run["extra"]["losses"] for run in runs_of(record, name_of(rate, recipe))]
-            report.band(axis, losses, recipe, colour, CURVE_STEP)
+        report.curves(axis, record, "losses", {name_of(rate, recipe): recipe for recipe in RECIPES}, CURVE_STEP)
         axis.set(yscale="log", xlabel="step", ylabel="loss of 256 training images")
         axis.set_title(f"lr {rate:g}", loc="left", fontsize=10)
-        axis.legend(frameon=False)
     report.dots(axes[2], record, "accuracy")
     report.save(figure, path)
 

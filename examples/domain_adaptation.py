@@ -153,7 +153,7 @@ def draw(record: Record, path: Path) -> None:
     figure, axes = report.figure(3, record["title"])
     for axis, method in zip(axes, ("source only", "DANN"), strict=False):
         arm = f"{SHIFT_PICTURED}, {method}"
-        (points,) = (run["extra"]["map"] for run in record["runs"] if run["arm"] == arm and run["seed"] == 0)
+        (points,) = (run["extra"]["map"] for run in report.runs_of(record, arm) if run["seed"] == 0)
         for domain, colour, part in (
             ("source", "#2f5f94", points[:PICTURED]),
             ("target", "#d9480f", points[PICTURED:]),

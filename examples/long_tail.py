@@ -10,7 +10,7 @@ import study_report as report
 import torch
 from digits import accuracy, batches, cnn, data_for, predictions
 from lpl import lpl_cross_entropy
-from study import Arm, Metric, Outcome, Record, Run, Study, main
+from study import Metric, Outcome, Record, Run, Study, arms_against, main
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -80,10 +80,8 @@ def train(run: Run) -> Outcome:
 
 def draw(record: Record, path: Path) -> None:
     figure, axes = report.figure(3, record["title"])
-    for arm, colour in zip(record["summary"], report.COLOURS, strict=False):
-        report.band(axes[0], [run["extra"]["by_rank"] for run in record["runs"] if run["arm"] == arm], arm, colour)
+    report.curves(axes[0], record, "by_rank", {arm: arm for arm in record["summary"]})
     axes[0].set(xlabel="class, from frequent to rare", ylabel="accuracy of the class, %")
-    axes[0].legend(frameon=False)
     for axis, key in zip(axes[1:], ("accuracy", "tail"), strict=True):
         report.dots(axis, record, key)
     report.save(figure, path)
@@ -97,7 +95,7 @@ STUDY = Study(
         "tail": Metric(f"accuracy, {FEW} rarest classes, %", digits=2),
         "head": Metric(f"accuracy, {FEW} most frequent, %", digits=2),
     },
-    arms={name: Arm(None if name == "cross-entropy" else "cross-entropy", c) for name, c in CANDIDATES.items()},
+    arms=arms_against("cross-entropy", CANDIDATES),
     train=train,
     draw=draw,
     epochs=40,

@@ -12,7 +12,7 @@ from sklearn.datasets import load_breast_cancer
 from sklearn.metrics import precision_score, recall_score, roc_auc_score
 from sklearn.model_selection import train_test_split
 from sklearn.preprocessing import StandardScaler
-from study import Arm, Metric, Outcome, Record, Run, Study, main
+from study import Metric, Outcome, Record, Run, Study, arms_against, main
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -81,7 +81,7 @@ STUDY = Study(
         "auc": Metric("area under ROC, %", digits=2),
         "loss": Metric("test loss", higher=False, digits=4),
     },
-    arms={name: Arm(None if name == "plain" else "plain", (options,)) for name, options in RECIPES.items()},
+    arms=arms_against("plain", {name: (options,) for name, options in RECIPES.items()}),
     train=train,
     draw=draw,
     epochs=30,

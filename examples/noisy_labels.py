@@ -10,7 +10,7 @@ import study_report as report
 import torch
 from digits import accuracy, batches, cnn, data_for, predictions
 from lpl import confidence_bound, lpl_cross_entropy
-from study import Arm, Metric, Outcome, Record, Run, Study, main, runs_of
+from study import Metric, Outcome, Record, Run, Study, arms_against, main
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -84,10 +84,8 @@ def train(run: Run) -> Outcome:
 
 def draw(record: Record, path: Path) -> None:
     figure, axes = report.figure(3, record["title"])
-    for arm, colour in zip(record["summary"], report.COLOURS, strict=False):
-        report.band(axes[0], [run["extra"]["curve"] for run in runs_of(record, arm)], arm, colour, CURVE_STEP)
+    report.curves(axes[0], record, "curve", {arm: arm for arm in record["summary"]}, CURVE_STEP)
     axes[0].set(xlabel="epoch", ylabel="test accuracy, %")
-    axes[0].legend(frameon=False)
     for axis, key in zip(axes[1:], ("accuracy", "memorised"), strict=True):
         report.dots(axis, record, key)
     report.save(figure, path)
@@ -100,7 +98,7 @@ STUDY = Study(
         "accuracy": Metric("accuracy on right labels, %", digits=2),
         "memorised": Metric("wrong labels memorised, %", higher=False),
     },
-    arms={name: Arm(None if name == "cross-entropy" else "cross-entropy", c) for name, c in CANDIDATES.items()},
+    arms=arms_against("cross-entropy", CANDIDATES),
     train=train,
     draw=draw,
     epochs=60,

@@ -8,7 +8,7 @@ from pathlib import Path
 import study_report as report
 import torch
 from digits import BATCH, accuracy, batches, cnn, data_for
-from study import Arm, Metric, Outcome, Record, Run, Study, main
+from study import Metric, Outcome, Record, Run, Study, arms_against, main
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -90,7 +90,7 @@ STUDY = Study(
         "loss": Metric("test loss", higher=False, digits=3),
         "sharpness": Metric("sharpness of the training loss", higher=False, digits=4),
     },
-    arms={name: Arm(None if name == "SGD" else "SGD", candidates) for name, candidates in CANDIDATES.items()},
+    arms=arms_against("SGD", CANDIDATES),
     train=train,
     draw=draw,
     epochs=40,

@@ -13,7 +13,7 @@ import platform
 import re
 import statistics
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime, timezone
 from math import isfinite, sqrt
@@ -60,6 +60,11 @@ class Arm:
 
     baseline: str | None = None
     candidates: tuple[Options, ...] = ({},)
+
+
+def arms_against(baseline: str, candidates: Mapping[str, tuple[Options, ...]]) -> dict[str, Arm]:
+    """An arm a name, each compared with the one baseline."""
+    return {name: Arm(None if name == baseline else baseline, options) for name, options in candidates.items()}
 
 
 @dataclass(frozen=True)
@@ -308,8 +313,3 @@ def write(study: Study, record: Record, out: Path) -> None:
 def compact(text: str) -> str:
     """Indented JSON with lists of numbers, and flat objects, on one line."""
     return re.sub(r"[\[{]\s+[^\[\]{}]*?\s+[\]}]", lambda found: re.sub(r"\s*\n\s*", " ", found[0]), text)
-
-
-def runs_of(record: Record, arm: str) -> Iterator[Record]:
-    """The runs of an arm by seed."""
-    return (run for run in record["runs"] if run["arm"] == arm)

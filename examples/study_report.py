@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import re
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -94,6 +94,11 @@ def with_tables(page: str, records: Path) -> str:
     return MARKER.sub(fill, page)
 
 
+def runs_of(record: dict[str, Any], arm: str) -> Iterator[dict[str, Any]]:
+    """The runs of an arm by seed."""
+    return (run for run in record["runs"] if run["arm"] == arm)
+
+
 # ---- plots
 
 
@@ -135,11 +140,18 @@ def band(axis: Axes, curves: Sequence[Sequence[float]], label: str, colour: str,
     axis.fill_between(at, low, high, color=colour, alpha=0.18, lw=0)
 
 
+def curves(axis: Axes, record: dict[str, Any], key: str, labels: Mapping[str, str], stride: float = 1) -> None:
+    """The bands of several arms, each under its label, of the curve that their runs keep by a key."""
+    for (arm, label), colour in zip(labels.items(), COLOURS, strict=False):
+        band(axis, [run["extra"][key] for run in runs_of(record, arm)], label, colour, stride)
+    axis.legend(frameon=False)
+
+
 def dots(axis: Axes, record: dict[str, Any], key: str, arms: Sequence[str] | None = None) -> None:
     """A metric of every run as a dot, and every arm's interval, arms from top to bottom."""
     names = list(record["summary"]) if arms is None else list(arms)
     for place, name in enumerate(names):
-        values = [run["metrics"][key] for run in record["runs"] if run["arm"] == name]
+        values = [run["metrics"][key] for run in runs_of(record, name)]
         mean, half = record["summary"][name]["mean"][key]
         colour = COLOURS[list(record["summary"]).index(name) % len(COLOURS)]
         spots = [place + 0.22 * (i / max(1, len(values) - 1) - 0.5) for i in range(len(values))]

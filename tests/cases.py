@@ -423,3 +423,15 @@ def assert_same_bits(left: Mapping[str, Tensor], right: Mapping[str, Tensor]) ->
     for name in left:
         same = torch.equal(left[name].double().view(torch.int64), right[name].double().view(torch.int64))
         assert same, f"{name}: off by {float((left[name] - right[name]).abs().max()):.3e}"
+
+
+def assert_devices_share_norms(
+    table: type, recipe: str, backend: str, steps: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rows dealt out to three parts of a ``table``, as if on three devices, step as on one."""
+    together = Run(CASES["adam"], RECIPES[recipe], SHAPES, backend=backend).step(steps)
+    monkeypatch.setattr(table, "_owners", staticmethod(lambda rows: [i % 3 for i, _ in enumerate(rows)]))
+    apart = Run(CASES["adam"], RECIPES[recipe], SHAPES, backend=backend).step(steps)
+    assert_same_bits(apart.outcome(), together.outcome())
+    for name, norm in together.optimizer.grad_norms().items():
+        assert torch.equal(apart.optimizer.grad_norms()[name], norm)

@@ -14,6 +14,7 @@ import triton_interpreter  # before anything else imports Triton
 from cases import FEW_RECIPES, device_of
 from cuda_emulator import build
 
+from gradfused import backends
 from gradfused.backends import cpu, cuda
 
 hypothesis.settings.register_profile("suite", derandomize=True, deadline=None, database=None)
@@ -103,3 +104,11 @@ def _restore(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     torch.set_num_threads(threads)
     if isa is not None:
         cpu.native().use_isa(isa)
+
+
+@pytest.fixture
+def _fresh_log() -> Iterator[None]:
+    """What auto falls back to is logged once a process: here, once a test."""
+    backends._log_fallback.cache_clear()
+    yield
+    backends._log_fallback.cache_clear()

@@ -16,7 +16,8 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from gradfused.backends import Scaling, Settings, cuda
-from gradfused.table import GroupPlan, StepTable
+from gradfused.rows import GroupPlan
+from gradfused.table import StepTable
 
 pytestmark = [pytest.mark.kernels, pytest.mark.parametrize("backend", [EMULATED_CUDA])]
 

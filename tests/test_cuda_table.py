@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from cases import CASES, FEW_RECIPES, RECIPES, SHAPES, Run, assert_same_bits, device_of
+from cases import CASES, FEW_RECIPES, RECIPES, SHAPES, Run, assert_devices_share_norms, assert_same_bits, device_of
 from cuda_emulator import build
 
 import gradfused
@@ -200,13 +200,7 @@ def test_lr_on_another_device_is_refused(backend: str) -> None:
     "recipe", ["plain", "centralize-clip", "full", "full-decayed", "centralize-agc", "tensor-update-agc"]
 )
 def test_devices_share_norms(recipe: str, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Rows dealt out to three parts, as if on three devices, step as on one."""
-    together = Run(CASES["adam"], RECIPES[recipe], SHAPES, backend=backend).step(3)
-    monkeypatch.setattr(cuda.Table, "_owners", staticmethod(lambda rows: [i % 3 for i, _ in enumerate(rows)]))
-    apart = Run(CASES["adam"], RECIPES[recipe], SHAPES, backend=backend).step(3)
-    assert_same_bits(apart.outcome(), together.outcome())
-    for name, norm in together.optimizer.grad_norms().items():
-        assert torch.equal(apart.optimizer.grad_norms()[name], norm)
+    assert_devices_share_norms(cuda.Table, recipe, backend, 3, monkeypatch)
 
 
 def test_one_device_skips_for_all(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:

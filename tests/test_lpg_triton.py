@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -16,7 +13,6 @@ from gradfused.backends import lpg_cpu, lpg_triton, triton
 from gradfused.backends.lpg_problem import Perturbation, Problem
 from gradfused.nn import LPGCrossEntropyLoss
 
-ROOT = Path(__file__).resolve().parent.parent
 DEVICE = "cpu" if triton_interpreter.INTERPRETED else "cuda"
 runs = pytest.mark.skipif(not triton_interpreter.RUNS, reason="needs Triton")
 # The fixture that turns the interpreter on reads this.
@@ -100,12 +96,7 @@ def test_sums_and_tallies_are_the_cpu_s(backend: str) -> None:
 
 @pytest.fixture(scope="module")
 def checked() -> subprocess.CompletedProcess[str]:
-    """The tool's run, in a process whose kernels are not interpreted."""
-    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    return subprocess.run(
-        [sys.executable, str(ROOT / "tools" / "check_triton_lpg.py")],
-        capture_output=True, text=True, check=False, env=environment, cwd=ROOT,
-    )  # fmt: skip
+    return triton_interpreter.uninterpreted("check_triton_lpg.py")
 
 
 @pytest.mark.skipif(triton.missing() is not None, reason=str(triton.missing()))

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import nn
 from twins import (
+    EXACT,
     VARIANTS,
     assert_identical,
     assert_same,
@@ -27,7 +28,6 @@ from twins import (
 
 import gradfused
 
-EXACT = {"rtol": 0, "atol": 0}
 RECIPE = {
     "centralize": True,
     "perturb": "clip",

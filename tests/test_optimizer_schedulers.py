@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch.optim import lr_scheduler
-from twins import assert_same, assert_twins, every_backend, every_rule, loss_of, refuses, small_model, train
+from twins import EXACT, assert_same, assert_twins, every_backend, every_rule, loss_of, refuses, small_model, train
 
 import gradfused
 
@@ -168,7 +168,7 @@ def test_a_recipes_numbers_can_be_tensors(option):
     b = gradfused.SGD(models[1].parameters(), **(recipe | {option: torch.tensor(recipe[option], dtype=torch.float64)}))
     train(models[0], a, 2)
     train(models[1], b, 2)
-    assert_same(b, a, {"rtol": 0, "atol": 0})
+    assert_same(b, a, EXACT)
 
 
 def test_a_tensor_lr_made_invalid_in_place_is_refused():

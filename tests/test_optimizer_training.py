@@ -15,6 +15,7 @@ from twins import (
     small_model,
     states,
     train,
+    trained,
 )
 
 import gradfused
@@ -23,13 +24,7 @@ import gradfused
 @every_backend
 @every_rule
 def test_plain_training(variant, backend):
-    def scenario(make):
-        model = small_model()
-        opt = make(model.parameters())
-        train(model, opt, 6)
-        return model, opt
-
-    opt = assert_twins(scenario, variant, backend=backend)
+    opt = assert_twins(trained(steps=6), variant, backend=backend)
     assert isinstance(opt, torch.optim.Optimizer)
 
 
@@ -125,17 +120,13 @@ def test_parameter_moved_to_another_group(backend):
 
 
 def test_parameters_taken_out_and_put_in():
-    def scenario(make):
-        model = small_model()
-        opt = make(model.parameters())
-        train(model, opt, 2)
-        bias = opt.param_groups[0]["params"].pop()
-        train(model, opt, 2, start=2)
-        opt.param_groups[0]["params"].insert(0, bias)
-        train(model, opt, 2, start=4)
-        return model, opt
+    def take_out(model, opt):
+        opt.param_groups[0]["params"].pop()
 
-    assert_twins(scenario, "adamw")
+    def put_in(model, opt):
+        opt.param_groups[0]["params"].insert(0, model.head.bias)
+
+    assert_twins(trained(take_out, put_in), "adamw")
 
 
 def test_named_parameters():

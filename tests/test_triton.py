@@ -9,7 +9,10 @@ import math
 import re
 import subprocess
 import sys
+from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -24,6 +27,7 @@ from cases import (
     Case,
     Run,
     assert_close,
+    assert_devices_share_norms,
     assert_same_bits,
     can_mix_dtypes,
     device_of,
@@ -268,13 +272,7 @@ def test_steps_are_counted_on_the_device(default: torch.dtype, backend: str) -> 
 
 @pytest.mark.parametrize("recipe", ["full", "tensor-update-agc"])
 def test_devices_share_norms(recipe: str, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Rows dealt out to three parts, as if on three devices, step as on one."""
-    together = Run(CASES["adam"], RECIPES[recipe], SHAPES, backend=backend).step(2)
-    monkeypatch.setattr(triton.Table, "_owners", staticmethod(lambda rows: [i % 3 for i, _ in enumerate(rows)]))
-    apart = Run(CASES["adam"], RECIPES[recipe], SHAPES, backend=backend).step(2)
-    assert_same_bits(apart.outcome(), together.outcome())
-    for name, norm in together.optimizer.grad_norms().items():
-        assert torch.equal(apart.optimizer.grad_norms()[name], norm)
+    assert_devices_share_norms(triton.Table, recipe, backend, 2, monkeypatch)
 
 
 def test_launches_of_a_step(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -390,23 +388,30 @@ def test_importing_the_package_does_not_import_triton(backend: str) -> None:
 # ---- the documentation's example
 
 
-def code_blocks() -> list[str]:
-    """The Python of docs/triton.md."""
-    return re.findall(r"```python\n(.*?)```", (ROOT / "docs/triton.md").read_text(), re.DOTALL)
+@pytest.fixture
+def documented(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], ModuleType]:
+    """The code of docs/triton.md that defines a function, as a module: kernels are read from files."""
+
+    def module_of(function: str) -> ModuleType:
+        blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs/triton.md").read_text(), re.DOTALL)
+        [source] = [block for block in blocks if f"def {function}(" in block]
+        (tmp_path / f"documented_{function}.py").write_text(source)
+        monkeypatch.syspath_prepend(tmp_path)
+        return import_module(f"documented_{function}")
+
+    return module_of
 
 
 @interpreted_only
-def test_the_documented_rule_steps(backend: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_documented_rule_steps(
+    backend: str, documented: Callable[[str], ModuleType], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """docs/triton.md defines sign-SGD; in the place of sgd it takes a step."""
     from gradfused.triton_kernels import rules
 
-    [source] = [block for block in code_blocks() if "def sign_sgd(" in block]
-    (tmp_path / "documented_rule.py").write_text(source)
-    monkeypatch.syspath_prepend(tmp_path)
-    import documented_rule
-
-    monkeypatch.setattr(rules, "sgd", documented_rule.sign_sgd)
-    monkeypatch.setattr(rules, "sgd_coefficients", documented_rule.sign_sgd_coefficients)
+    rule = documented("sign_sgd")
+    monkeypatch.setattr(rules, "sgd", rule.sign_sgd)
+    monkeypatch.setattr(rules, "sgd_coefficients", rule.sign_sgd_coefficients)
     p = torch.nn.Parameter(torch.ones(3, 4))
     p.grad = torch.linspace(-1, 1, 12).view(3, 4)
     p.grad[1, 1] = 0.0
@@ -416,16 +421,13 @@ def test_the_documented_rule_steps(backend: str, tmp_path: Path, monkeypatch: py
 
 
 @interpreted_only
-def test_the_documented_transform_steps(backend: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_documented_transform_steps(
+    backend: str, documented: Callable[[str], ModuleType], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """docs/triton.md defines a soft threshold; in the place of the clamp it takes a step."""
     from gradfused.triton_kernels import transforms
 
-    [source] = [block for block in code_blocks() if "def soft_threshold(" in block]
-    (tmp_path / "documented_transform.py").write_text(source)
-    monkeypatch.syspath_prepend(tmp_path)
-    import documented_transform
-
-    monkeypatch.setattr(transforms, "clamp", documented_transform.soft_threshold)
+    monkeypatch.setattr(transforms, "clamp", documented("soft_threshold").soft_threshold)
     p = torch.nn.Parameter(torch.zeros(9))
     p.grad = torch.linspace(-1, 1, 9)
     expected = -torch.nn.functional.softshrink(p.grad, 0.3)

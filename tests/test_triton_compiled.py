@@ -2,27 +2,19 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
-import sys
-from pathlib import Path
 
 import pytest
+from triton_interpreter import uninterpreted
 
 from gradfused.backends import triton
 
-ROOT = Path(__file__).resolve().parent.parent
-TOOL = ROOT / "tools" / "check_triton.py"
 pytestmark = pytest.mark.skipif(triton.missing() is not None, reason=str(triton.missing()))
 
 
 @pytest.fixture(scope="module")
 def checked() -> subprocess.CompletedProcess[str]:
-    """The tool's run, in a process whose kernels are not interpreted."""
-    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    return subprocess.run(
-        [sys.executable, str(TOOL)], capture_output=True, text=True, check=False, env=environment, cwd=ROOT
-    )
+    return uninterpreted("check_triton.py")
 
 
 def test_no_hot_loop_spills_and_no_access_is_narrow(checked: subprocess.CompletedProcess[str]) -> None:

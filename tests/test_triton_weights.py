@@ -14,7 +14,8 @@ from cases import CASES, DTYPES, GRAD_DTYPE_MISSING, Run, assert_close, assert_s
 import gradfused
 from gradfused.backends import triton
 from gradfused.backends.base import Scaling, Settings
-from gradfused.table import GroupPlan, StepTable
+from gradfused.rows import GroupPlan
+from gradfused.table import StepTable
 
 pytestmark = [
     pytest.mark.kernels,

@@ -7,7 +7,9 @@ enough. Nor need the interpreter be traced.
 from __future__ import annotations
 
 import os
+import subprocess
 import sys
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -79,3 +81,13 @@ def start() -> bool:
 
 INTERPRETED = start()
 RUNS = INTERPRETED or triton.availability().usable
+
+
+def uninterpreted(script: str) -> subprocess.CompletedProcess[str]:
+    """A script of tools/, run in a process whose kernels are compiled."""
+    root = Path(__file__).resolve().parent.parent
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    return subprocess.run(
+        [sys.executable, str(root / "tools" / script)],
+        capture_output=True, text=True, check=False, env=environment, cwd=root,
+    )  # fmt: skip

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -27,6 +27,7 @@ every_rule = pytest.mark.parametrize("variant", VARIANTS)
 BACKENDS = ("cpu", "reference")
 every_backend = pytest.mark.parametrize("backend", BACKENDS)
 TOLERANCE = {"rtol": 1.3e-6, "atol": 1e-5}
+EXACT = {"rtol": 0, "atol": 0}
 
 Make = Callable[..., torch.optim.Optimizer]
 Scenario = Callable[[Make], tuple[nn.Module, torch.optim.Optimizer]]
@@ -68,6 +69,36 @@ def train(
         if before_step is not None:
             before_step(index)
         opt.step()
+
+
+def trained(*changes: Callable[[nn.Module, torch.optim.Optimizer], object], steps: int = 2) -> Scenario:
+    """The scenario that takes ``steps`` steps with the small model, and as many after each of ``changes(model, opt)``."""
+
+    def scenario(make: Make) -> tuple[nn.Module, torch.optim.Optimizer]:
+        model = small_model()
+        opt = make(model.parameters())
+        train(model, opt, steps)
+        for index, change in enumerate(changes, start=1):
+            change(model, opt)
+            train(model, opt, steps, start=index * steps)
+        return model, opt
+
+    return scenario
+
+
+def matrix_steps(
+    make: Make, changes: Iterable[Callable[[nn.Parameter], object]], shape: tuple[int, ...] = (4, 4)
+) -> tuple[nn.Module, torch.optim.Optimizer]:
+    """A step with a plain gradient, then one after each of ``changes(p, gradient)``."""
+    torch.manual_seed(0)
+    p = nn.Parameter(torch.randn(shape))
+    opt = make([p])
+    p.grad = torch.randn(shape)
+    opt.step()
+    for change in changes:
+        change(p)
+        opt.step()
+    return nn.ParameterList([p]), opt
 
 
 def centralise(params: Any) -> None:
@@ -175,3 +206,23 @@ def refuses(opt: torch.optim.Optimizer, error: type[Exception], *fragments: str)
             yield
         for fragment in fragments:
             assert fragment in str(caught.value)
+
+
+# ---- parameters of which one is made bad, and mended
+
+
+def named(
+    *tensors: Tensor, cls: type[torch.optim.Optimizer] = gradfused.AdamW, **options: Any
+) -> tuple[torch.optim.Optimizer, list[nn.Parameter]]:
+    """An optimizer over parameters called a, b, c with gradients of ones."""
+    params = [t if isinstance(t, nn.Parameter) else nn.Parameter(t) for t in tensors]
+    for p in params:
+        p.grad = torch.ones_like(p)
+    return cls(list(zip("abcdef", params, strict=False)), **options), params
+
+
+def recovers(opt: torch.optim.Optimizer) -> None:
+    """Once mended, the optimizer steps every parameter."""
+    before = [p.detach().clone() for p in parameters(opt)]
+    opt.step()
+    assert all(not torch.equal(p, b) for p, b in zip(parameters(opt), before, strict=True))

@@ -1,6 +1,6 @@
 """Compiles the Triton kernels ahead of time for GPUs that need not be there, and reads registers, spills and access widths.
 
-    python tools/check_triton.py [--all] [--target 90 ...]
+    python tools/check_triton.py [--all] [--target sm_90 ...]
 
 Fails where a hot loop spills, or where what is laid out for accesses of 16 bytes is read or written in narrower ones. A target
 that this Triton cannot compile for is left out, with the reason.
@@ -8,28 +8,16 @@ that this Triton cannot compile for is left out, with the reason.
 
 from __future__ import annotations
 
-import argparse
 import itertools
-import os
-import re
-import subprocess
-import sys
-import tempfile
-from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, field
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
-os.environ.pop("TRITON_INTERPRET", None)  # interpreted kernels cannot be compiled
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-import check_sass
+from triton_compile import Report, compiled, main
 
 from gradfused import _cpu
 from gradfused.backends import triton as backend
 
-TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
 DTYPES = {"float32": 4, "float64": 8, "float16": 2, "bfloat16": 2}
 RULES = tuple(_cpu.rules())
 NARROW = ("any", "any-wide")
@@ -135,34 +123,6 @@ def every() -> Iterator[Variant]:
         yield Variant("stats", "by-weight", "", (access,), (tile,))
 
 
-@dataclass
-class Report:
-    """What came of a compilation.
-
-    Attributes:
-        registers: Of a thread.
-        wide_loads: Accesses of 16 bytes.
-        wide_stores: The same, written.
-        spills: Accesses of local memory; on AMD spilt registers.
-        inside: Those within hot loops; on AMD all.
-        narrow: Narrower accesses of global memory in hot loops.
-    """
-
-    registers: int
-    wide_loads: int
-    wide_stores: int
-    spills: int
-    inside: int = 0
-    narrow: Counter[str] = field(default_factory=Counter)
-
-
-def gpu_target(name: str) -> Any:
-    """Triton's name for a target."""
-    from triton.backends.compiler import GPUTarget
-
-    return GPUTarget("cuda", int(name[3:]), 32) if name.startswith("sm_") else GPUTarget("hip", name, 64)
-
-
 def source(variant: Variant) -> Any:
     """The kernel specialised, as a launch would."""
     from triton.compiler import ASTSource
@@ -189,62 +149,6 @@ def source(variant: Variant) -> Any:
                 constants[name] = None
     places = {(kernel.arg_names.index(name),): value for name, value in constants.items()}
     return ASTSource(fn=kernel, signature=signature, constexprs=places, attrs={(0,): [["tt.divisibility", 16]]})
-
-
-def cuobjdump() -> str | None:
-    """The program that comes with Triton."""
-    import triton
-
-    found = Path(str(triton.__file__)).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-    return str(found) if found.exists() else None
-
-
-def read_cuda(compiled: Any) -> Report:
-    """From the machine code: see check_sass."""
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(compiled.asm["cubin"])
-        file.flush()
-        command = [str(cuobjdump()), "--dump-resource-usage", "--dump-sass", file.name]
-        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    [(_, _, code)] = check_sass.parse(text.splitlines())
-    # The choice among kinds of chunks may be a jump table. It lies around the hot loops, so it need not be followed.
-    hot = check_sass.hot_loops([i._replace(opcode="EXIT") if i.base in ("BRX", "BRXU") else i for i in code])
-    wide = [i for i in code if i.bits >= check_sass.WIDE]
-    loads = sum(i.is_load for i in wide)
-    return Report(
-        registers=int(re.findall(r"REG:(\d+)", text)[0]),
-        wide_loads=loads,
-        wide_stores=len(wide) - loads,
-        spills=sum(i.is_local for i in code),
-        inside=sum(loop.local for loop in hot),
-        narrow=sum((Counter(loop.narrow) for loop in hot), Counter()),
-    )
-
-
-def read_amd(compiled: Any) -> Report:
-    """From the assembly and its metadata."""
-    text = compiled.asm["amdgcn"]
-    numbers = {key: int(n) for key, n in re.findall(r"\.((?:vgpr|sgpr)_(?:count|spill_count)): +(\d+)", text)}
-    counts = Counter(re.findall(r"\b((?:global|buffer|flat)_(?:load|store)_\w+)", text))
-    wide = {name: n for name, n in counts.items() if name.endswith("dwordx4")}
-    spills = numbers["vgpr_spill_count"] + numbers["sgpr_spill_count"]
-    return Report(
-        registers=numbers["vgpr_count"],
-        wide_loads=sum(n for name, n in wide.items() if "load" in name),
-        wide_stores=sum(n for name, n in wide.items() if "store" in name),
-        spills=spills,
-        inside=spills,
-    )
-
-
-def compiled(variant: Variant, target: str) -> Report:
-    """Compile and read."""
-    import triton
-
-    kernel = triton.compile(
-        source(variant), target=gpu_target(target), options=backend.launch_options(amd=target.startswith("gfx"))
-    )
-    return read_cuda(kernel) if target.startswith("sm_") else read_amd(kernel)
 
 
 def faults(variant: Variant, target: str, report: Report) -> list[str]:
@@ -274,43 +178,16 @@ def faults(variant: Variant, target: str, report: Report) -> list[str]:
     return found
 
 
-def unable(target: str) -> str | None:
-    """Why this Triton cannot compile for a target, or None."""
-    if target.startswith("sm_") and cuobjdump() is None:
-        return "this Triton comes without cuobjdump"
-    try:
-        compiled(Variant("stats", "stats", "", ("float32",), (0,)), target)
-    except Exception as error:  # whatever a compiler that lacks the target says
-        return f"{type(error).__name__}: {str(error).strip().splitlines()[-1] if str(error).strip() else ''}"
-    return None
+def check(variant: Variant, target: str) -> tuple[Report, list[str]]:
+    """What came of a kernel, and what is wrong with it."""
+    report = compiled(source(variant), target, backend.launch_options(amd=target.startswith("gfx")))
+    return report, faults(variant, target, report)
 
 
-def main() -> None:
-    """Print a line a kernel; exit with a message if one is at fault."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--all", action="store_true", help="every variant, not only what most models run")
-    parser.add_argument("--target", nargs="+", choices=TARGETS, default=TARGETS)
-    options = parser.parse_args()
-    if reason := backend.missing():
-        raise SystemExit(f"triton {reason}")
-    wrong = 0
-    print(f"{'target':8}{'registers':>10}{'spills':>8}{'in loops':>10}{'16-byte loads':>15}{'stores':>8}  kernel")
-    for target in options.target:
-        if reason := unable(target):
-            print(f"{target:8} left out: {reason}", flush=True)
-            continue
-        for variant in dict.fromkeys(every() if options.all else few(target)):
-            report = compiled(variant, target)
-            bad = faults(variant, target, report)
-            wrong += bool(bad)
-            spills = f"{report.registers:>10}{report.spills:>8}{report.inside:>10}"
-            accesses = f"{report.wide_loads:>15}{report.wide_stores:>8}"
-            print(
-                f"{target:8}{spills}{accesses}  {variant}", *(f"         FAULT: {x}" for x in bad), sep="\n", flush=True
-            )
-    if wrong:
-        raise SystemExit(f"{wrong} kernels at fault")
+def variants(target: str, everything: bool) -> Iterator[Variant]:
+    """What to compile."""
+    return every() if everything else few(target)
 
 
 if __name__ == "__main__":
-    main()
+    main(__doc__, variants, check, probe=Variant("stats", "stats", "", ("float32",), (0,)))

@@ -7,13 +7,11 @@ Fails where a kernel spills. A target that this Triton cannot compile for is lef
 
 from __future__ import annotations
 
-import argparse
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from typing import Any
 
-import check_triton  # takes TRITON_INTERPRET away before Triton is imported
 import torch
-from check_triton import TARGETS, gpu_target, read_amd, read_cuda, unable
+from triton_compile import Report, compiled, main
 
 from gradfused.backends import lpg_triton
 
@@ -95,36 +93,16 @@ def source(variant: str) -> Any:
     return ASTSource(fn=kernel, signature=types, constexprs=places, attrs=aligned)
 
 
-def reports(target: str, variants: Iterable[str]) -> Iterator[tuple[str, Any]]:
-    """Each variant with what came of it."""
-    import triton
-
-    for variant in variants:
-        compiled = triton.compile(source(variant), target=gpu_target(target))
-        yield variant, read_cuda(compiled) if target.startswith("sm_") else read_amd(compiled)
+def check(variant: str, target: str) -> tuple[Report, list[str]]:
+    """What came of a kernel, and what is wrong with it."""
+    report = compiled(source(variant), target)
+    return report, ["spills"] if report.spills else []
 
 
-def main() -> None:
-    """Print a line a kernel; exit with a message if one spills."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--all", action="store_true", help="every variant, not only what most models run")
-    parser.add_argument("--target", nargs="+", choices=TARGETS, default=TARGETS)
-    options = parser.parse_args()
-    if reason := check_triton.backend.missing():
-        raise SystemExit(f"triton {reason}")
-    wrong = 0
-    print(f"{'target':8}{'registers':>10}{'spills':>8}{'16-byte loads':>15}{'stores':>8}  kernel")
-    for target in options.target:
-        if reason := unable(target):
-            print(f"{target:8} left out: {reason}", flush=True)
-            continue
-        for variant, report in reports(target, VARIANTS if options.all else FEW):
-            wrong += bool(report.spills)
-            numbers = f"{report.registers:>10}{report.spills:>8}{report.wide_loads:>15}{report.wide_stores:>8}"
-            print(f"{target:8}{numbers}  {variant}{'  FAULT: spills' if report.spills else ''}", flush=True)
-    if wrong:
-        raise SystemExit(f"{wrong} kernels spill")
+def variants(target: str, everything: bool) -> Iterable[str]:
+    """What to compile: the same for every target."""
+    return VARIANTS if everything else FEW
 
 
 if __name__ == "__main__":
-    main()
+    main(__doc__, variants, check, probe="class_sums")

@@ -173,7 +173,7 @@ def store_any(operand, data, i, x, mask):
 @triton.jit
 def load_mixed(ACCESS: tl.constexpr, MIXED: tl.constexpr, operand, data, dtype, start, local, mask, T: tl.constexpr):
     """``load`` of an operand that may, if MIXED, be of float32 in a row of another dtype."""
-    if not MIXED or ACCESS == at.DType_float32 or ACCESS >= ANY:
+    if not MIXED or (ACCESS == at.DType_float32 or ACCESS >= ANY):
         return load(ACCESS, operand, data, start, local, mask, T)
     else:
         x = tl.zeros(mask.shape, T)

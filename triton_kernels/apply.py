@@ -19,6 +19,7 @@ from .chunk import (
     is_last,
     share,
     sum_chunks,
+    sum_row,
     tile_of,
     unscale_of,
     write,
@@ -102,9 +103,7 @@ def finish(job, row, number, hyper, UNIT_NORMS: tl.constexpr, PRODUCT: tl.conste
     if UNIT_NORMS:
         by_unit = read(hyper + at.hyper_scope, tl.int8) == at.Scope_unit
         if by_unit & (read_bool(row + at.row_measured) == 0):
-            squares = sum_chunks(
-                job, read(row + at.row_chunk0, tl.int32), read(row + at.row_chunk1, tl.int32), at.sums_squares
-            )
+            squares = sum_row(job, row, at.sums_squares)
             write(read(job + at.job_squares, tl.int64) + number.to(tl.int64) * 8, squares, tl.float64)
 
 

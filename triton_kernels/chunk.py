@@ -51,6 +51,29 @@ def access_of(row, grad, plain):
 
 
 @triton.jit
+def tile_at(ACCESS: tl.constexpr, TILE: tl.constexpr, SIZE: tl.constexpr):
+    """(units, 1) and (1, elements of each), numbered from 0: their shapes are the tile's. See the top of this file."""
+    # One at a time there are addresses to hold for each element: smaller tiles keep the launch's registers few.
+    SPAN: tl.constexpr = SIZE if ACCESS < ANY else SIZE // 4
+    WIDTH: tl.constexpr = 8 if TILE == 1 else 32 if TILE == 2 else 256 if TILE == 3 else SPAN
+    return tl.arange(0, SPAN // WIDTH)[:, None], tl.arange(0, WIDTH)[None, :]
+
+
+@triton.jit
+def units_of(ACCESS: tl.constexpr, TILE: tl.constexpr, chunk, row):
+    """(first element, units, their length) of a chunk. Whole packs, and said so, so that the compiler sees that 16 bytes fit."""
+    PACK: tl.constexpr = (
+        4 if ACCESS == at.DType_float32 else 2 if ACCESS == at.DType_float64 else 8 if ACCESS < ANY else 1
+    )
+    begin = read(chunk + at.chunk_begin, tl.int64) // PACK * PACK
+    count = read(chunk + at.chunk_count, tl.int32)
+    length = count // PACK * PACK
+    if TILE > 0:
+        length = read(row + at.row_length, tl.int64).to(tl.int32) // PACK * PACK
+    return begin, count // length, length
+
+
+@triton.jit
 def share(job):
     """The chunks of this program: neighbours, so that a program seldom changes rows."""
     count = read(job + at.job_chunk_count, tl.int32)
@@ -142,8 +165,14 @@ def sum_chunks(job, first, end, FIELD: tl.constexpr):
 
 
 @triton.jit
+def sum_row(job, row, FIELD: tl.constexpr):
+    """The same over a row's chunks."""
+    return sum_chunks(job, read(row + at.row_chunk0, tl.int32), read(row + at.row_chunk1, tl.int32), FIELD)
+
+
+@triton.jit
 def squares_around(job, first, end, mean, CENTRED: tl.constexpr):
-    """The same of squares, moved from each chunk's mean to ``mean`` (Chan et al. 1979)."""
+    """The sum of squares, moved from each chunk's mean to ``mean`` (Chan et al. 1979)."""
     total = tl.zeros([BLOCK], tl.float64)
     sums = read(job + at.job_sums, tl.int64)
     chunks = read(job + at.job_chunks, tl.int64)

@@ -371,11 +371,8 @@ def coefficients(RULE: tl.constexpr, hyper, lr, step, first, product, ratio, T: 
         return adam_coefficients(hyper, lr, step, T)
     elif RULE == at.Rule_adagrad:
         return adagrad_coefficients(hyper, lr, step, T)
-    elif (
-        RULE == at.Rule_rmsprop
-        or RULE == at.Rule_rmsprop_momentum
-        or RULE == at.Rule_rmsprop_centered
-        or RULE == at.Rule_rmsprop_centered_momentum
+    elif (RULE == at.Rule_rmsprop or RULE == at.Rule_rmsprop_momentum) or (
+        RULE == at.Rule_rmsprop_centered or RULE == at.Rule_rmsprop_centered_momentum
     ):
         return rmsprop_coefficients(hyper, lr, T)
     elif RULE == at.Rule_nadam:

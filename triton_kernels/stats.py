@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 
 from . import layout as at
-from .access import ANY, ANY_WIDE, hyper_of, load, read, read_bool, rows_of
+from .access import ANY_WIDE, hyper_of, load, read, read_bool, rows_of
 from .chunk import (
     TILES,
     access_of,
@@ -18,8 +18,11 @@ from .chunk import (
     square_tiles,
     squares_around,
     sum_chunks,
+    sum_row,
     sum_tiles,
+    tile_at,
     tile_of,
+    units_of,
     unscale_of,
     write,
 )
@@ -55,28 +58,19 @@ def measure(
     ACCESS: tl.constexpr = KIND // TILES
     TILE: tl.constexpr = KIND - KIND // TILES * TILES
     T: tl.constexpr = tl.float64 if ACCESS == at.DType_float64 or ACCESS == ANY_WIDE else tl.float32
-    PACK: tl.constexpr = (
-        4 if ACCESS == at.DType_float32 else 2 if ACCESS == at.DType_float64 else 8 if ACCESS < ANY else 1
-    )
-    # One at a time there are addresses to hold for each element: smaller tiles keep the launch's registers few.
-    SPAN: tl.constexpr = SIZE if ACCESS < ANY else SIZE // 4
-    WIDTH: tl.constexpr = 8 if TILE == 1 else 32 if TILE == 2 else 256 if TILE == 3 else SPAN
-    HEIGHT: tl.constexpr = SPAN // WIDTH
+    ranks, columns = tile_at(ACCESS, TILE, SIZE)
+    HEIGHT: tl.constexpr = ranks.shape[0]
+    WIDTH: tl.constexpr = columns.shape[1]
+    begin, units, length = units_of(ACCESS, TILE, chunk, row)
     unscale = unscale64.to(T)
-    begin = read(chunk + at.chunk_begin, tl.int64) // PACK * PACK
-    count = read(chunk + at.chunk_count, tl.int32)
-    length = count // PACK * PACK
-    if TILE > 0:
-        length = read(row + at.row_length, tl.int64).to(tl.int32) // PACK * PACK
-    units = count // length
     centre = centred_at_gradient(row, hyper)
-    stride = tl.arange(0, HEIGHT)[:, None] * length
+    stride = ranks * length
     squares = tl.zeros([HEIGHT, 1], tl.float64)
     sum = tl.zeros([HEIGHT, 1], tl.float64)
     weights = tl.zeros([HEIGHT, 1], tl.float64)
     for unit in range(0, units, HEIGHT):
         start = begin + unit * length.to(tl.int64)
-        inside = (unit + tl.arange(0, HEIGHT)[:, None]) < units
+        inside = unit + ranks < units
         if centre:
             sum = sum_tiles(ACCESS, row + at.row_grad, grad, unscale, start, stride, inside, length, WIDTH, T)
         mean = (sum / length).to(T)
@@ -152,9 +146,7 @@ def finish(job, row, number, centre):
         else:
             squares = finish_split(job, row, False)
     else:
-        squares = sum_chunks(
-            job, read(row + at.row_chunk0, tl.int32), read(row + at.row_chunk1, tl.int32), at.sums_squares
-        )
+        squares = sum_row(job, row, at.sums_squares)
     write(read(job + at.job_squares, tl.int64) + number.to(tl.int64) * 8, squares, tl.float64)
 
 

@@ -14,6 +14,8 @@ from .chunk import (
     quads_of,
     square_tiles,
     sum_tiles,
+    tile_at,
+    units_of,
     write,
 )
 from .counts import lr_of, next_product, steps_taken, trust_of
@@ -89,6 +91,24 @@ def noise_tile(
 
 
 @triton.jit
+def load_tile(
+    ACCESS: tl.constexpr, NOISE: tl.constexpr, RIDERS: tl.constexpr, row, grad, kept, riders, seed, parameter, step,
+    start, stride, inside, length, k, WIDTH: tl.constexpr, T: tl.constexpr,
+):  # fmt: skip
+    """(places, mask, gradient, weights, noise) of a tile, column ``k`` of the units first."""
+    HEIGHT: tl.constexpr = inside.shape[0]
+    column = k + tl.arange(0, WIDTH)[None, :]
+    local = stride + column
+    mask = inside & (column < length)
+    g = load(ACCESS, row + at.row_grad, grad, start, local, mask, T)
+    p = load_weights(ACCESS, RIDERS, row, kept, riders, start, local, mask, T)
+    z = tl.zeros([HEIGHT, WIDTH], T)
+    if NOISE:
+        z = noise_tile(ACCESS, seed, parameter, step, start, length, k, HEIGHT, WIDTH, T)
+    return local, mask, g, p, z
+
+
+@triton.jit
 def known_of(job, row, begin, unit, length, inside, FIELD: tl.constexpr):
     """What the stats launch found of units that lie in several chunks, or are centred as a whole."""
     units = read(job + at.job_units, tl.int64) + read(row + at.row_unit0, tl.int64) * at.Unit
@@ -137,21 +157,10 @@ def step_chunk(
     READ: tl.constexpr = 0 if (at.rules_unread >> RULE) & 1 else STATES
     BY_UPDATE: tl.constexpr = (at.rules_trust_update >> RULE) & 1
     T: tl.constexpr = tl.float64 if ACCESS == at.DType_float64 or ACCESS == ANY_WIDE else tl.float32
-    PACK: tl.constexpr = (
-        4 if ACCESS == at.DType_float32 else 2 if ACCESS == at.DType_float64 else 8 if ACCESS < ANY else 1
-    )
-    # One at a time there are addresses to hold for each element: smaller tiles keep the launch's registers few.
-    SPAN: tl.constexpr = SIZE if ACCESS < ANY else SIZE // 4
-    WIDTH: tl.constexpr = 8 if TILE == 1 else 32 if TILE == 2 else 256 if TILE == 3 else SPAN
-    HEIGHT: tl.constexpr = SPAN // WIDTH
-
-    # Whole packs, and said so, so that the compiler can see that accesses of 16 bytes fit.
-    begin = read(chunk + at.chunk_begin, tl.int64) // PACK * PACK
-    count = read(chunk + at.chunk_count, tl.int32)
-    length = count // PACK * PACK
-    if TILE > 0:
-        length = read(row + at.row_length, tl.int64).to(tl.int32) // PACK * PACK
-    units = count // length
+    ranks, columns = tile_at(ACCESS, TILE, SIZE)
+    HEIGHT: tl.constexpr = ranks.shape[0]
+    WIDTH: tl.constexpr = columns.shape[1]
+    begin, units, length = units_of(ACCESS, TILE, chunk, row)
 
     taken = steps_taken(row)
     shrink, step, c = numbers_of(RULE, row, hyper, taken, PHASE, T)
@@ -174,7 +183,7 @@ def step_chunk(
     kept = kept_of(row, RIDERS)
     riders = riders_of(row, hyper, RIDERS, T)
     at_states = states_of(row, STATES)
-    stride = tl.arange(0, HEIGHT)[:, None] * length
+    stride = ranks * length
     centred = centred_at_gradient(row, hyper)
     late = read_bool(row + at.row_centre) & (centred == 0)
     decayed = read(hyper + at.hyper_centralize_at, tl.int8) == at.Centre_decayed
@@ -187,7 +196,7 @@ def step_chunk(
 
     for unit in range(0, units, HEIGHT):
         start = begin + unit * length.to(tl.int64)
-        rank = unit + tl.arange(0, HEIGHT)[:, None]
+        rank = unit + ranks
         inside = rank < units
 
         # What the units' own statistics make of the gradient.
@@ -238,14 +247,10 @@ def step_chunk(
                 else:
                     sum = tl.zeros([HEIGHT, WIDTH], tl.float64)
                     for k in range(0, length, WIDTH):
-                        column = k + tl.arange(0, WIDTH)[None, :]
-                        local = stride + column
-                        mask = inside & (column < length)
-                        g = load(ACCESS, row + at.row_grad, grad, start, local, mask, T)
-                        p = load_weights(ACCESS, RIDERS, row, kept, riders, start, local, mask, T)
-                        z = tl.zeros([HEIGHT, WIDTH], T)
-                        if NOISE:
-                            z = noise_tile(ACCESS, seed, parameter, number, start, length, k, HEIGHT, WIDTH, T)
+                        local, mask, g, p, z = load_tile(
+                            ACCESS, NOISE, RIDERS, row, grad, kept, riders, seed, parameter, number,
+                            start, stride, inside, length, k, WIDTH, T,
+                        )  # fmt: skip
                         x = transformed(g, z, p, unscale, mean, factor, hi, sigma, sign, decay, NOISE)
                         if not decayed:
                             s0, s1, s2, s3 = load_states(ACCESS, READ, row, at_states, start, local, mask, T)
@@ -258,14 +263,10 @@ def step_chunk(
 
         if PHASE != REHEARSE:
             for k in range(0, length, WIDTH):
-                column = k + tl.arange(0, WIDTH)[None, :]
-                local = stride + column
-                mask = inside & (column < length)
-                g = load(ACCESS, row + at.row_grad, grad, start, local, mask, T)
-                p = load_weights(ACCESS, RIDERS, row, kept, riders, start, local, mask, T)
-                z = tl.zeros([HEIGHT, WIDTH], T)
-                if NOISE:
-                    z = noise_tile(ACCESS, seed, parameter, number, start, length, k, HEIGHT, WIDTH, T)
+                local, mask, g, p, z = load_tile(
+                    ACCESS, NOISE, RIDERS, row, grad, kept, riders, seed, parameter, number,
+                    start, stride, inside, length, k, WIDTH, T,
+                )  # fmt: skip
                 if PHASE == STEP or BY_UPDATE:
                     s0, s1, s2, s3 = load_states(ACCESS, READ, row, at_states, start, local, mask, T)
                 x = transformed(g, z, p, unscale, mean, factor, hi, sigma, sign, decay, NOISE)

@@ -114,7 +114,7 @@ def store_weights(
 ):  # fmt: skip
     """Takes the step's weights ``p`` to where they are kept."""
     rounding, rest, rest_dtype, average, average_dtype, fresh, zeroes = riders
-    SHORT: tl.constexpr = ACCESS == at.DType_float16 or ACCESS == at.DType_bfloat16 or ACCESS == ANY
+    SHORT: tl.constexpr = (ACCESS == at.DType_float16 or ACCESS == at.DType_bfloat16) or ACCESS == ANY
     if EMA & RIDERS:
         if average != 0:
             e = load_mixed(ACCESS, True, row + at.row_ema, average, average_dtype, start, local, mask, T)
