@@ -14,6 +14,8 @@ namespace {
 
 // Below this many elements a thread's start costs more than its help.
 constexpr int64_t kWorthAThread = 32768;
+// Weights beyond this many elements are in no cache when the next pass comes to them.
+constexpr int64_t kCached = 8 << 20;
 
 bool has_long_units(const Row& row) { return row.length > kUnitMax; }
 
@@ -71,14 +73,16 @@ void Table::plan() {
   chunks_.clear();
   first_chunk_.clear();
   steps_.assign(rows_.size(), RowStep{});
-  int64_t units = 0;
+  int64_t units = 0, elements = 0;
   for (size_t i = 0; i < rows_.size(); ++i) {
     const Row& row = rows_[i];
+    elements += row.numel;
     add_chunks(int32_t(i));
     steps_[i].unit0 = units;
     const bool kept = wants(kSum, row) || wants(kSquares, row) || wants(kRehearse, row);
     if (kept && row.length && (row.centre || hypers_[size_t(row.group)].scope == Scope::unit)) units += row.numel / row.length;
   }
+  cached_ = elements <= kCached;
   first_chunk_.push_back(chunks_.size());
   for (int phase = 0; phase < kPhases; ++phase) {
     todo_[phase].clear();
@@ -99,7 +103,7 @@ void Table::run(Phase phase, int threads) {
   const Kernels& k = kernels();
   void (*const kernels[kPhases])(const Job&, int64_t, char*) = {k.sum, k.squares, k.weigh, k.rehearse, k.weigh, k.apply};
   void (*const kernel)(const Job&, int64_t, char*) = kernels[phase];
-  const Job job = {rows_.data(),      hypers_.data(),  steps_.data(),   chunks_.data(),          unscale_,
+  const Job job = {rows_.data(),      hypers_.data(),  steps_.data(),   chunks_.data(),          cached_,  unscale_,
                    chunk_sum_.data(), chunk_sq_.data(), chunk_weight_sq_.data(), unit_mean_.data(), unit_sq_.data(),
                    unit_weight_sq_.data(), unit_direction_.data()};
 

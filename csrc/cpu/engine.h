@@ -40,7 +40,7 @@ class Table : public Rows {
   void weigh(Phase phase, int threads);
   void finish_rows(double* sums);
 
-  bool planned_ = false;
+  bool planned_ = false, cached_ = true;
   std::vector<RowStep> steps_;
   std::vector<Chunk> chunks_;
   std::vector<size_t> first_chunk_;         // of each row, and the end

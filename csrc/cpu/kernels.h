@@ -40,6 +40,7 @@ struct Job {
   const Hyper* hypers;
   const RowStep* steps;
   const Chunk* chunks;
+  bool cached;          // the table may be found in a cache from one step to the next
   double unscale;       // 1 / grad_scale
   double *chunk_sum;    // a slot a chunk
   double *chunk_sq;     // centred sum of squares of the unscaled gradient

@@ -33,6 +33,7 @@ template <class R, class T> class Stepper {
 
   void apply() {
     step_chunk();
+    fence();
     if (at_.by_unit && !at_.now.norms_known) at_.job.chunk_sq[at_.index] = squares_;
   }
 
@@ -75,13 +76,16 @@ template <class R, class T> class Stepper {
     raw_ = open(at_.row.grad, b.begin, b.count, buffer<T>(scratch_, kRaw));
     p_ = ridden_ ? open_weights<T>(at_, b, scratch_) : open(at_.row.param, b.begin, b.count, buffer<T>(scratch_, kParam));
     for (int k = 0; k < R::states; ++k) {
-      s_[k] = open<R::reads_state>(at_.row.state[k], b.begin, b.count, buffer<T>(scratch_, kState + k));
+      T* const own = buffer<T>(scratch_, kState + k);
+      s_[k] = around_ ? own : open<R::reads_state>(at_.row.state[k], b.begin, b.count, own);
     }
   }
 
   void close_block(const Block& b) {
     ridden_ ? close_weights(at_, b, scratch_, p_) : close(at_.row.param, b.begin, b.count, p_);
-    for (int k = 0; k < R::states; ++k) close(at_.row.state[k], b.begin, b.count, s_[k]);
+    for (int k = 0; k < R::states; ++k) {
+      around_ ? store_around(at_.row.state[k], b.begin, b.count, s_[k]) : close(at_.row.state[k], b.begin, b.count, s_[k]);
+    }
   }
 
   void measure(const Block& b) {
@@ -207,7 +211,7 @@ template <class R, class T> class Stepper {
 
   const Place& at_;
   char* const scratch_;
-  const bool ridden_;
+  const bool ridden_, around_ = !R::reads_state && !at_.job.cached;  // around_: state is written alone
   typename R::template Coef<T> coef_;
   math::Transform<T> t_;
   PerUnit<T> means_, factors_;

@@ -2,6 +2,10 @@
 // dtype or layout differs. The only place that knows of strides and dtypes.
 #pragma once
 
+#ifdef __SSE2__
+#include <immintrin.h>
+#endif
+
 #include "cpu/convert.h"
 #include "table.h"
 
@@ -65,6 +69,30 @@ template <class T> void store(const Operand& x, int64_t begin, int64_t n, const 
     case DType::float16: return store_as<Half>(x, begin, n, values);
     case DType::bfloat16: return store_as<BFloat16>(x, begin, n, values);
   }
+}
+
+// to[0 .. n) <- values, around the caches: a line that nobody has read would be fetched first, to be overwritten. Fence before others read.
+template <class T> void copy_around(const T* values, T* to, int64_t n) {
+  int64_t i = 0;
+#ifdef __SSE2__
+  for (; i < n && reinterpret_cast<uintptr_t>(to + i) % sizeof(__m128i); ++i) to[i] = values[i];
+  constexpr int64_t few = sizeof(__m128i) / sizeof(T);
+  for (; i + few <= n; i += few) {
+    _mm_stream_si128(reinterpret_cast<__m128i*>(to + i), _mm_loadu_si128(reinterpret_cast<const __m128i*>(values + i)));
+  }
+#endif
+  for (; i < n; ++i) to[i] = values[i];
+}
+
+inline void fence() {
+#ifdef __SSE2__
+  _mm_sfence();
+#endif
+}
+
+// store() for elements that were not read, of a table too large for them to be found in a cache afterwards.
+template <class T> void store_around(const Operand& x, int64_t begin, int64_t n, const T* values) {
+  in_place<T>(x) ? copy_around(values, reinterpret_cast<T*>(x.data) + begin, n) : store(x, begin, n, values);
 }
 
 // The elements in memory of their own or copied into `buffer`; without kRead the buffer is left as it is, to be written.

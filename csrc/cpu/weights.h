@@ -57,7 +57,9 @@ template <class T> void close_weights(const Place& at, const Block& b, char* scr
   }
   if (row.rounding == Rounding::stochastic) round_randomly(at, b, p);
   if (row.rounding == Rounding::master) close(row.source, b.begin, b.count, p);
-  if (row.source.data || row.rounding != Rounding::nearest) {
+  if (row.source.data && row.rounding != Rounding::kahan && !at.job.cached) {
+    store_around(row.param, b.begin, b.count, p);
+  } else if (row.source.data || row.rounding != Rounding::nearest) {
     store(row.param, b.begin, b.count, p);
   } else {
     close(row.param, b.begin, b.count, p);
