@@ -271,13 +271,13 @@ def device_of(backend: str) -> str:
     return "cuda" if on_gpu else "cpu"
 
 
-#: CUDA's kernels under the emulator, for tests that make CPU tensors of their own.
+_can_emulate = pytest.mark.skipif(build.compiler() is None, reason="no C++ compiler: the emulator cannot be built")
+#: CUDA's kernels on the GPU or else under the emulator, for tests that put their tensors on ``device_of(backend)``.
+CUDA = pytest.param("cuda", marks=[_can_emulate] if device_of("cuda") == "cpu" else [])
+#: Under the emulator alone, for tests that make CPU tensors of their own.
 EMULATED_CUDA = pytest.param(
     "cuda",
-    marks=[
-        pytest.mark.skipif(build.compiler() is None, reason="no C++ compiler: the emulator cannot be built"),
-        pytest.mark.skipif(device_of("cuda") != "cpu", reason="a GPU is here: it has tests of its own"),
-    ],
+    marks=[_can_emulate, pytest.mark.skipif(device_of("cuda") != "cpu", reason="the emulator is for CPU tensors")],
 )
 
 

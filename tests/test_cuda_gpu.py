@@ -12,7 +12,7 @@ from cases import CASES, FEW_CASES, FEW_RECIPES, RECIPES, SHAPES, Run, assert_cl
 from torch import nn
 
 import gradfused
-from gradfused.backends import availability, choose, cuda
+from gradfused.backends import availability, choose, cuda, triton
 
 pytestmark = [
     pytest.mark.kernels,
@@ -158,12 +158,16 @@ def captured(net: nn.Module, optimizer: torch.optim.Optimizer, x: torch.Tensor) 
     return graph.replay
 
 
+@pytest.mark.parametrize("backend", ["cuda", "triton"])
 @pytest.mark.parametrize("kind", ["SGD", "AdamW"])
 @pytest.mark.parametrize("recipe", [{}, RECIPE, {"centralize": "tensor", "centralize_at": "update"}])
-def test_a_captured_step_is_a_step(kind: str, recipe: dict[str, Any]) -> None:
+def test_a_captured_step_is_a_step(kind: str, recipe: dict[str, Any], backend: str) -> None:
+    if backend == "triton" and triton.missing() is not None:
+        pytest.skip(str(triton.missing()))
     data = batches(8)
     eager, net = model(), model()
-    twin, optimizer = (getattr(gradfused, kind)(n.parameters(), lr=1e-2, **recipe) for n in (eager, net))
+    options = {"lr": 1e-2, "backend": backend} | recipe
+    twin, optimizer = (getattr(gradfused, kind)(n.parameters(), **options) for n in (eager, net))
     static = data[0].clone()
     replay = captured(net, optimizer, static)
     train(eager, twin, [data[0]] * 3)

@@ -9,13 +9,13 @@ from typing import Any
 
 import pytest
 import torch
-from cases import CASES, DTYPES, EMULATED_CUDA, FEW_CASES, RECIPES, SHAPES, Run, assert_close, device_of, values
+from cases import CASES, CUDA, DTYPES, FEW_CASES, RECIPES, SHAPES, Run, assert_close, device_of, values
 from torch import Tensor
 from torch.nn import Parameter
 
 import gradfused
 
-BACKENDS = [pytest.param("cpu", marks=pytest.mark.kernels), "reference", EMULATED_CUDA]
+BACKENDS = [pytest.param("cpu", marks=pytest.mark.kernels), "reference", CUDA]
 backends = pytest.mark.parametrize("backend", BACKENDS)
 short = pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 precisions = pytest.mark.parametrize("precision", ["kahan", "stochastic", "master"])
@@ -94,7 +94,7 @@ needs_mixed = pytest.mark.skipif(not hasattr(Tensor, "grad_dtype"), reason="this
 
 @needs_mixed
 @short
-@pytest.mark.parametrize("backend", ["cpu", EMULATED_CUDA])
+@pytest.mark.parametrize("backend", ["cpu", CUDA])
 def test_stochastic_rounding_of_every_kind_of_number(dtype: str, backend: str) -> None:
     """Bit for bit the oracle's: from subnormals to overflow, infinities and NaN."""
     exponents = torch.arange(-150, 129, dtype=torch.float64)

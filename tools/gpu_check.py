@@ -37,7 +37,7 @@ class Step:
     Attributes:
         name: Of the step and its log.
         commands: Run one after the other, until one fails.
-        needs: Programs; if one is missing the step is skipped.
+        needs: Programs and modules; if one is missing the step is skipped.
         expects: A pattern that the log must hold.
         env: Added to the environment.
     """
@@ -80,7 +80,6 @@ def pytest(*arguments: str, parallel: bool = False) -> tuple[str, ...]:
 def all_steps(out: Path) -> Iterator[Step]:
     """In the order they are taken."""
     python, tests = sys.executable, ROOT / "tests"
-    on_gpu = {"GRADFUSED_TEST_DEVICE": "cuda"}
     build = (
         python,
         str(ROOT / "setup.py"),
@@ -93,8 +92,14 @@ def all_steps(out: Path) -> Iterator[Step]:
     )
     yield Step("build", (build,), env={"GRADFUSED_CUDA": "1"})
     yield Step("report", ((python, "-m", "gradfused"),), expects=r"cuda +runs")
-    yield Step("conformance", (pytest("-m", "kernels", str(tests), parallel=True),), expects=PASSED, env=on_gpu)
-    yield Step("gpu", (pytest(str(tests / "test_cuda_gpu.py")),), expects=PASSED, env=on_gpu)
+    kernels = ("-m", "kernels", str(tests))
+    yield Step("conformance", (pytest(*kernels, "-k", "not triton", parallel=True),), expects=PASSED)
+    yield Step("gpu", (pytest(str(tests / "test_cuda_gpu.py")),), expects=PASSED)
+    riders = [str(tests / name) for name in ("test_riders.py", "test_sam.py")]
+    yield Step("riders", (pytest("-k", "cuda", *riders, parallel=True),), expects=PASSED)
+    # Not the whole conformance suite, as for CUDA: every variant is compiled when it is first launched.
+    triton = sorted(map(str, tests.glob("test_*triton*.py")))
+    yield Step("triton", (pytest(*triton, parallel=True),), needs=("triton",), expects=PASSED)
     few = pytest("-x", "-k", FEW_CASES, str(tests / "test_conformance.py"))
     sanitizer = find_tool("compute-sanitizer") or "compute-sanitizer"
     # Without torch's cache an access past a tensor's end leaves its allocation, and is seen.
@@ -103,7 +108,7 @@ def all_steps(out: Path) -> Iterator[Step]:
         tuple((sanitizer, "--tool", tool, "--error-exitcode", "9", *few) for tool in ("memcheck", "racecheck")),
         needs=("compute-sanitizer",),
         expects=PASSED,
-        env={**on_gpu, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},
+        env={"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},
     )
     figures = ("--json", str(out / "bench.json"), "--plot", str(out / "bench.png"))
     yield Step("bench", ((python, "-m", "gradfused.bench", "--device", "cuda", *figures),))
@@ -157,7 +162,7 @@ def traffic(log: Path) -> str:
 
 def take(step: Step, out: Path, limit: float) -> Outcome:
     """Runs one step and says what came of it."""
-    if missing := [name for name in step.needs if not find_tool(name)]:
+    if missing := [name for name in step.needs if not find_tool(name) and not importlib.util.find_spec(name)]:
         return Outcome(step.name, "skipped", 0, f"found no {missing[0]}")
     log = out / f"{step.name}.log"
     start = time.monotonic()

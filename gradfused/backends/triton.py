@@ -204,7 +204,8 @@ class _Part(Part):
         self._kernels = kernels()
         super().__init__(device, rows, own, settings)
         self._options = Options.of(rows, own, settings)
-        self._pinned: list[Tensor] = []  # what a captured graph copies from at each replay
+        # What a captured graph copies from at each replay: pinned memory may not be allocated during a capture.
+        self._staged = torch.empty(self.native.packed_bytes(), dtype=torch.uint8, pin_memory=device.type == "cuda")
         self._chosen = self._choose()
 
     @staticmethod
@@ -224,14 +225,16 @@ class _Part(Part):
     def _upload(self) -> None:
         """Copy what changed since the last launch: addresses of gradients, options."""
         patches = self.native.patches()
+        capturing = self.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
         for at, data in patches:
             host = torch.frombuffer(bytearray(data), dtype=torch.uint8)
-            if self.device.type == "cuda":
-                host = host.pin_memory()
-                if torch.cuda.is_current_stream_capturing():
-                    self._pinned.append(host)
             start = at - self.image.data_ptr()
-            self.image[start : start + host.numel()].copy_(host, non_blocking=True)
+            place = slice(start, start + host.numel())
+            if capturing:  # once: the table is the graph's from now on
+                host = self._staged[place].copy_(host)
+            elif self.device.type == "cuda":
+                host = host.pin_memory()
+            self.image[place].copy_(host, non_blocking=True)
         if patches:
             self._chosen = self._choose()
 
