@@ -190,4 +190,4 @@ def variants(target: str, everything: bool) -> Iterator[Variant]:
 
 
 if __name__ == "__main__":
-    main(__doc__, variants, check, probe=Variant("stats", "stats", "", ("float32",), (0,)))
+    main(__doc__, variants, check)

@@ -105,4 +105,4 @@ def variants(target: str, everything: bool) -> Iterable[str]:
 
 
 if __name__ == "__main__":
-    main(__doc__, variants, check, probe="class_sums")
+    main(__doc__, variants, check)
