@@ -21,12 +21,15 @@ READY := $(VENV)/.gradfused-ready
 bench: native
 	@$(PY) -m gradfused.bench $(BENCH_ARGS)
 
+# A process a CPU. Waiting threads sleep: of two processes on the same CPUs, one would otherwise spin while the other works.
+PYTEST := OMP_WAIT_POLICY=passive $(PY) -m pytest -n auto --dist worksteal
+
 test: native
-	@$(PY) -m pytest --cov --cov-fail-under=95
+	@$(PYTEST) --cov --cov-fail-under=95
 
 # With the whole conformance suite on the Triton backend, interpreted, and every kernel compiled for every target: an hour.
 test-all: native
-	@$(PY) -m pytest --interpret-all
+	@$(PYTEST) --interpret-all
 	@$(PY) tools/check_triton.py --all
 	@$(PY) tools/check_triton_lpg.py --all
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import importlib.util
 import os
@@ -66,9 +67,16 @@ def build(sanitize: bool = False) -> Path:
         command += SANITIZE
     folder = ROOT / "build" / f"emulated-{_sources_hash(command)}"
     library = folder / f"{NAME}{sysconfig.get_config_var('EXT_SUFFIX')}"
-    if library.exists():
-        return library
     folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "lock").open("w") as lock:  # of several test processes the first one builds
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not library.exists():
+            _compile(command, library)
+    return library
+
+
+def _compile(command: list[str], library: Path) -> None:
+    folder = library.parent
 
     def compile_one(unit: tuple[str, Path, list[str]]) -> Path:
         name, source, extra = unit
@@ -81,7 +89,6 @@ def build(sanitize: bool = False) -> Path:
     unfinished = folder / "linking.so"
     subprocess.run([*command, "-shared", *map(str, objects), "-o", str(unfinished)], check=True)
     unfinished.replace(library)
-    return library
 
 
 def imported(path: Path) -> ModuleType:
