@@ -33,7 +33,7 @@ struct View {
   bool lies_as(const View& other) const;
 };
 
-// Describes tensors through DLPack's exchange where torch offers it, else through their methods, which takes four times as long.
+// Describes tensors through DLPack's exchange where torch offers it, else through their methods, which takes over three times as long.
 class Tensors {
  public:
   // `tensor` is torch's tensor type, `exchange` a capsule named "dlpack_exchange_api" or None.

@@ -3,8 +3,8 @@
 namespace py = pybind11;
 
 namespace gradfused::bind {
-Watch::Seen::Seen(py::object seen, const View& v)
-    : tensor(std::move(seen)), address(v.address), dtype(v.dtype), sizes(v.sizes, v.sizes + v.dims), strides(v.strides, v.strides + v.dims) {}
+Watch::Seen::Seen(const View& v)
+    : address(v.address), dtype(v.dtype), sizes(v.sizes, v.sizes + v.dims), strides(v.strides, v.strides + v.dims) {}
 
 View Watch::Seen::view() const { return {address, dtype, sizes.size(), sizes.data(), strides.data()}; }
 
@@ -19,10 +19,10 @@ Watch::Watch(py::object tensor, py::object exchange, py::list groups, py::dict s
 }
 
 void Watch::add(py::object param, py::dict state, py::list keys) {
-  Watched row{{param, tensors_(param.ptr())}, {py::none(), tensors_(tensors_.grad(param.ptr()).ptr())}, state, {}};
+  Watched row{param, Seen(tensors_(param.ptr())), Seen(tensors_(tensors_.grad(param.ptr()).ptr())), state, {}};
   for (py::handle key : keys) {
     const py::object tensor = state[key];
-    row.kept.push_back({py::reinterpret_borrow<py::object>(key), {tensor, tensors_(tensor.ptr())}});
+    row.kept.push_back({py::reinterpret_borrow<py::object>(key), tensor, Seen(tensors_(tensor.ptr()))});
   }
   rows_.push_back(std::move(row));
   has_row_[param.ptr()] = true;
@@ -55,7 +55,7 @@ bool Watch::same_states(const py::dict& state) const {
 bool Watch::same_state(const Watched& row) const {
   for (const Kept& k : row.kept) {
     PyObject* const tensor = PyDict_GetItemWithError(row.state.ptr(), k.key.ptr());
-    if (tensor != k.tensor.tensor.ptr() || !k.tensor.still(tensors_(tensor))) return false;
+    if (tensor != k.tensor.ptr() || !k.seen.still(tensors_(tensor))) return false;
   }
   return true;
 }
@@ -79,8 +79,8 @@ bool Watch::refresh(py::list groups, py::dict state, Rows& rows) const {
   try {
     for (size_t i = 0; i < rows_.size(); ++i) {
       const Watched& row = rows_[i];
-      const py::object grad = tensors_.grad(row.param.tensor.ptr());
-      if (grad.is_none() || !row.param.still(tensors_(row.param.tensor.ptr()))) return false;
+      const py::object grad = tensors_.grad(row.param.ptr());
+      if (grad.is_none() || !row.seen.still(tensors_(row.param.ptr()))) return false;
       if (!same_state(row) || !same_gradient(row, grad, rows, i)) return false;
     }
   } catch (const py::error_already_set&) {  // a tensor that cannot be described, sparse say: whoever builds a table says what is wrong

@@ -28,22 +28,22 @@ class Watch {
   bool refresh(pybind11::list groups, pybind11::dict state, Rows& rows) const;
 
  private:
-  // A tensor as it was.
+  // What a tensor was.
   struct Seen {
-    Seen(pybind11::object tensor, const View& view);
+    explicit Seen(const View& view);
     View view() const;
     bool still(const View& now) const { return now.address == address && now.lies_as(view()); }
 
-    pybind11::object tensor;
     uintptr_t address, dtype;
     std::vector<int64_t> sizes, strides;
   };
   struct Kept {
-    pybind11::object key;
-    Seen tensor;
+    pybind11::object key, tensor;
+    Seen seen;
   };
   struct Watched {
-    Seen param, grad;  // of the gradient the layout alone, so as not to keep it alive
+    pybind11::object param;
+    Seen seen, grad;  // the gradient itself is not kept alive
     pybind11::dict state;
     std::vector<Kept> kept;
   };
