@@ -71,7 +71,7 @@ def _is_late(item: pytest.Item, interpret_all: bool) -> bool:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Interpreted, the conformance suite takes half an hour on the Triton backend. test_triton.py has what always runs."""
+    """Interpreted, Triton's conformance suite takes some 20 minutes on two cores. test_triton.py has what always runs."""
     late = {item for item in items if _is_late(item, config.getoption("--interpret-all"))}
     config.hook.pytest_deselected(items=[item for item in items if item in late])
     items[:] = [item for item in items if item not in late]
