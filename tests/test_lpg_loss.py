@@ -9,10 +9,9 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 import torch.nn.functional as F
 from lpg_cases import assert_near, batch, expected
+from processes import in_two_processes
 from torch import Tensor
 
 from gradfused.backends import availability
@@ -202,24 +201,20 @@ def test_what_it_says_of_itself() -> None:
 # ---- processes
 
 
-def _process(rank: int, folder: str, momentum: float) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+def _synchronised(rank: int, momentum: float) -> tuple[dict[str, Tensor], list[Tensor]]:
     loss_of = LPGCrossEntropyLoss(6, momentum=momentum, sync=True)
     gradients = []
     for step in range(3):
         logits, target = batch(16, 6, torch.float64, seed=step)
         half = slice(0, 10) if rank == 0 else slice(10, 16)
         gradients.append(gradient_of(loss_of, logits[half], target[half]))
-    torch.save((loss_of.state_dict(), gradients), f"{folder}/{rank}.pt")
-    dist.destroy_process_group()
+    return loss_of.state_dict(), gradients
 
 
 @pytest.mark.parametrize("momentum", [0.0, 0.5])
 def test_processes_agree(momentum: float, tmp_path: Path) -> None:
     """Synchronised statistics are those of one process with the whole batch; with momentum, the deltas too."""
-    mp.spawn(_process, (str(tmp_path), momentum), nprocs=2)
-    found = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2)]
+    found = in_two_processes(_synchronised, tmp_path, momentum)
     whole = LPGCrossEntropyLoss(6, momentum=momentum)
     for step in range(3):
         logits, target = batch(16, 6, torch.float64, seed=step)

@@ -10,6 +10,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from processes import in_two_processes
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
 
@@ -224,10 +225,8 @@ def test_export() -> None:
 # ---- DDP
 
 
-def train_rank(rank: int, address: str, path: str) -> None:
-    """One of two processes: half of the batch, a step in DDP, and the gradients to a file."""
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", init_method=address, rank=rank, world_size=2)
+def train_rank(rank: int) -> list[Tensor | None]:
+    """One of two processes: half of the batch, a step in DDP, and the gradients."""
     model = domain_model()
     parallel = nn.parallel.DistributedDataParallel(model)
     half = leaf(8, 5, dtype=torch.float32).detach().chunk(2)[rank]
@@ -235,8 +234,7 @@ def train_rank(rank: int, address: str, path: str) -> None:
         model.zero_grad()
         model[1].lambda_ = model[3].lambda_ = lambda_
         parallel(half).square().mean().backward()
-    torch.save([p.grad for p in model.parameters()], f"{path}/{rank}.pt")
-    torch.distributed.destroy_process_group()
+    return [p.grad for p in model.parameters()]
 
 
 def domain_model() -> nn.Sequential:
@@ -246,14 +244,12 @@ def domain_model() -> nn.Sequential:
 
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="this torch has no torch.distributed")
 def test_ddp_averages_reversed_gradients(tmp_path) -> None:
-    address = f"file://{tmp_path}/rendezvous"
-    torch.multiprocessing.spawn(train_rank, (address, str(tmp_path)), nprocs=2)
+    found = in_two_processes(train_rank, tmp_path)
     model = domain_model()
     model[1].lambda_ = model[3].lambda_ = 0.8
     model(leaf(8, 5, dtype=torch.float32).detach()).square().mean().backward()
-    for rank in range(2):
-        found = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
-        torch.testing.assert_close(found, [p.grad for p in model.parameters()])
+    for gradients in found:
+        torch.testing.assert_close(gradients, [p.grad for p in model.parameters()])
 
 
 # ---- the layer
