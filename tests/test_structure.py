@@ -24,7 +24,7 @@ needs_native = pytest.mark.skipif(not availability()["cpu"].usable, reason=str(a
 
 # Each layer imports from those before it and from itself; the longest prefix that fits says where a module belongs.
 LAYERS: list[tuple[str, ...]] = [
-    ("gradfused._version", "gradfused._cpu", "gradfused._cuda", "gradfused.triton_kernels"),
+    ("gradfused._version", "gradfused.gpu", "gradfused._cpu", "gradfused._cuda", "gradfused.triton_kernels"),
     ("gradfused.backends.base",),
     ("gradfused.backends.native", "gradfused.backends.rules"),
     ("gradfused.backends.device",),

@@ -71,10 +71,10 @@ class _Part(Part):
         return native().Table(groups)
 
     def _arguments(self, scaling: Scaling) -> tuple[int, int, int, int]:
-        device, stream = self.where()
+        device, stream = self.device, self.stream()
         return (
             device.index or 0,
-            stream,
+            0 if stream is None else stream.cuda_stream,
             _address(scaling.grad_scale, device),
             _address(scaling.found_inf, device),
         )

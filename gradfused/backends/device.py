@@ -10,13 +10,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from .. import gpu
 from . import native as natives
 from .base import BackendTable, Row, Scaling, Settings
-
-
-def current_stream(device: torch.device) -> int:
-    """The address of the current stream."""
-    return torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
 
 
 def checked(scalar: Tensor | None, device: torch.device) -> Tensor | None:
@@ -45,7 +41,7 @@ class Part(ABC):
         for row, mine in zip(rows, own, strict=True):
             natives.add_row(self.native, row, settings[row.group], numel=None if mine else 0)
         self.image = self._uploaded()
-        self._stream = current_stream(device)
+        self._stream = gpu.current_stream(device)
 
     @staticmethod
     @abstractmethod
@@ -93,15 +89,15 @@ class Part(ABC):
             self.native.reconfigured()
         self._known = list(settings)
 
-    def where(self) -> tuple[torch.device, int]:
-        """The device and its current stream, on which the table's memory is in use from now on."""
-        stream = current_stream(self.device)
+    def stream(self) -> Any:
+        """The device's current stream, on which the table's memory is in use from now on; None on the CPU."""
+        stream = gpu.current_stream(self.device)
         # A captured table lives as long as its graph may.
-        if stream != self._stream and not torch.cuda.is_current_stream_capturing():
+        if stream != self._stream and not gpu.capturing():
             for t in (self.image, self.sums, self.skipped):
-                t.record_stream(torch.cuda.current_stream(self.device))
+                t.record_stream(stream)
             self._stream = stream
-        return self.device, stream
+        return stream
 
 
 class DeviceTable(BackendTable):

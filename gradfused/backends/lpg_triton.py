@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
@@ -11,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .. import gpu
 from . import triton
 from .lpg_problem import Kernels, Measured, Perturbation, Problem, refuse_stray
 
@@ -23,10 +23,6 @@ _FEWEST_COLUMNS = 16
 def _kernels() -> Any:
     triton.kernels()  # the layout first
     return import_module("gradfused.triton_kernels.lpg")
-
-
-def _on(device: torch.device) -> AbstractContextManager[Any]:
-    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 def tile(classes: int, wide: torch.dtype) -> tuple[int, int]:
@@ -164,7 +160,7 @@ def forward(problem: Problem, tally: bool) -> Measured:
     if n:
         arguments = (logits, target, problem.weight, _numbers(problem), loss, saved, confidence, norm)
         constants = {"SMOOTH": problem.label_smoothing > 0, "TALLY": tally, "BLOCK": tile(classes, problem.wide)[0]}
-        with _on(device):
+        with gpu.selected(device):
             _kernels().forward[(n,)](*arguments, classes, logits.stride(0), problem.ignore_index, **constants)
             counts = _tally(problem, confidence, norm) if tally else None
     kept = target != problem.ignore_index
@@ -188,7 +184,7 @@ def backward(problem: Problem, saved: tuple[Tensor, ...], factor: Tensor, how: P
     """The perturbed gradient."""
     out = torch.empty(problem.logits.shape, dtype=problem.logits.dtype, device=problem.logits.device)
     if problem.target.numel():
-        with _on(out.device):
+        with gpu.selected(out.device):
             _launch(problem, saved[0], factor, how, _readable(out))
     return out
 
@@ -231,7 +227,7 @@ def class_sums(problem: Problem, saved: tuple[Tensor, ...]) -> Tensor:
     by_class = _by_class(problem)
     block, height = tile(classes, problem.wide)
     grid = (classes, -(-classes // block))
-    with _on(to.device):
+    with gpu.selected(to.device):
         _kernels().class_sums[grid](
             logits, target, saved[0], _numbers(problem), by_class.order, by_class.firsts, to, classes, logits.stride(0),
             BLOCK=block, HEIGHT=height,

@@ -26,10 +26,10 @@ EXCHANGE = getattr(Tensor, "__dlpack_c_exchange_api__", None)
 Operand = tuple[int, str, list[int], list[int]]
 
 
-def refusal(tensor: Tensor, device: str) -> str | None:
-    """Why a native backend cannot work on a parameter or gradient, or None if it can."""
-    if tensor.device.type != device:
-        return f"works on {device.upper()} tensors, got one on {tensor.device}"
+def refusal(tensor: Tensor, *devices: str) -> str | None:
+    """Why a backend for ``devices`` cannot work on a parameter or gradient, or None if it can."""
+    if tensor.device.type not in devices:
+        return f"works on {' and '.join(map(str.upper, devices))} tensors, got one on {tensor.device}"
     if tensor.dtype not in DTYPES:
         return f"works on {', '.join(DTYPES.values())}, got {tensor.dtype}"
     if tensor.numel() and tensor.data_ptr() == 0:  # wrappers such as DTensor run their operators on another tensor

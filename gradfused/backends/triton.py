@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .. import gpu
 from . import cpu
 from . import native as natives
 from .base import WIDE_SCOPES, Availability, Row, Scaling, Settings
@@ -26,12 +27,14 @@ from .device import DeviceTable, Part, checked
 OLDEST = (3, 3)
 
 # Elements of a tile, of 128 threads: eight a thread, one 16-byte access of a 16-bit dtype and two of float32, so that AdamW has
-# 128 bytes of reads under way a thread, 64 KiB a multiprocessor. AMD's warps are of 64 threads.
+# 128 bytes of reads under way a thread, 64 KiB a multiprocessor. AMD's warps are of 64 threads, Intel's of 32 as NVIDIA's.
 TILE, THREADS = 1024, 128
 # Programs a multiprocessor, each of which takes its share of the chunks: as many as are resident, by the registers that
 # tools/check_triton.py reads, up to 96 in lean kernels and 128 in those with noise, norms by unit, late centring, riders on the
 # weights or four state tensors, and in those that weigh.
 LEAN_PROGRAMS, FULL_PROGRAMS = 5, 4
+# On Intel's GPUs for each Xe core, which runs 64 threads or more, each a warp, with 64 floats of registers a lane.
+XE_PROGRAMS = 16
 # In the interpreter, where they run one after the other: more than one, so that what programs leave to each other is tried.
 INTERPRETED_PROGRAMS = 2
 
@@ -101,7 +104,7 @@ def interpreting() -> bool:
 def availability() -> Availability:
     """Whether Triton is there and a GPU, or its interpreter, to run it on."""
     reason = missing()
-    if reason is None and not interpreting() and not torch.cuda.is_available():
+    if reason is None and not interpreting() and not gpu.available():
         reason = "needs a GPU that this torch can use, or TRITON_INTERPRET=1 to try the kernels on CPU tensors"
     details = {"interpreted": "by TRITON_INTERPRET=1"} if reason is None and interpreting() else {}
     return Availability("triton", reason, details=details)
@@ -111,7 +114,10 @@ def refusal(tensor: Tensor) -> str | None:
     """Why this backend cannot work on a parameter or gradient, or None if it can."""
     if interpreting():
         return natives.refusal(tensor, "cpu")
-    return natives.refusal(tensor, "cuda")
+    reason = natives.refusal(tensor, *gpu.TYPES)
+    if reason is None and not getattr(gpu.properties(tensor.device), "has_fp64", True):
+        return f"sums norms in float64, which {gpu.properties(tensor.device).name} cannot"
+    return reason
 
 
 @dataclass(frozen=True)
@@ -193,8 +199,14 @@ def launch_options(amd: bool) -> dict[str, Any]:
 
 
 @cache
-def _processors(device: torch.device) -> int:
-    return int(torch.cuda.get_device_properties(device).multi_processor_count)
+def _programs(device: torch.device, full: bool) -> int:
+    """How many programs a device runs at a time."""
+    if device.type == "cpu":
+        return INTERPRETED_PROGRAMS
+    known = gpu.properties(device)
+    if device.type == "xpu":
+        return XE_PROGRAMS * int(known.gpu_subslice_count)
+    return (FULL_PROGRAMS if full else LEAN_PROGRAMS) * int(known.multi_processor_count)
 
 
 class _Part(Part):
@@ -205,7 +217,7 @@ class _Part(Part):
         super().__init__(device, rows, own, settings)
         self._options = Options.of(rows, own, settings)
         # What a captured graph copies from at each replay: pinned memory may not be allocated during a capture.
-        self._staged = torch.empty(self.native.packed_bytes(), dtype=torch.uint8, pin_memory=device.type == "cuda")
+        self._staged = torch.empty(self.native.packed_bytes(), dtype=torch.uint8, pin_memory=device.type != "cpu")
         self._chosen = self._choose()
 
     @staticmethod
@@ -225,36 +237,29 @@ class _Part(Part):
     def _upload(self) -> None:
         """Copy what changed since the last launch: addresses of gradients, options."""
         patches = self.native.patches()
-        capturing = self.device.type == "cuda" and torch.cuda.is_current_stream_capturing()
         for at, data in patches:
             host = torch.frombuffer(bytearray(data), dtype=torch.uint8)
             start = at - self.image.data_ptr()
             place = slice(start, start + host.numel())
-            if capturing:  # once: the table is the graph's from now on
+            if gpu.capturing():  # once: the table is the graph's from now on
                 host = self._staged[place].copy_(host)
-            elif self.device.type == "cuda":
+            elif self.device.type != "cpu":
                 host = host.pin_memory()
             self.image[place].copy_(host, non_blocking=True)
         if patches:
             self._chosen = self._choose()
 
     def _launch(self, kernel: Any, *arguments: Any, **constants: Any) -> None:
-        most = INTERPRETED_PROGRAMS
-        if self.device.type == "cuda":
-            full = self._options.full or self.native.weighs() or self.native.weighs_first()
-            most = (FULL_PROGRAMS if full else LEAN_PROGRAMS) * _processors(self.device)
-        grid = (max(1, min(self.native.chunks(), most)),)
+        full = self._options.full or self.native.weighs() or self.native.weighs_first()
+        grid = (max(1, min(self.native.chunks(), _programs(self.device, full))),)
         constants |= {"SIZE": TILE, "LAYOUT": self._kernels.layout}
-        if self.device.type == "cuda":
-            with torch.cuda.device(self.device):
-                kernel[grid](
-                    self.image.data_ptr(), *arguments, **constants, **launch_options(torch.version.hip is not None)
-                )
-        else:
-            kernel[grid](self.image.data_ptr(), *arguments, **constants)
+        with gpu.selected(self.device):
+            kernel[grid](
+                self.image.data_ptr(), *arguments, **constants, **launch_options(torch.version.hip is not None)
+            )
 
     def stats(self, scaling: Scaling) -> None:
-        self.where()
+        self.stream()
         self._upload()
         scale = checked(scaling.grad_scale, self.device)
         by_weight = any(s is not None and s.by_weight for s in self._known)  # a table may outlive SAM's choice of it
@@ -262,7 +267,7 @@ class _Part(Part):
         self._launch(self._kernels.stats, scale, **self._chosen[0], **options)
 
     def apply(self, scaling: Scaling) -> None:
-        self.where()
+        self.stream()
         self._upload()
         scalars = checked(scaling.grad_scale, self.device), checked(scaling.found_inf, self.device)
         constants = self._chosen[1] | self._options.keywords

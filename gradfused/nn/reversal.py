@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .. import gpu
 from ..options import finite
 
 Factor = float | Tensor  # minus lambda; in a tensor of no dims where that may move under what was recorded
@@ -80,7 +81,7 @@ class _Reversing(nn.Module):
 
     def _factor(self, x: Tensor) -> Factor:
         """The number, which kernels take as an argument; the buffer where a graph or a compiler would freeze that."""
-        recorded = torch.compiler.is_compiling() or (x.is_cuda and torch.cuda.is_current_stream_capturing())
+        recorded = torch.compiler.is_compiling() or (gpu.holds(x) and gpu.capturing())
         return -self._lambda if recorded else -self._number
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch._compile import _disable_dynamo
 
-from .. import options
+from .. import gpu, options
 from ..backends import Scaling, Settings
 from ..memory import check_disjoint
 from ..rows import GroupPlan, check_parameter, named_parameters, parameter_name
@@ -30,7 +30,7 @@ def _value(option: Any) -> Any:
     Of a tensor on a GPU only the address: what it holds is read there, in the step.
     """
     if isinstance(option, Tensor):
-        return option.data_ptr() if option.is_cuda else option.tolist()
+        return option.data_ptr() if gpu.holds(option) else option.tolist()
     return tuple(map(options.as_float, option)) if isinstance(option, (tuple, list)) else option
 
 
@@ -101,7 +101,7 @@ class Optimizer(torch.optim.Optimizer):
         recipe = options.interpret(group)
         settings = Settings(**self._numbers(group), **recipe)
         lr = group["lr"]
-        if isinstance(lr, Tensor) and lr.is_cuda:
+        if isinstance(lr, Tensor) and gpu.holds(lr):
             settings = replace(settings, lr_tensor=lr, lr_address=lr.data_ptr())
         rule, states = self._rule(group)
         rounding = group["precision"] or "nearest"
@@ -189,7 +189,7 @@ class Optimizer(torch.optim.Optimizer):
                 "step() inside swap_ema(): the weights are the averaged ones, and would be lost; leave the block first"
             )
         scaling = Scaling.of(self)
-        if scaling.found_inf is not None and not scaling.found_inf.is_cuda and scaling.forbids:
+        if scaling.found_inf is not None and not gpu.holds(scaling.found_inf) and scaling.forbids:
             self._zero_gradients()
             return
         if not self._sources:
@@ -247,7 +247,7 @@ class Optimizer(torch.optim.Optimizer):
 
     def _table_for(self, plans: list[GroupPlan]) -> StepTable:
         """The table that describes this step: the last one's, or one of a few kept for models whose gradients come and go."""
-        capturing = torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
+        capturing = gpu.capturing()
         for i, table in enumerate(self._tables):
             if table.still_describes(self.param_groups, self.state, plans, self._sources):
                 del self._tables[i]
