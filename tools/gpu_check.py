@@ -19,6 +19,7 @@ import time
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from importlib.metadata import version
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -26,6 +27,7 @@ BUILD = ROOT / "build" / "gpu"
 PACKAGES = BUILD / "lib"
 TOOL_PLACES = ("/usr/local/cuda/bin", "/opt/nvidia/nsight-compute/*", "/usr/local/cuda/nsight-compute*")
 METRICS = "dram__bytes_read.sum,dram__bytes_write.sum,gpu__time_duration.sum"
+OLDEST_SETUPTOOLS = 77  # pyproject.toml's build-system
 PASSED = r"\d+ passed"  # not all of them skipped
 FEW_CASES = "every_recipe and cuda and (adamw-amsgrad or sgd-nesterov) and (full or agc or clip-global)"
 
@@ -178,8 +180,10 @@ def take(step: Step, out: Path, limit: float) -> Outcome:
 
 def missing_modules() -> list[str]:
     """What the build or the tests would stop at; the build finds pybind11 in torch too, and ninja on PATH."""
-    wanted = {"torch": "torch with CUDA", "setuptools": "setuptools", "pytest": "pytest", "hypothesis": "hypothesis"}
+    wanted = {"torch": "torch with CUDA", "pytest": "pytest", "hypothesis": "hypothesis"}
     missing = [what for name, what in wanted.items() if not importlib.util.find_spec(name)]
+    if not importlib.util.find_spec("setuptools") or int(version("setuptools").split(".")[0]) < OLDEST_SETUPTOOLS:
+        missing.append(f"setuptools {OLDEST_SETUPTOOLS} or later")
     if not importlib.util.find_spec("ninja") and not shutil.which("ninja"):
         missing.append("ninja")
     return missing
