@@ -36,6 +36,7 @@ test-all: native
 lint: $(READY)
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
+	find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.def' | xargs $(VENV)/bin/clang-format --dry-run --Werror
 	$(PY) -m mypy
 
 # Every CPython of 3.10 to 3.13 on PATH or in pyenv; wheel-check: only the one in .venv.

@@ -77,20 +77,20 @@ struct Operand {
 // A parameter with a gradient, and its optimizer state. Elements are numbered in iteration order, units lie one after another in it.
 struct Row {
   Operand param, grad, state[kMaxStates];
-  Operand source;                 // where the weights are read, if not from param: a backup, or the copy in float32, which is written too
-  Operand rest;                   // what rounding took off (Rounding::kahan)
-  Operand ema;                    // moving average of the weights, if any
+  Operand source;  // where the weights are read, if not from param: a backup, or the copy in float32, which is written too
+  Operand rest;    // what rounding took off (Rounding::kahan)
+  Operand ema;     // moving average of the weights, if any
   Rounding rounding = Rounding::nearest;
   Rule rule = Rule::sgd;
   int64_t numel = 0, length = 0;  // of the row, of one unit
   int32_t group = 0;
-  uint32_t parameter = 0;         // the parameter's number in the optimizer: part of the noise counter
-  bool centre = false;            // centralisation applies to this row
-  bool whole = false;             // over the whole tensor although units are shorter (norms by unit)
-  bool first = false;             // the state holds nothing yet
-  char* step = nullptr;           // the count of steps taken, a float32 or float64 scalar; null where nothing needs it
+  uint32_t parameter = 0;  // the parameter's number in the optimizer: part of the noise counter
+  bool centre = false;     // centralisation applies to this row
+  bool whole = false;      // over the whole tensor although units are shorter (norms by unit)
+  bool first = false;      // the state holds nothing yet
+  char* step = nullptr;    // the count of steps taken, a float32 or float64 scalar; null where nothing needs it
   DType step_dtype = DType::float32;
-  char* product = nullptr;        // the product of the momenta so far, likewise; only NAdam has one
+  char* product = nullptr;  // the product of the momenta so far, likewise; only NAdam has one
   DType product_dtype = DType::float32;
 };
 

@@ -78,9 +78,9 @@ inline void set_scalar(const ScalarSpec& spec, char*& at, DType& dtype) {
 }
 
 inline void add_row(Rows& rows, const std::string& rule, const OperandSpec& param, const OperandSpec& grad,
-             const std::vector<OperandSpec>& state, const std::optional<OperandSpec>& source, const std::optional<OperandSpec>& rest,
-             const std::optional<OperandSpec>& ema, const std::string& rounding, int64_t numel, int64_t length, int32_t group,
-             uint32_t parameter, bool centre, bool whole, bool first, const ScalarSpec& step, const ScalarSpec& product) {
+                    const std::vector<OperandSpec>& state, const std::optional<OperandSpec>& source, const std::optional<OperandSpec>& rest,
+                    const std::optional<OperandSpec>& ema, const std::string& rounding, int64_t numel, int64_t length, int32_t group,
+                    uint32_t parameter, bool centre, bool whole, bool first, const ScalarSpec& step, const ScalarSpec& product) {
   Row row;
   row.rule = rule_named(rule);
   row.param = operand(param);
@@ -107,7 +107,9 @@ inline void add_row(Rows& rows, const std::string& rule, const OperandSpec& para
 inline void define(py::module_& m) {
   m.def("rules", [] { return std::vector<std::string>(std::begin(kRuleNames), std::end(kRuleNames)); });
 
-  py::class_<Perturb>(m, "Perturb", py::module_local()).def(py::init([](double a, double b, double e, double lo, double hi) { return Perturb{a, b, e, lo, hi}; }));
+  py::class_<Perturb>(m, "Perturb", py::module_local()).def(py::init([](double a, double b, double e, double lo, double hi) {
+    return Perturb{a, b, e, lo, hi};
+  }));
 
   py::class_<Hyper>(m, "Hyper", py::module_local())
       .def(py::init<>())
@@ -145,12 +147,13 @@ inline void define(py::module_& m) {
   py::class_<Rows>(m, "Rows", py::module_local())
       .def("hyper", &Rows::hyper, py::return_value_policy::reference_internal)
       .def("add", &add_row, py::kw_only(), py::arg("rule"), py::arg("param"), py::arg("grad"), py::arg("state"), py::arg("source"),
-           py::arg("rest"), py::arg("ema"), py::arg("rounding"), py::arg("numel"), py::arg("length"), py::arg("group"), py::arg("parameter"),
-           py::arg("centre"), py::arg("whole"), py::arg("first"), py::arg("step"), py::arg("product"))
+           py::arg("rest"), py::arg("ema"), py::arg("rounding"), py::arg("numel"), py::arg("length"), py::arg("group"),
+           py::arg("parameter"), py::arg("centre"), py::arg("whole"), py::arg("first"), py::arg("step"), py::arg("product"))
       .def("__len__", &Rows::size);
 
   py::class_<Watch>(m, "Watch", py::module_local())
-      .def(py::init<py::object, py::object, py::list, py::dict>(), py::arg("tensor"), py::arg("exchange"), py::arg("groups"), py::arg("state"))
+      .def(py::init<py::object, py::object, py::list, py::dict>(), py::arg("tensor"), py::arg("exchange"), py::arg("groups"),
+           py::arg("state"))
       .def("add", &Watch::add, py::arg("param"), py::arg("state"), py::arg("keys"))
       .def("refresh", &Watch::refresh, py::arg("groups"), py::arg("state"), py::arg("table"));
 }

@@ -141,10 +141,10 @@ inline std::map<std::string, int64_t> layout() {
   GRADFUSED_VALUE(Rounding, master)
   // Sets of rules, a bit each: those that trust by the gradient's norm, by their update's, and those whose state is only written.
   int64_t &by_gradient = at["rules_trust_gradient"], &by_update = at["rules_trust_update"], &unread = at["rules_unread"];
-#define GRADFUSED_RULE(name, type, family) \
-  GRADFUSED_VALUE(Rule, name) \
+#define GRADFUSED_RULE(name, type, family)                                               \
+  GRADFUSED_VALUE(Rule, name)                                                            \
   by_gradient |= int64_t(math::type::trust == math::Trust::gradient) << int(Rule::name); \
-  by_update |= int64_t(math::type::trust == math::Trust::update) << int(Rule::name); \
+  by_update |= int64_t(math::type::trust == math::Trust::update) << int(Rule::name);     \
   unread |= int64_t(!math::type::reads_state) << int(Rule::name);
 #include "rules.def"
 #undef GRADFUSED_RULE

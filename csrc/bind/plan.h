@@ -10,15 +10,21 @@ namespace gradfused::bind {
 
 template <class P> void define_plan(py::class_<P, Rows>& of) {
   of.def(py::init<size_t>(), py::arg("groups"))
-      .def("lr_from", [](P& p, size_t group, uintptr_t at, const std::string& dtype) {
+      .def(
+          "lr_from",
+          [](P& p, size_t group, uintptr_t at, const std::string& dtype) {
             p.lr_from(group, reinterpret_cast<const char*>(at), dtype_named(dtype));
-          }, py::arg("group"), py::arg("at"), py::arg("dtype"))
+          },
+          py::arg("group"), py::arg("at"), py::arg("dtype"))
       .def("bytes", &P::bytes)
       .def("packed_bytes", &P::packed_bytes)
-      .def("pack", [](P& p, uintptr_t to, uintptr_t base, uintptr_t squares, uintptr_t skipped) {
+      .def(
+          "pack",
+          [](P& p, uintptr_t to, uintptr_t base, uintptr_t squares, uintptr_t skipped) {
             p.pack(reinterpret_cast<char*>(to), reinterpret_cast<char*>(base), reinterpret_cast<double*>(squares),
                    reinterpret_cast<double*>(skipped));
-          }, py::arg("to"), py::arg("base"), py::arg("squares"), py::arg("skipped"))
+          },
+          py::arg("to"), py::arg("base"), py::arg("squares"), py::arg("skipped"))
       .def("reconfigured", &P::reconfigured)
       .def("needs_stats", &P::needs_stats)
       .def("chunks", &P::chunks);

@@ -34,7 +34,8 @@ py::object Accessor::operator()(PyObject* tensor) const {
   } else if (method_ && method_->ml_flags == METH_NOARGS) {
     result = method_->ml_meth(tensor, nullptr);
   } else if (method_ && method_->ml_flags == (METH_VARARGS | METH_KEYWORDS)) {
-    result = reinterpret_cast<PyCFunctionWithKeywords>(reinterpret_cast<void (*)()>(method_->ml_meth))(tensor, no_arguments_.ptr(), nullptr);
+    result =
+        reinterpret_cast<PyCFunctionWithKeywords>(reinterpret_cast<void (*)()>(method_->ml_meth))(tensor, no_arguments_.ptr(), nullptr);
   } else {
     PyObject* args[] = {tensor};
     result = PyObject_Vectorcall(descriptor_.ptr(), args, 1, nullptr);

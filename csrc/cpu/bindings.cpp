@@ -38,11 +38,23 @@ void roof(const std::vector<uintptr_t>& written, const std::vector<uintptr_t>& r
 // LPG cross-entropy of one batch; see gradfused.backends.lpg_cpu.
 class Lpg {
  public:
-  Lpg(uintptr_t logits, const std::string& dtype, int64_t rows, int64_t classes, int64_t inner, int64_t outer_stride,
-      int64_t inner_stride, int64_t class_stride, bool columns, uintptr_t target, int64_t ignore_index,
-      uintptr_t weight, double weight_sum, double smoothing, uintptr_t saved, int threads)
-      : problem_{reinterpret_cast<const char*>(logits), bind::dtype_named(dtype), rows, classes, inner, outer_stride, inner_stride, class_stride, columns,
-                 reinterpret_cast<const int64_t*>(target), ignore_index, reinterpret_cast<const void*>(weight), weight_sum, smoothing,
+  Lpg(uintptr_t logits, const std::string& dtype, int64_t rows, int64_t classes, int64_t inner, int64_t outer_stride, int64_t inner_stride,
+      int64_t class_stride, bool columns, uintptr_t target, int64_t ignore_index, uintptr_t weight, double weight_sum, double smoothing,
+      uintptr_t saved, int threads)
+      : problem_{reinterpret_cast<const char*>(logits),
+                 bind::dtype_named(dtype),
+                 rows,
+                 classes,
+                 inner,
+                 outer_stride,
+                 inner_stride,
+                 class_stride,
+                 columns,
+                 reinterpret_cast<const int64_t*>(target),
+                 ignore_index,
+                 reinterpret_cast<const void*>(weight),
+                 weight_sum,
+                 smoothing,
                  reinterpret_cast<void*>(saved)},
         threads_(threads) {}
 
@@ -53,7 +65,8 @@ class Lpg {
   }
   void backward(uintptr_t out, uintptr_t factor, int64_t factor_stride, uintptr_t bound, bool by_sample, uintptr_t means) const {
     const cpu::LpgGradient gradient = {reinterpret_cast<char*>(out), reinterpret_cast<const double*>(factor), factor_stride};
-    cpu::lpg_backward(problem_, gradient, {reinterpret_cast<const double*>(bound), by_sample, reinterpret_cast<const void*>(means)}, threads_);
+    cpu::lpg_backward(problem_, gradient, {reinterpret_cast<const double*>(bound), by_sample, reinterpret_cast<const void*>(means)},
+                      threads_);
   }
   void class_sums(uintptr_t to) const { cpu::lpg_class_sums(problem_, reinterpret_cast<void*>(to), threads_); }
 
@@ -79,18 +92,23 @@ PYBIND11_MODULE(_cpu, m) {
   py::class_<cpu::Table, Rows>(m, "Table", py::module_local())
       .def(py::init<size_t>(), py::arg("groups"))
       .def("needs_stats", &cpu::Table::needs_stats)
-      .def("stats", [](cpu::Table& t, double unscale, uintptr_t sums, int threads) {
-            t.stats(unscale, reinterpret_cast<double*>(sums), threads);
-          }, py::arg("unscale"), py::arg("sums"), py::arg("threads"), py::call_guard<py::gil_scoped_release>())
-      .def("apply", [](cpu::Table& t, double unscale, uintptr_t sums, int threads) {
+      .def(
+          "stats",
+          [](cpu::Table& t, double unscale, uintptr_t sums, int threads) { t.stats(unscale, reinterpret_cast<double*>(sums), threads); },
+          py::arg("unscale"), py::arg("sums"), py::arg("threads"), py::call_guard<py::gil_scoped_release>())
+      .def(
+          "apply",
+          [](cpu::Table& t, double unscale, uintptr_t sums, int threads) {
             return t.apply(unscale, reinterpret_cast<double*>(sums), threads);
-          }, py::arg("unscale"), py::arg("sums"), py::arg("threads"), py::call_guard<py::gil_scoped_release>());
+          },
+          py::arg("unscale"), py::arg("sums"), py::arg("threads"), py::call_guard<py::gil_scoped_release>());
 
   const auto released = py::call_guard<py::gil_scoped_release>();
   py::class_<Lpg>(m, "Lpg", py::module_local())
-      .def(py::init<uintptr_t, const std::string&, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, bool, uintptr_t, int64_t, uintptr_t, double, double, uintptr_t, int>(),
-           py::kw_only(), py::arg("logits"), py::arg("dtype"), py::arg("rows"), py::arg("classes"), py::arg("inner"), py::arg("outer_stride"), py::arg("inner_stride"),
-           py::arg("class_stride"), py::arg("columns"), py::arg("target"),
+      .def(py::init<uintptr_t, const std::string&, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, bool, uintptr_t, int64_t,
+                    uintptr_t, double, double, uintptr_t, int>(),
+           py::kw_only(), py::arg("logits"), py::arg("dtype"), py::arg("rows"), py::arg("classes"), py::arg("inner"),
+           py::arg("outer_stride"), py::arg("inner_stride"), py::arg("class_stride"), py::arg("columns"), py::arg("target"),
            py::arg("ignore_index"), py::arg("weight"), py::arg("weight_sum"), py::arg("smoothing"), py::arg("saved"), py::arg("threads"))
       .def("stray", &Lpg::stray, released)
       .def("forward", &Lpg::forward, py::arg("loss"), py::arg("total"), py::arg("tally"), released)
@@ -101,11 +119,13 @@ PYBIND11_MODULE(_cpu, m) {
   // The table of kernels that are compiled elsewhere, in Triton.
   py::class_<device::Plan, Rows> plan(m, "Plan", py::module_local());
   bind::define_plan(plan);
-  plan.def("patches", [](device::Plan& p) {
-        std::vector<std::pair<uintptr_t, py::bytes>> due;
-        for (const auto& patch : p.patches()) due.emplace_back(reinterpret_cast<uintptr_t>(patch.to), py::bytes(patch.bytes.data(), patch.bytes.size()));
-        return due;
-      })
+  plan.def("patches",
+           [](device::Plan& p) {
+             std::vector<std::pair<uintptr_t, py::bytes>> due;
+             for (const auto& patch : p.patches())
+               due.emplace_back(reinterpret_cast<uintptr_t>(patch.to), py::bytes(patch.bytes.data(), patch.bytes.size()));
+             return due;
+           })
       .def("rehearses", &device::Plan::rehearses)
       .def("weighs_first", &device::Plan::weighs_first)
       .def("weighs", &device::Plan::weighs)

@@ -103,9 +103,9 @@ void Table::run(Phase phase, int threads) {
   const Kernels& k = kernels();
   void (*const kernels[kPhases])(const Job&, int64_t, char*) = {k.sum, k.squares, k.weigh, k.rehearse, k.weigh, k.apply};
   void (*const kernel)(const Job&, int64_t, char*) = kernels[phase];
-  const Job job = {rows_.data(),      hypers_.data(),  steps_.data(),   chunks_.data(),          cached_,  unscale_,
-                   chunk_sum_.data(), chunk_sq_.data(), chunk_weight_sq_.data(), unit_mean_.data(), unit_sq_.data(),
-                   unit_weight_sq_.data(), unit_direction_.data()};
+  const Job job = {rows_.data(),    hypers_.data(),         steps_.data(),         chunks_.data(),          cached_,
+                   unscale_,        chunk_sum_.data(),      chunk_sq_.data(),      chunk_weight_sq_.data(), unit_mean_.data(),
+                   unit_sq_.data(), unit_weight_sq_.data(), unit_direction_.data()};
 
   int64_t elements = 0;
   for (size_t i = 0; i < todo.size() && elements < threads * kWorthAThread; ++i) elements += chunks_[size_t(todo[i])].count;

@@ -43,8 +43,8 @@ class Table : public Rows {
   bool planned_ = false, cached_ = true;
   std::vector<RowStep> steps_;
   std::vector<Chunk> chunks_;
-  std::vector<size_t> first_chunk_;         // of each row, and the end
-  std::vector<int64_t> todo_[kPhases];      // chunks of each phase
+  std::vector<size_t> first_chunk_;     // of each row, and the end
+  std::vector<int64_t> todo_[kPhases];  // chunks of each phase
   std::vector<double> chunk_sum_, chunk_sq_, chunk_weight_sq_, unit_mean_, unit_sq_, unit_weight_sq_, unit_direction_;
   double unscale_ = 1;
   std::vector<std::unique_ptr<char[]>> scratch_;

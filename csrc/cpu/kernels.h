@@ -26,12 +26,12 @@ struct Chunk {
 // What a row needs besides its operands, worked out anew for each step.
 struct RowStep {
   Count count = {0, false, 1};
-  double factor = 1;       // s(n) of a scope wider than the unit
-  double sigma = 0;        // noise
+  double factor = 1;                 // s(n) of a scope wider than the unit
+  double sigma = 0;                  // noise
   double weight_norm = 0, norm = 0;  // of the whole row, where the rule trusts them
   bool trusted = false;
   bool means_known = false, norms_known = false, directions_known = false;  // of its units, in Job
-  int64_t unit0 = 0;       // its first unit's place in Job's arrays
+  int64_t unit0 = 0;                                                        // its first unit's place in Job's arrays
 };
 
 // One step's work, shared by all threads. Sums are float64 and each has one writer.
@@ -40,11 +40,11 @@ struct Job {
   const Hyper* hypers;
   const RowStep* steps;
   const Chunk* chunks;
-  bool cached;          // the table may be found in a cache from one step to the next
-  double unscale;       // 1 / grad_scale
-  double *chunk_sum;    // a slot a chunk
-  double *chunk_sq;     // centred sum of squares of the unscaled gradient
-  double *chunk_weight_sq;
+  bool cached;        // the table may be found in a cache from one step to the next
+  double unscale;     // 1 / grad_scale
+  double* chunk_sum;  // a slot a chunk
+  double* chunk_sq;   // centred sum of squares of the unscaled gradient
+  double* chunk_weight_sq;
   double *unit_mean, *unit_sq, *unit_weight_sq, *unit_direction;
 };
 
@@ -61,8 +61,7 @@ struct Kernels {
   // the step
   void (*apply)(const Job&, int64_t chunk, char* scratch);
   // every stream in place with no math: the memory roof; `nothing` is 0
-  void (*roof)(float* const* written, int writes, const float* const* read, int reads, int64_t begin, int64_t end,
-               float nothing);
+  void (*roof)(float* const* written, int writes, const float* const* read, int reads, int64_t begin, int64_t end, float nothing);
   const LpgKernels& (*lpg)();
   const LpgColumnKernels& (*lpg_columns)();
 };

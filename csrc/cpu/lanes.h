@@ -11,8 +11,12 @@ namespace {
 constexpr int kAbreast = 16;
 typedef double Doubles __attribute__((vector_size(sizeof(Floats))));
 
-template <class T> struct RegisterOf { using Type = Floats; };
-template <> struct RegisterOf<double> { using Type = Doubles; };
+template <class T> struct RegisterOf {
+  using Type = Floats;
+};
+template <> struct RegisterOf<double> {
+  using Type = Doubles;
+};
 
 // Constants are Taylor's but for the last digits, which spread the error (Cephes). Within 1.5 ulp for x in [-87.33, 0]; what is less gives 0.
 GRADFUSED_MATH Floats exp_of(Floats x) {
@@ -48,16 +52,26 @@ template <class T> struct Lanes {
   GRADFUSED_MATH static Lanes all(T x) {
     return each([x](int) { return Register{} + x; });
   }
-  GRADFUSED_MATH Lanes operator+(const Lanes& o) const { return each([&](int k) { return r[k] + o.r[k]; }); }
-  GRADFUSED_MATH Lanes operator-(const Lanes& o) const { return each([&](int k) { return r[k] - o.r[k]; }); }
-  GRADFUSED_MATH Lanes operator*(const Lanes& o) const { return each([&](int k) { return r[k] * o.r[k]; }); }
+  GRADFUSED_MATH Lanes operator+(const Lanes& o) const {
+    return each([&](int k) { return r[k] + o.r[k]; });
+  }
+  GRADFUSED_MATH Lanes operator-(const Lanes& o) const {
+    return each([&](int k) { return r[k] - o.r[k]; });
+  }
+  GRADFUSED_MATH Lanes operator*(const Lanes& o) const {
+    return each([&](int k) { return r[k] * o.r[k]; });
+  }
   // The greater; the other where one is no number.
-  GRADFUSED_MATH Lanes or_greater(const Lanes& o) const { return each([&](int k) { return o.r[k] > r[k] ? o.r[k] : r[k]; }); }
+  GRADFUSED_MATH Lanes or_greater(const Lanes& o) const {
+    return each([&](int k) { return o.r[k] > r[k] ? o.r[k] : r[k]; });
+  }
   // a where a lane is `key`, else b.
   GRADFUSED_MATH Lanes equal(T key, const Lanes& a, const Lanes& b) const {
     return each([&](int k) { return r[k] == key ? a.r[k] : b.r[k]; });
   }
-  GRADFUSED_MATH Lanes exp() const { return each([&](int k) { return exp_of(r[k]); }); }
+  GRADFUSED_MATH Lanes exp() const {
+    return each([&](int k) { return exp_of(r[k]); });
+  }
 
   GRADFUSED_MATH void spill(T (&to)[kAbreast]) const { memcpy(to, r, sizeof to); }
   GRADFUSED_MATH static Lanes of(const T (&from)[kAbreast]) {

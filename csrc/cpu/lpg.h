@@ -20,7 +20,7 @@ struct LpgProblem {
   const void* weight;  // T a class, or null
   double weight_sum;   // the classes' number without weights
   double smoothing;
-  void* saved;         // kSaved values of T a row: the greatest logit m; of the other classes, the sums of exp(x - m) and its square
+  void* saved;  // kSaved values of T a row: the greatest logit m; of the other classes, the sums of exp(x - m) and its square
 
   double share() const { return smoothing / double(classes); }  // of the target distribution, for each class but the row's own
   bool counts(int64_t row) const { return target[row] != ignore_index; }

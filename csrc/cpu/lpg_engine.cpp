@@ -123,7 +123,8 @@ class Backward {
     if (measures) sum_large(rows, [&](const Piece& piece) { return how.bound[piece.c] != 0; });
     for_each(int64_t(rows.larges.size()), threads_, [&](int64_t i, int) {
       Large& large = rows.larges[size_t(i)];
-      if (measures && how.bound[large.c] != 0) large.delta = delta_of(large.c, large.count, large.rest, totals_of(large), how.bound[large.c]);
+      if (measures && how.bound[large.c] != 0)
+        large.delta = delta_of(large.c, large.count, large.rest, totals_of(large), how.bound[large.c]);
     });
     for_each(int64_t(rows.pieces.size()), threads_, [&](int64_t i, int worker) {
       const Piece& piece = rows.pieces[size_t(i)];
@@ -300,9 +301,7 @@ void lpg_forward(const LpgProblem& p, void* loss, const LpgTotals& to, int threa
   const LpgRows rows = {loss, bytes ? found.get() : nullptr, bytes ? found.get() + bytes : nullptr};
   const int64_t step = std::max<int64_t>(1, kElements / std::max<int64_t>(1, p.classes));
   const auto forward = p.columns ? kernels().lpg_columns().forward : kernels().lpg().forward;
-  for_each((p.rows + step - 1) / step, threads, [&](int64_t i, int) {
-    forward(p, rows, i * step, std::min(p.rows, (i + 1) * step));
-  });
+  for_each((p.rows + step - 1) / step, threads, [&](int64_t i, int) { forward(p, rows, i * step, std::min(p.rows, (i + 1) * step)); });
   to.total[0] = to.total[1] = 0;
   for (int64_t i = 0; i < p.rows; ++i) {
     if (!p.counts(i)) continue;

@@ -7,8 +7,8 @@ namespace gradfused::cpu {
 
 // What the forward returns besides its rows.
 struct LpgTotals {
-  double *total;  // 2: the sum of the losses, and of the weights of the rows that count
-  double *tally;  // null, or 3 * classes: of each class, rows that count, their summed confidence and norm
+  double* total;  // 2: the sum of the losses, and of the weights of the rows that count
+  double* tally;  // null, or 3 * classes: of each class, rows that count, their summed confidence and norm
 };
 
 // How logit gradients are perturbed.

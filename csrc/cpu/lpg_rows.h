@@ -9,8 +9,12 @@ namespace {
 
 using math::smaller;
 
-template <class S> struct WideOf { using Type = float; };
-template <> struct WideOf<double> { using Type = double; };
+template <class S> struct WideOf {
+  using Type = float;
+};
+template <> struct WideOf<double> {
+  using Type = double;
+};
 
 template <class T> struct Saved {
   T greatest, others, squares;
@@ -29,7 +33,8 @@ struct Own {
   double sum;       // of all classes' exponentials
   double rest;      // the other classes' probability
   double gradient;  // softmax - target distribution: no 1 - 1
-  template <class T> Own(const LpgProblem& p, const Saved<T>& s, T exponential_)
+  template <class T>
+  Own(const LpgProblem& p, const Saved<T>& s, T exponential_)
       : exponential(double(exponential_)),
         sum(exponential + double(s.others)),
         rest(double(s.others) / sum),
@@ -51,7 +56,8 @@ template <class T> void put_row(const LpgRows& to, int64_t row, double loss, dou
 }
 
 // `weighted` is the sum of weight * (logit - origin), where there is smoothing.
-template <class T> void finish_row(const LpgProblem& p, const LpgRows& to, int64_t row, T logit, const Own& own, double weighted, T origin) {
+template <class T>
+void finish_row(const LpgProblem& p, const LpgRows& to, int64_t row, T logit, const Own& own, double weighted, T origin) {
   const Saved<T>& saved = saved_of<T>(p, row);
   const double s = p.smoothing;
   const double log_sum = own.exponential == 1 ? log1p(double(saved.others)) : log(own.sum);
@@ -60,8 +66,8 @@ template <class T> void finish_row(const LpgProblem& p, const LpgRows& to, int64
   if (s > 0) loss += p.share() * (p.weight_sum * (log_sum + double(saved.greatest) - double(origin)) - weighted);
   double norm = 0;
   if (to.norm) {
-    const double rest = double(saved.squares) / (own.sum * own.sum) - 2 * p.share() * own.rest +
-                        double(p.classes - 1) * p.share() * p.share();
+    const double rest =
+        double(saved.squares) / (own.sum * own.sum) - 2 * p.share() * own.rest + double(p.classes - 1) * p.share() * p.share();
     norm = sqrt(own.gradient * own.gradient + (rest < 0 ? 0 : rest));
   }
   put_row<T>(to, row, loss, own.exponential / own.sum, norm);

@@ -36,7 +36,8 @@ constexpr int64_t kShortUnit = 64;
 constexpr int kUnitsAbreast = 8;
 
 // totals[u] <- the sum of term(u, x[i]) over unit u, for units that lie one after another.
-template <class T, class Term> void reduce_units(const T* __restrict x, int64_t length, int64_t units, double* __restrict totals, Term term) {
+template <class T, class Term>
+void reduce_units(const T* __restrict x, int64_t length, int64_t units, double* __restrict totals, Term term) {
   int64_t u = 0;
   if (length <= kShortUnit) {
     for (; u + kUnitsAbreast <= units; u += kUnitsAbreast) {

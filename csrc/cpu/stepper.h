@@ -95,7 +95,8 @@ template <class R, class T> class Stepper {
 
   template <class S> void together(const Block& b, const S* g, S* p, S* const* s) {
     if constexpr (R::coupled) {
-      if (t_.decay != T(0)) return step_units<R, Before::perturbed_and_decayed>(b, g, p, s[0], s[1], s[2], s[3], means_, factors_, t_, coef_);
+      if (t_.decay != T(0))
+        return step_units<R, Before::perturbed_and_decayed>(b, g, p, s[0], s[1], s[2], s[3], means_, factors_, t_, coef_);
     }
     if constexpr (!kSeldom<S>) {
       if (untouched()) return step_units<R, Before::nothing>(b, g, p, s[0], s[1], s[2], s[3], means_, factors_, t_, coef_);
@@ -194,8 +195,8 @@ template <class R, class T> class Stepper {
     for (int64_t u = 0; u < b.units; ++u) {
       squares_ += squares.at[u];
       const double norm = sqrt(squares.at[u]);
-      factors_.at[u] = T(at_.hyper.agc ? math::agc_factor(at_.hyper.radius, sqrt(weights.at[u]), norm)
-                                       : math::perturb_factor(at_.hyper.perturb, norm));
+      factors_.at[u] =
+          T(at_.hyper.agc ? math::agc_factor(at_.hyper.radius, sqrt(weights.at[u]), norm) : math::perturb_factor(at_.hyper.perturb, norm));
     }
   }
 

@@ -24,7 +24,8 @@ template <class T> void round_randomly(const Place& at, const Block& b, T* x) {
     random_quads(at.hyper.seed, uint64_t(begin / 4), at.row.parameter, uint32_t(at.now.count.step - 1), words);
     for (int64_t i = 0; i < n; ++i) {
       const float v = float(x[done + i]);
-      x[done + i] = T(at.row.param.dtype == DType::bfloat16 ? math::random_bfloat16(v, words[skip + i]) : math::random_half(v, words[skip + i]));
+      x[done + i] =
+          T(at.row.param.dtype == DType::bfloat16 ? math::random_bfloat16(v, words[skip + i]) : math::random_half(v, words[skip + i]));
     }
     done += n;
   }

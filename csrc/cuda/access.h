@@ -225,7 +225,8 @@ __device__ __forceinline__ const Operand& kept_weights(const Row& row) { return 
 
 // Runs f with the access that suits a chunk: one uniform branch a chunk. Operands of mixed dtypes go an element at a time, but for what may
 // be float32 beside 16-bit weights, so that there are six bodies, not one a combination. Without kWide there is no float64.
-template <bool kWide = true, class F> __device__ __forceinline__ void with_access(const Row& row, const char* grad, bool plain, const F& f) {
+template <bool kWide = true, class F>
+__device__ __forceinline__ void with_access(const Row& row, const char* grad, bool plain, const F& f) {
   if (plain && reinterpret_cast<uintptr_t>(grad) % 16 == 0) {
     switch (row.param.dtype) {
       case DType::float32: return f(Plain<float, float>{});

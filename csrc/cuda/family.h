@@ -18,8 +18,8 @@ constexpr __host__ __device__ bool same(const char* a, const char* b) { return *
 // as calls, through local memory.
 template <class F> __device__ __forceinline__ void with_rule(Rule rule, const F& f) {
   switch (rule) {
-#define GRADFUSED_RULE(name, type, family)                                              \
-  case Rule::name:                                                                      \
+#define GRADFUSED_RULE(name, type, family)                                                 \
+  case Rule::name:                                                                         \
     if constexpr (same(#family, GRADFUSED_TEXT(GRADFUSED_FAMILY))) return f(math::type{}); \
     return;
 #include "rules.def"

@@ -43,9 +43,14 @@ template <class A> class FullStepper {
 
  public:
   __device__ __forceinline__ explicit FullStepper(const Place& at)
-      : at_(at), row_(at.r.row), h_(at.job.hypers[at.r.row.group].hyper), rule_(at.r.row.rule),
-        t_(*reinterpret_cast<const math::Transform<T>*>(at.now.transform)), move_(*reinterpret_cast<const Move<T>*>(at.now.move)),
-        weights_(at.now), g_(at.r.row.grad, at.job.grads[at.c.row], at.c.lanes ? int(at.c.lanes) : kThreads, at.tile, at.now.unscale) {}
+      : at_(at),
+        row_(at.r.row),
+        h_(at.job.hypers[at.r.row.group].hyper),
+        rule_(at.r.row.rule),
+        t_(*reinterpret_cast<const math::Transform<T>*>(at.now.transform)),
+        move_(*reinterpret_cast<const Move<T>*>(at.now.move)),
+        weights_(at.now),
+        g_(at.r.row.grad, at.job.grads[at.c.row], at.c.lanes ? int(at.c.lanes) : kThreads, at.tile, at.now.unscale) {}
 
   __device__ __forceinline__ void run() {
     const Chunk& c = at_.c;
@@ -240,8 +245,8 @@ template <class A> class FullStepper {
   Weights<A> weights_;
   Gradient<A> g_;
   typename A::Handle state_[states]{};
-  T mean_ = T(0), factor_ = T(1);  // of the unit
-  double sum_ = 0;                        // this thread's part of the last walk's
+  T mean_ = T(0), factor_ = T(1);          // of the unit
+  double sum_ = 0;                         // this thread's part of the last walk's
   double total_ = 0, weight_squares_ = 0;  // and of what the chunk leaves behind
 };
 
@@ -250,9 +255,7 @@ struct FullChunk {
   template <class A> __device__ __forceinline__ void operator()(A) const { FullStepper<A>(at).run(); }
 };
 
-__device__ __forceinline__ void step_full(const Place& at) {
-  with_access(at.r.row, at.job.grads[at.c.row], at.c.plain, FullChunk{at});
-}
+__device__ __forceinline__ void step_full(const Place& at) { with_access(at.r.row, at.job.grads[at.c.row], at.c.plain, FullChunk{at}); }
 
 }  // namespace
 }  // namespace gradfused::cuda

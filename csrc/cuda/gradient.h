@@ -84,13 +84,14 @@ template <class A> struct Gradient {
   __device__ __forceinline__ double sum() {
     const bool fitting = fits();
     double total = 0;
-    for_each_loaded([&](int i) { return A::load(from, i); }, [&](int i, const Pack& g) {
+    const auto add = [&](int i, const Pack& g) {
       if (fitting) slot<Raw>(i) = A::raw(g);
       T part = 0;
 #pragma unroll
       for (int k = 0; k < width; ++k) part += T(math::widen(g.at[k])) * unscale;
       total += double(part);
-    });
+    };
+    for_each_loaded([&](int i) { return A::load(from, i); }, add);
     held = fitting;
     return sum_group(total, lanes);
   }
@@ -118,11 +119,12 @@ template <class A> struct Gradient {
   // This thread's part of the sum of squares of the weights of the same elements.
   __device__ __forceinline__ double own_squares_of(const typename A::Rider& weights) const {
     double total = 0;
-    for_each_loaded<kRidersAhead>([&](int i) { return A::load_rider(weights, i); }, [&](int, const typename A::RiderRaw& v) {
+    const auto add = [&](int, const typename A::RiderRaw& v) {
       T x[width];
       A::widen(weights, v, x);
       total += sum_squares<width>(x);
-    });
+    };
+    for_each_loaded<kRidersAhead>([&](int i) { return A::load_rider(weights, i); }, add);
     return total;
   }
 
@@ -133,13 +135,14 @@ template <class A> struct Gradient {
       typename A::RiderRaw w;
     };
     double total = 0;
-    for_each_loaded<kRidersAhead / 2>([&](int i) { return Both{A::load(from, i), A::load_rider(weights, i)}; }, [&](int, const Both& v) {
+    const auto add = [&](int, const Both& v) {
       T x[width];
       A::widen(weights, v.w, x);
 #pragma unroll
       for (int k = 0; k < width; ++k) x[k] = math::centred(T(math::widen(v.g.at[k])), unscale, T(0)) * math::reach(x[k], eta);
       total += sum_squares<width>(x);
-    });
+    };
+    for_each_loaded<kRidersAhead / 2>([&](int i) { return Both{A::load(from, i), A::load_rider(weights, i)}; }, add);
     return total;
   }
 };

@@ -15,8 +15,13 @@ template <class R, class A> class LeanStepper {
 
  public:
   __device__ __forceinline__ explicit LeanStepper(const Place& at)
-      : job_(at.job), r_(at.r), row_(at.r.row), c_(at.c), rule_(at.now, at.r.row.rule),
-        t_(*reinterpret_cast<const math::Transform<T>*>(at.now.transform)), move_(*reinterpret_cast<const Move<T>*>(at.now.move)),
+      : job_(at.job),
+        r_(at.r),
+        row_(at.r.row),
+        c_(at.c),
+        rule_(at.now, at.r.row.rule),
+        t_(*reinterpret_cast<const math::Transform<T>*>(at.now.transform)),
+        move_(*reinterpret_cast<const Move<T>*>(at.now.move)),
         g_(at.r.row.grad, at.job.grads[at.c.row], at.c.lanes ? int(at.c.lanes) : kThreads, at.tile, at.now.unscale) {}
 
   __device__ __forceinline__ void run() {

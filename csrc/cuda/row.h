@@ -9,24 +9,24 @@ namespace {
 // What there is to do with each element: first what depends on the row, then what depends on the walk.
 enum Todo : uint32_t {
   kNoise = 1u << 0,
-  kDecay = 1u << 1,        // coupled
+  kDecay = 1u << 1,  // coupled
   kKahan = 1u << 3,
   kMaster = 1u << 4,
   kStochastic = 1u << 5,
   kEma = 1u << 6,
   kZeroGrad = 1u << 7,
   kTrustsUpdate = 1u << 8,
-  kReads = 1u << 9,        // of the first state; the others' follow
+  kReads = 1u << 9,  // of the first state; the others' follow
   kWrites = 1u << (9 + kMaxStates),
-  kHeld = 1u << 17,        // the tile has what the last walk left there
+  kHeld = 1u << 17,          // the tile has what the last walk left there
   kCentreBefore = 1u << 18,  // the mean is taken off what the rule is given
   kDirect = 1u << 19,
   kCentreAfter = 1u << 20,  // the mean is taken off what the rule makes of it
-  kMove = 1u << 21,        // states are written
-  kSum = 1u << 22,         // of what has come about so far
-  kHold = 1u << 23,        // and it is put into the tile
-  kWeigh = 1u << 24,       // sums of squares for a trust ratio
-  kStep = 1u << 25,        // weights are written, and what rides on that
+  kMove = 1u << 21,         // states are written
+  kSum = 1u << 22,          // of what has come about so far
+  kHold = 1u << 23,         // and it is put into the tile
+  kWeigh = 1u << 24,        // sums of squares for a trust ratio
+  kStep = 1u << 25,         // weights are written, and what rides on that
 };
 static_assert(9 + 2 * kMaxStates == 17, "the states' bits have room");
 
@@ -88,9 +88,8 @@ template <class F> __device__ __forceinline__ double sum_rows(int begin, int end
 
 __device__ double global_squares(const Job& job) {
   if (!job.any_global) return 0;
-  return sum_rows(0, job.row_count, [&](int i) {
-    return job.hypers[job.rows[i].row.group].hyper.scope == Scope::global ? job.squares[i] : 0.0;
-  });
+  return sum_rows(0, job.row_count,
+                  [&](int i) { return job.hypers[job.rows[i].row.group].hyper.scope == Scope::global ? job.squares[i] : 0.0; });
 }
 
 // Whether what the norms saw forbids the step.
@@ -105,8 +104,8 @@ __device__ bool is_spoilt(const Job& job) {
 template <class T> __device__ void set_transform(Now& now, const Hyper& h, double factor) {
   static_assert(sizeof(math::Transform<T>) <= sizeof(now.transform), "room for the transform");
   const double sigma = h.noise > 0 ? math::noise_sigma(h.noise, h.noise_decay, now.step - 1) : 0.0;
-  *reinterpret_cast<math::Transform<T>*>(now.transform) = {T(now.unscale), T(0),      T(factor), T(h.clip_value),
-                                                           T(sigma),       T(h.sign), h.decoupled ? T(0) : T(h.weight_decay)};
+  *reinterpret_cast<math::Transform<T>*>(now.transform) = {
+      T(now.unscale), T(0), T(factor), T(h.clip_value), T(sigma), T(h.sign), h.decoupled ? T(0) : T(h.weight_decay)};
 }
 
 // What a row's options and weights ask of each element.

@@ -14,7 +14,8 @@ template <class A> __device__ __forceinline__ void measure_piece(const Job& job,
   g.open(c.begin, c.count);
   const Hyper& h = job.hypers[r.row.group].hyper;
   const double sum = centre ? g.sum() : 0.0;
-  const double squares = sum_block(h.by_weight ? g.own_squares_reached(A::rider(kept_weights(r.row), c.begin), T(h.eta)) : g.own_squares(T(sum / double(c.count))));
+  const double squares = sum_block(h.by_weight ? g.own_squares_reached(A::rider(kept_weights(r.row), c.begin), T(h.eta))
+                                               : g.own_squares(T(sum / double(c.count))));
   const double weights = r.split && h.agc ? sum_block(g.own_squares_of(A::rider(kept_weights(r.row), c.begin))) : 0.0;
   if (threadIdx.x == 0) job.sums[index] = {sum, squares, weights};
 }

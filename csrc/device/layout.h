@@ -46,12 +46,12 @@ struct Unit {
 
 struct DeviceRow {
   Row row;
-  int64_t unit0;          // its first place among the units, if `split`
-  int32_t chunk0, chunk1;  // its chunks
-  bool split;             // a mean or a norm of its units takes several chunks
-  bool measured;          // by the stats kernel
-  bool weighed_first, weighed;    // its rule takes a trust ratio, before what is rehearsed or after it
-  double norm, weight_norm;       // of the whole row: what the ratio is made of, once weighed
+  int64_t unit0;                // its first place among the units, if `split`
+  int32_t chunk0, chunk1;       // its chunks
+  bool split;                   // a mean or a norm of its units takes several chunks
+  bool measured;                // by the stats kernel
+  bool weighed_first, weighed;  // its rule takes a trust ratio, before what is rehearsed or after it
+  double norm, weight_norm;     // of the whole row: what the ratio is made of, once weighed
 };
 
 struct DeviceHyper {
@@ -69,11 +69,11 @@ struct Job {
   const char* const* grads;  // the gradients' addresses; those in the rows are of no account
   Sums* sums;                // of each chunk
   Unit* units;
-  double* squares;           // of each row: what norms are made of
-  unsigned* tickets;         // what is done, in blocks and in chunks of each row; 0 between launches
-  const float* grad_scale;   // null: 1
-  const float* found_inf;    // null, or not zero: the step is not taken
-  double* skipped;           // counts steps that were not taken for what the norms saw
+  double* squares;          // of each row: what norms are made of
+  unsigned* tickets;        // what is done, in blocks and in chunks of each row; 0 between launches
+  const float* grad_scale;  // null: 1
+  const float* found_inf;   // null, or not zero: the step is not taken
+  double* skipped;          // counts steps that were not taken for what the norms saw
   int32_t row_count, chunk_count;
   bool any_global, any_skip, any_rehearsed, any_weighed_first, any_weighed;
 };

@@ -111,7 +111,8 @@ void Plan::plan_row(size_t index) {
   r.chunk1 = int32_t(chunks_.size());
   full_ |= row.param.dtype == DType::float64 || h.noise > 0 || by_unit || late(row, h) || !is_lean(row.rule);
   full_ |= row.source.data || row.ema.data || row.rounding != Rounding::nearest || h.zero_grad;
-  for (const Operand* x : {&row.param, &row.grad, &row.state[0], &row.state[1], &row.state[2], &row.state[3], &row.source, &row.rest, &row.ema}) {
+  for (const Operand* x :
+       {&row.param, &row.grad, &row.state[0], &row.state[1], &row.state[2], &row.state[3], &row.source, &row.rest, &row.ema}) {
     shape_words_ += 2 * size_t(x->dims);
   }
 }

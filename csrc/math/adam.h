@@ -14,8 +14,13 @@ template <bool kAmsgrad> struct AdamRule : RuleBase {
   };
   template <class T> GRADFUSED_MATH static Coef<T> coef(const Hyper& h, const Count& now) {
     const double correction1 = 1.0 - pow(h.beta1, now.step), correction2 = 1.0 - pow(h.beta2, now.step);
-    return {T(h.decoupled ? 1.0 - h.lr * h.weight_decay : 1.0), T(h.lr / correction1), T(1.0 - h.beta1), T(h.beta2),
-            T(1.0 - h.beta2), T(1.0 / sqrt(correction2)), T(h.eps)};
+    return {T(h.decoupled ? 1.0 - h.lr * h.weight_decay : 1.0),
+            T(h.lr / correction1),
+            T(1.0 - h.beta1),
+            T(h.beta2),
+            T(1.0 - h.beta2),
+            T(1.0 / sqrt(correction2)),
+            T(h.eps)};
   }
   template <class T> GRADFUSED_MATH static T direction(T g, T, T* s, const Coef<T>& c) {
     s[0] = s[0] + (g - s[0]) * c.fresh;

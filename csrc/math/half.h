@@ -42,7 +42,7 @@ GRADFUSED_MATH float widen(Half x) {
   const uint32_t sign = uint32_t(x.bits & 0x8000u) << 16, magnitude = uint32_t(x.bits & 0x7FFFu) << 13;
   // Rebias by a multiplication: exact for subnormals too.
   const float finite = bits<float>(magnitude) * 5.192296858534828e33f;  // 2^112
-  const uint32_t special = magnitude | 0x7F800000u;                    // inf and nan
+  const uint32_t special = magnitude | 0x7F800000u;                     // inf and nan
   const uint32_t u = magnitude >= 0x0F800000u ? special : bits<uint32_t>(finite);
   return bits<float>(u | sign);
 #endif

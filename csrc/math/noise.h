@@ -13,8 +13,7 @@ struct Multiply {
 
 // Philox4x32-10 in place. The counter is (element / 4 low, element / 4 high, parameter, step), the key the seed. W is uint64_t, or a
 // vector of them with a product of its own.
-template <class W, class Product = Multiply>
-GRADFUSED_MATH void philox(uint64_t seed, W& c0, W& c1, W& c2, W& c3, Product product = {}) {
+template <class W, class Product = Multiply> GRADFUSED_MATH void philox(uint64_t seed, W& c0, W& c1, W& c2, W& c3, Product product = {}) {
   uint32_t k0 = uint32_t(seed), k1 = uint32_t(seed >> 32);
   for (int round = 0; round < 10; ++round) {
     const W a = product(c0, 0xD2511F53u), b = product(c2, 0xCD9E8D57u);

@@ -19,8 +19,13 @@ struct RAdam : RuleBase {
     const bool rectified = length > 5.0;
     const double rectification =
         rectified ? sqrt((length - 4.0) * (length - 2.0) * most / ((most - 4.0) * (most - 2.0) * length) * correction2) : 1.0;
-    return {T(h.decoupled ? 1.0 - h.lr * h.weight_decay : 1.0), T(h.lr / correction1 * rectification), T(1.0 - h.beta1), T(h.beta2),
-            T(1.0 - h.beta2), T(h.eps), rectified};
+    return {T(h.decoupled ? 1.0 - h.lr * h.weight_decay : 1.0),
+            T(h.lr / correction1 * rectification),
+            T(1.0 - h.beta1),
+            T(h.beta2),
+            T(1.0 - h.beta2),
+            T(h.eps),
+            rectified};
   }
   template <class T> GRADFUSED_MATH static T direction(T g, T, T* s, const Coef<T>& c) {
     s[0] = s[0] + (g - s[0]) * c.fresh;

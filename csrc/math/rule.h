@@ -21,7 +21,9 @@ struct RuleBase {
 };
 
 // 1 where either norm says nothing.
-GRADFUSED_MATH double trust_ratio(double weight_norm, double norm, double over) { return weight_norm > 0 && norm > 0 ? weight_norm / over : 1.0; }
+GRADFUSED_MATH double trust_ratio(double weight_norm, double norm, double over) {
+  return weight_norm > 0 && norm > 0 ? weight_norm / over : 1.0;
+}
 
 // NAdam's momentum at a step (Dozat 2016).
 GRADFUSED_MATH double warmed_momentum(const Hyper& h, double step) { return h.beta1 * (1.0 - 0.5 * pow(0.96, step * h.momentum_decay)); }

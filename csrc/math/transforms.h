@@ -21,13 +21,13 @@ GRADFUSED_MATH double agc_factor(double radius, double weight_norm, double norm)
 GRADFUSED_MATH double noise_sigma(double noise, double decay, double step) { return sqrt(noise / pow(1.0 + step, decay)); }
 
 template <class T> struct Transform {
-  T unscale;     // 1 / grad_scale
-  T mean;        // of the unscaled gradient over the unit
-  T factor;      // s(n)
-  T hi;          // clip_value, infinite when off
-  T sigma;       // noise
-  T sign;        // reverse and maximize
-  T decay;       // coupled weight decay
+  T unscale;  // 1 / grad_scale
+  T mean;     // of the unscaled gradient over the unit
+  T factor;   // s(n)
+  T hi;       // clip_value, infinite when off
+  T sigma;    // noise
+  T sign;     // reverse and maximize
+  T decay;    // coupled weight decay
 };
 
 template <class T> GRADFUSED_MATH T centred(T g, T unscale, T mean) { return g * unscale - mean; }

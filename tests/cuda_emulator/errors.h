@@ -1,6 +1,7 @@
 // CUDA's error codes, and the last error of each OS thread.
 #pragma once
 
+// clang-format off
 #define GRADFUSED_EMULATOR_ERRORS(E)                                                                        \
   E(cudaSuccess, 0) E(cudaErrorInvalidValue, 1) E(cudaErrorMemoryAllocation, 2)                             \
   E(cudaErrorInitializationError, 3) E(cudaErrorInvalidConfiguration, 9) E(cudaErrorInsufficientDriver, 35) \
@@ -9,6 +10,7 @@
   E(cudaErrorInvalidResourceHandle, 400) E(cudaErrorNotReady, 600) E(cudaErrorIllegalAddress, 700)          \
   E(cudaErrorLaunchOutOfResources, 701) E(cudaErrorAssert, 710) E(cudaErrorMisalignedAddress, 716)          \
   E(cudaErrorLaunchFailure, 719) E(cudaErrorNotSupported, 801) E(cudaErrorUnknown, 999)
+// clang-format on
 
 #define GRADFUSED_EMULATOR_VALUE(name, value) name = value,
 enum cudaError { GRADFUSED_EMULATOR_ERRORS(GRADFUSED_EMULATOR_VALUE) };
@@ -16,7 +18,8 @@ enum cudaError { GRADFUSED_EMULATOR_ERRORS(GRADFUSED_EMULATOR_VALUE) };
 using cudaError_t = cudaError;
 
 inline const char* cudaGetErrorName(cudaError_t error) {
-#define GRADFUSED_EMULATOR_NAME(name, value) if (error == name) return #name;
+#define GRADFUSED_EMULATOR_NAME(name, value) \
+  if (error == name) return #name;
   GRADFUSED_EMULATOR_ERRORS(GRADFUSED_EMULATOR_NAME)
 #undef GRADFUSED_EMULATOR_NAME
   return "unrecognized error code";

@@ -33,13 +33,14 @@ template <class T> T& aligned(T* p) {
   return *p;
 }
 
-template <class T> struct Same { using type = T; };
+template <class T> struct Same {
+  using type = T;
+};
 template <class T> using Value = typename Same<T>::type;  // converts to what the pointer points to, as CUDA's overloads do
 
 template <class T, class... Types> constexpr bool one_of = (std::is_same_v<T, Types> || ...);
 
-template <class A, class B>
-using Common = std::enable_if_t<std::is_arithmetic_v<A> && std::is_arithmetic_v<B>, std::common_type_t<A, B>>;
+template <class A, class B> using Common = std::enable_if_t<std::is_arithmetic_v<A> && std::is_arithmetic_v<B>, std::common_type_t<A, B>>;
 
 }  // namespace gradfused_emulator
 
@@ -103,7 +104,7 @@ GRADFUSED_EMULATOR_ATOMIC(atomicAdd, old + value, int, unsigned, unsigned long l
 GRADFUSED_EMULATOR_ATOMIC(atomicMax, old < value ? value : old, int, unsigned, long long, unsigned long long)
 GRADFUSED_EMULATOR_ATOMIC(atomicMin, value < old ? value : old, int, unsigned, long long, unsigned long long)
 GRADFUSED_EMULATOR_ATOMIC(atomicOr, old | value, int, unsigned, unsigned long long)
-GRADFUSED_EMULATOR_ATOMIC(atomicAnd, old & value, int, unsigned, unsigned long long)
+GRADFUSED_EMULATOR_ATOMIC(atomicAnd, (old & value), int, unsigned, unsigned long long)
 GRADFUSED_EMULATOR_ATOMIC(atomicInc, old >= value ? 0 : old + 1, unsigned)
 GRADFUSED_EMULATOR_ATOMIC(atomicExch, value, int, unsigned, unsigned long long, float)
 
@@ -114,7 +115,8 @@ template <class T> T atomicCAS(T* p, gradfused_emulator::Value<T> expected, grad
   return old;
 }
 
-#define GRADFUSED_EMULATOR_LOAD(name) template <class T> T name(const T* p) { return gradfused_emulator::aligned(p); }
+#define GRADFUSED_EMULATOR_LOAD(name) \
+  template <class T> T name(const T* p) { return gradfused_emulator::aligned(p); }
 GRADFUSED_EMULATOR_LOAD(__ldg)
 GRADFUSED_EMULATOR_LOAD(__ldca)
 GRADFUSED_EMULATOR_LOAD(__ldcg)

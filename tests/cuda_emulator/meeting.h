@@ -43,9 +43,9 @@ struct Meeting {
   }
 
   std::string text() const {
-    static const char* const names[] = {
-        "__syncthreads",  "__syncthreads_count", "__syncthreads_and", "__syncthreads_or", "__syncwarp", "__shfl_sync",
-        "__shfl_up_sync", "__shfl_down_sync",    "__shfl_xor_sync",   "__ballot_sync",    "__all_sync", "__any_sync"};
+    static const char* const names[] = {"__syncthreads",   "__syncthreads_count", "__syncthreads_and", "__syncthreads_or",
+                                        "__syncwarp",      "__shfl_sync",         "__shfl_up_sync",    "__shfl_down_sync",
+                                        "__shfl_xor_sync", "__ballot_sync",       "__all_sync",        "__any_sync"};
     char lanes[32];
     snprintf(lanes, sizeof lanes, meet < Meet::warp ? ")" : ") with mask 0x%08x", mask);
     return std::string(names[int(meet)]) + " (" + site.file + ":" + std::to_string(site.line) + lanes;

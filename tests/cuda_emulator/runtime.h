@@ -25,9 +25,7 @@ enum cudaDeviceAttr { GRADFUSED_EMULATOR_ATTRIBUTES(GRADFUSED_EMULATOR_VALUE) };
 
 enum cudaStreamCaptureStatus { cudaStreamCaptureStatusNone, cudaStreamCaptureStatusActive, cudaStreamCaptureStatusInvalidated };
 enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize = 8, cudaFuncAttributePreferredSharedMemoryCarveout = 9 };
-enum cudaMemcpyKind {
-  cudaMemcpyHostToHost, cudaMemcpyHostToDevice, cudaMemcpyDeviceToHost, cudaMemcpyDeviceToDevice, cudaMemcpyDefault
-};
+enum cudaMemcpyKind { cudaMemcpyHostToHost, cudaMemcpyHostToDevice, cudaMemcpyDeviceToHost, cudaMemcpyDeviceToDevice, cudaMemcpyDefault };
 
 struct cudaFuncAttributes {
   size_t sharedSizeBytes, constSizeBytes, localSizeBytes;
@@ -60,7 +58,8 @@ inline cudaError_t cudaDeviceSynchronize() { return cudaPeekAtLastError(); }
 
 inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int device) {
   if (device != 0) return gradfused_emulator::remember(cudaErrorInvalidDevice);
-#define GRADFUSED_EMULATOR_ATTRIBUTE(name, number, result) if (attribute == name) return gradfused_emulator::give(value, result);
+#define GRADFUSED_EMULATOR_ATTRIBUTE(name, number, result) \
+  if (attribute == name) return gradfused_emulator::give(value, result);
   GRADFUSED_EMULATOR_ATTRIBUTES(GRADFUSED_EMULATOR_ATTRIBUTE)
 #undef GRADFUSED_EMULATOR_ATTRIBUTE
   return gradfused_emulator::remember(cudaErrorInvalidValue);

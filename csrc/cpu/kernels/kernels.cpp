@@ -46,9 +46,7 @@ template <class T> void squares_chunk(const Place& at, char* scratch) {
 }
 
 // The type to compute in: float64 for float64 parameters, else float32.
-template <class F> void in_compute_type(const Row& row, F run) {
-  row.param.dtype == DType::float64 ? run(double{}) : run(float{});
-}
+template <class F> void in_compute_type(const Row& row, F run) { row.param.dtype == DType::float64 ? run(double{}) : run(float{}); }
 
 template <class F> void with_rule(Rule rule, F run) {
   switch (rule) {
@@ -72,9 +70,8 @@ void squares(const Job& job, int64_t index, char* scratch) {
 
 void rehearse(const Job& job, int64_t index, char* scratch) {
   const Place at{job, index};
-  with_rule(at.row.rule, [&](auto rule) {
-    in_compute_type(at.row, [&](auto t) { Stepper<decltype(rule), decltype(t)>(at, scratch).rehearse(); });
-  });
+  with_rule(at.row.rule,
+            [&](auto rule) { in_compute_type(at.row, [&](auto t) { Stepper<decltype(rule), decltype(t)>(at, scratch).rehearse(); }); });
 }
 
 void weigh(const Job& job, int64_t index, char* scratch) {
@@ -88,15 +85,16 @@ void weigh(const Job& job, int64_t index, char* scratch) {
 
 void apply(const Job& job, int64_t index, char* scratch) {
   const Place at{job, index};
-  with_rule(at.row.rule, [&](auto rule) {
-    in_compute_type(at.row, [&](auto t) { Stepper<decltype(rule), decltype(t)>(at, scratch).apply(); });
-  });
+  with_rule(at.row.rule,
+            [&](auto rule) { in_compute_type(at.row, [&](auto t) { Stepper<decltype(rule), decltype(t)>(at, scratch).apply(); }); });
 }
 
 // 4 reads and 3 writes when called with AdamW's streams. Adding `nothing`, a zero the compiler does not know, keeps values as they are.
 void roof(float* const* written, int writes, const float* const* read, int reads, int64_t begin, int64_t end, float nothing) {
   if (writes == 3 && reads == 1) {
-    float *__restrict a = written[0], *__restrict b = written[1], *__restrict c = written[2];
+    float* __restrict a = written[0];
+    float* __restrict b = written[1];
+    float* __restrict c = written[2];
     const float* __restrict g = read[0];
     for (int64_t i = begin; i < end; ++i) {
       const float x = g[i] * nothing;
@@ -129,8 +127,15 @@ void roof(float* const* written, int writes, const float* const* read, int reads
 #define GRADFUSED_TEXT(x) GRADFUSED_STRING(x)
 
 const Kernels& GRADFUSED_NAME(kernels_, GRADFUSED_ISA)() {
-  static constexpr Kernels kernels = {GRADFUSED_TEXT(GRADFUSED_ISA), sum, squares, rehearse, weigh, apply, roof,
-                                      GRADFUSED_NAME(lpg_kernels_, GRADFUSED_ISA), GRADFUSED_NAME(lpg_column_kernels_, GRADFUSED_ISA)};
+  static constexpr Kernels kernels = {GRADFUSED_TEXT(GRADFUSED_ISA),
+                                      sum,
+                                      squares,
+                                      rehearse,
+                                      weigh,
+                                      apply,
+                                      roof,
+                                      GRADFUSED_NAME(lpg_kernels_, GRADFUSED_ISA),
+                                      GRADFUSED_NAME(lpg_column_kernels_, GRADFUSED_ISA)};
   return kernels;
 }
 

@@ -172,7 +172,8 @@ template <class T> struct Line {
 };
 
 template <bool kWeight, bool kMean, class T, class S>
-void write_line(const S* __restrict x, int64_t n, const Line<T>& line, const T* __restrict weight, const T* __restrict mean, S* __restrict to) {
+void write_line(const S* __restrict x, int64_t n, const Line<T>& line, const T* __restrict weight, const T* __restrict mean,
+                S* __restrict to) {
   const Lanes<T> shift = Lanes<T>::all(line.greatest), slope = Lanes<T>::all(line.slope), constant = Lanes<T>::all(line.constant);
   const Lanes<T> by_weight = Lanes<T>::all(line.by_weight), by_mean = Lanes<T>::all(line.by_mean);
   const auto value = [&](const Lanes<T>& v, const auto& operand) {

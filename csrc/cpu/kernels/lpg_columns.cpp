@@ -139,7 +139,8 @@ template <class S> void add_rows(const LpgProblem& p, const Rows<S>& rows, typen
 }
 
 // The norm of each lane's gradient.
-template <class S> void norms_of(const LpgProblem& p, const Rows<S>& rows, const Lanes<typename WideOf<S>::Type>& greatest, double (&norm)[kAbreast]) {
+template <class S>
+void norms_of(const LpgProblem& p, const Rows<S>& rows, const Lanes<typename WideOf<S>::Type>& greatest, double (&norm)[kAbreast]) {
   using T = typename WideOf<S>::Type;
   T scale[kAbreast] = {}, squares[kAbreast] = {};
   for_own(p, rows, greatest, [&](int k, const Own& o) {
