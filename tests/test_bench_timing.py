@@ -34,7 +34,7 @@ def test_variants_take_turns_and_slow_ones_sit_out():
     clock = scripted_clock({fast: 50.0, slow: 500.0}, calls)
     samples = interleave(
         {"fast": Series(fast, clock), "slow": Series(slow, clock)},
-        budget=Budget(seconds=1e-3),
+        budget=Budget(seconds=1.0),  # three rounds' worth by the script, so the fewest are taken
         on_round=lambda done, total: rounds.append(done),
     )
     assert rounds == list(range(1, timing.MIN_ROUNDS + 1))
