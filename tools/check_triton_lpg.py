@@ -95,7 +95,7 @@ def source(variant: str) -> Any:
 
 def check(variant: str, target: str) -> tuple[Report, list[str]]:
     """What came of a kernel, and what is wrong with it."""
-    report = compiled(source(variant), target)
+    report = compiled(source(variant), target, lpg_triton.LAUNCH_OPTIONS)
     return report, ["spills"] if report.spills else []
 
 

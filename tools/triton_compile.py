@@ -13,7 +13,10 @@ import sys
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterable
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
+from itertools import repeat
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -128,6 +131,16 @@ def said(error: Exception) -> str:
     return f"{type(error).__name__}: {lines[-1] if lines else ''}"
 
 
+def attempt(
+    check: Callable[[Any, str], tuple[Report, list[str]]], variant: Any, target: str
+) -> tuple[Report, list[str]]:
+    """What came of a variant and what is wrong with it, not compiling included."""
+    try:
+        return check(variant, target)
+    except Exception as error:
+        return Report(0, 0, 0, 0), [f"does not compile: {said(error)}"]
+
+
 def main(
     description: str | None,
     variants: Callable[[str, bool], Iterable[Any]],
@@ -143,25 +156,24 @@ def main(
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--all", action="store_true", help="every variant, not only what most models run")
     parser.add_argument("--target", nargs="+", choices=TARGETS, default=TARGETS)
+    parser.add_argument("--jobs", type=int, default=len(os.sched_getaffinity(0)), help="default: the CPUs at hand")
     options = parser.parse_args()
     if reason := backend.missing():
         raise SystemExit(f"triton {reason}")
     wrong = 0
     print(f"{'target':8}{'registers':>10}{'spills':>8}{'in loops':>10}{'16-byte loads':>15}{'stores':>8}  kernel")
-    for target in options.target:
-        if reason := unable(target):
-            print(f"{target:8} left out: {reason}", flush=True)
-            continue
-        for variant in dict.fromkeys(variants(target, options.all)):
-            try:
-                report, bad = check(variant, target)
-            except Exception as error:
-                report, bad = Report(0, 0, 0, 0), [f"does not compile: {said(error)}"]
-            wrong += bool(bad)
-            spills = f"{report.registers:>10}{report.spills:>8}{report.inside:>10}"
-            accesses = f"{report.wide_loads:>15}{report.wide_stores:>8}"
-            print(
-                f"{target:8}{spills}{accesses}  {variant}", *(f"         FAULT: {x}" for x in bad), sep="\n", flush=True
-            )
+    with ProcessPoolExecutor(options.jobs, get_context("spawn")) as pool:
+        for target in options.target:
+            if reason := unable(target):
+                print(f"{target:8} left out: {reason}", flush=True)
+                continue
+            chosen = list(dict.fromkeys(variants(target, options.all)))
+            found = pool.map(attempt, repeat(check), chosen, repeat(target))
+            for variant, (report, bad) in zip(chosen, found, strict=True):
+                wrong += bool(bad)
+                spills = f"{report.registers:>10}{report.spills:>8}{report.inside:>10}"
+                accesses = f"{report.wide_loads:>15}{report.wide_stores:>8}"
+                faults = (f"         FAULT: {fault}" for fault in bad)
+                print(f"{target:8}{spills}{accesses}  {variant}", *faults, sep="\n", flush=True)
     if wrong:
         raise SystemExit(f"{wrong} kernels at fault")

@@ -17,12 +17,20 @@ from .lpg_problem import Kernels, Measured, Perturbation, Problem, refuse_stray
 #: Elements of a tile, and rows of a piece: what one program sums before another takes over.
 TILE, PIECE = 2048, 64
 _FEWEST_COLUMNS = 16
+#: What a launch is compiled with. Contraction is off, as in the step.
+LAUNCH_OPTIONS = {"enable_fp_fusion": False}
 
 
 @cache
 def _kernels() -> Any:
     triton.kernels()  # the layout first
     return import_module("gradfused.triton_kernels.lpg")
+
+
+def _run(name: str, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:
+    """Launch a kernel where its first argument, a tensor, lies."""
+    with gpu.selected(arguments[0].device):
+        getattr(_kernels(), name)[grid](*arguments, **constants, **LAUNCH_OPTIONS)
 
 
 def tile(classes: int, wide: torch.dtype) -> tuple[int, int]:
@@ -141,7 +149,7 @@ def _tally(problem: Problem, confidence: Tensor, norm: Tensor) -> Tensor:
     by_class = _by_class(problem)
     to = torch.empty(3, problem.classes, dtype=torch.float64, device=confidence.device)
     arguments = (by_class.firsts, by_class.order, confidence, norm, to, problem.classes)
-    _kernels().tally[(problem.classes,)](*arguments, BLOCK=256)
+    _run("tally", (problem.classes,), *arguments, BLOCK=256)
     return to
 
 
@@ -160,9 +168,8 @@ def forward(problem: Problem, tally: bool) -> Measured:
     if n:
         arguments = (logits, target, problem.weight, _numbers(problem), loss, saved, confidence, norm)
         constants = {"SMOOTH": problem.label_smoothing > 0, "TALLY": tally, "BLOCK": tile(classes, problem.wide)[0]}
-        with gpu.selected(device):
-            _kernels().forward[(n,)](*arguments, classes, logits.stride(0), problem.ignore_index, **constants)
-            counts = _tally(problem, confidence, norm) if tally else None
+        _run("forward", (n,), *arguments, classes, logits.stride(0), problem.ignore_index, **constants)
+        counts = _tally(problem, confidence, norm) if tally else None
     kept = target != problem.ignore_index
     weight = kept.double()
     if problem.weight is not None:
@@ -184,12 +191,11 @@ def backward(problem: Problem, saved: tuple[Tensor, ...], factor: Tensor, how: P
     """The perturbed gradient."""
     out = torch.empty(problem.logits.shape, dtype=problem.logits.dtype, device=problem.logits.device)
     if problem.target.numel():
-        with gpu.selected(out.device):
-            _launch(problem, saved[0], factor, how, _readable(out))
+        _write(problem, saved[0], factor, how, _readable(out))
     return out
 
 
-def _launch(problem: Problem, saved: Tensor, factor: Tensor, how: Perturbation, out: Tensor) -> None:
+def _write(problem: Problem, saved: Tensor, factor: Tensor, how: Perturbation, out: Tensor) -> None:
     classes = problem.classes
     logits, target = _rows(problem)
     numbers, bound, along = _numbers(problem), how.reach().contiguous(), _along(how)
@@ -202,17 +208,15 @@ def _launch(problem: Problem, saved: Tensor, factor: Tensor, how: Perturbation, 
     if along is None:
         layout = (pieces.order, pieces.starts, pieces.slot)
         if pieces.slots:
-            _kernels().accumulate[grid](
-                logits, target, saved, numbers, *layout, sums, classes, logits.stride(0), **shape
-            )
-        _kernels().measure[grid](
-            logits, target, bound, saved, numbers, *layout, pieces.count, sums, squares, len(target), classes,
-            logits.stride(0), problem.ignore_index, **shape,
+            _run("accumulate", grid, logits, target, saved, numbers, *layout, sums, classes, logits.stride(0), **shape)
+        _run(
+            "measure", grid, logits, target, bound, saved, numbers, *layout, pieces.count, sums, squares, len(target),
+            classes, logits.stride(0), problem.ignore_index, **shape,
         )  # fmt: skip
     means = None if along is None or how.means is None else how.means.to(problem.wide).contiguous()
-    _kernels().write[grid](
-        logits, target, problem.weight, bound, means, along, saved, numbers, pieces.order, pieces.starts, pieces.slot,
-        pieces.heads, sums, squares, factor, out, len(target), classes, logits.stride(0), factor.stride(0),
+    _run(
+        "write", grid, logits, target, problem.weight, bound, means, along, saved, numbers, pieces.order, pieces.starts,
+        pieces.slot, pieces.heads, sums, squares, factor, out, len(target), classes, logits.stride(0), factor.stride(0),
         problem.ignore_index, SMOOTH=problem.label_smoothing > 0, **shape,
     )  # fmt: skip
 
@@ -227,11 +231,10 @@ def class_sums(problem: Problem, saved: tuple[Tensor, ...]) -> Tensor:
     by_class = _by_class(problem)
     block, height = tile(classes, problem.wide)
     grid = (classes, -(-classes // block))
-    with gpu.selected(to.device):
-        _kernels().class_sums[grid](
-            logits, target, saved[0], _numbers(problem), by_class.order, by_class.firsts, to, classes, logits.stride(0),
-            BLOCK=block, HEIGHT=height,
-        )  # fmt: skip
+    _run(
+        "class_sums", grid, logits, target, saved[0], _numbers(problem), by_class.order, by_class.firsts, to, classes,
+        logits.stride(0), BLOCK=block, HEIGHT=height,
+    )  # fmt: skip
     return to
 
 
