@@ -1,8 +1,8 @@
-"""Compiles the LPG kernels ahead of time for GPUs that need not be there, and reads their registers and spills.
+"""Compiles the LPG kernels ahead of time for GPUs that need not be there, and reads registers, spills and access widths.
 
     python tools/check_triton_lpg.py [--all] [--target sm_90 ...]
 
-Fails where a kernel spills. A target that this Triton cannot compile for is left out, with the reason.
+Fails where a kernel spills, or where rows allow accesses of 16 bytes and it has none. A target that this Triton cannot compile for is left out, with the reason.
 """
 
 from __future__ import annotations
@@ -52,6 +52,7 @@ VARIANTS = {
     "write float64": ("write", "fp64", 1000, (), False),
 }
 
+SIZES = {"fp16": 2, "bf16": 2, "fp32": 4, "fp64": 8}
 FEW = ("forward float32", "accumulate", "measure", "write", "write small")
 
 
@@ -76,6 +77,7 @@ def source(variant: str) -> Any:
     kernel = getattr(lpg_triton._kernels(), kernel_name)
     block, height = lpg_triton.tile(classes, torch.float64 if dtype == "fp64" else torch.float32)
     constants: dict[str, Any] = {"SMOOTH": smooth, "TALLY": True, "BLOCK": block, "HEIGHT": height}
+    constants["PACK"] = lpg_triton.pack(classes, classes, SIZES[dtype])
     types = {}
     for name in kernel.arg_names:
         if name.isupper():
@@ -96,7 +98,14 @@ def source(variant: str) -> Any:
 def check(variant: str, target: str) -> tuple[Report, list[str]]:
     """What came of a kernel, and what is wrong with it."""
     report = compiled(source(variant), target, lpg_triton.LAUNCH_OPTIONS)
-    return report, ["spills"] if report.spills else []
+    kernel, dtype, classes, _, _ = VARIANTS[variant]
+    wide = kernel != "tally" and lpg_triton.pack(classes, classes, SIZES[dtype]) * SIZES[dtype] == 16
+    faults = {
+        "spills": report.spills,
+        "no loads of 16 bytes": wide and not report.wide_loads,
+        "no stores of 16 bytes": wide and kernel == "write" and not report.wide_stores,
+    }
+    return report, [fault for fault, found in faults.items() if found]
 
 
 def variants(target: str, everything: bool) -> Iterable[str]:

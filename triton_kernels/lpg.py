@@ -38,6 +38,12 @@ def store(pointer, where, x, mask):
 
 
 @triton.jit
+def in_packs(n, PACK: tl.constexpr):
+    """A multiple of ``PACK``, which the compiler thereby knows it to be: else rows are accessed an element at a time."""
+    return n // PACK * PACK
+
+
+@triton.jit
 def log_of_one_and(x):
     """log(1 + x) for x of 0 or more, exact where 1 + x is 1."""
     u = 1 + x
@@ -47,10 +53,12 @@ def log_of_one_and(x):
 @triton.jit
 def forward(
     logits, target, weight, numbers, loss, saved, confidence, norm, classes, stride, ignore_index,
-    SMOOTH: tl.constexpr, TALLY: tl.constexpr, BLOCK: tl.constexpr,
+    SMOOTH: tl.constexpr, TALLY: tl.constexpr, BLOCK: tl.constexpr, PACK: tl.constexpr,
 ):  # fmt: skip
     """One row: its loss in one reading, block by block with a running maximum."""
     T: tl.constexpr = loss.dtype.element_ty
+    classes = in_packs(classes, PACK)
+    stride = in_packs(stride, PACK)
     row = tl.program_id(0).to(tl.int64)
     kept = tl.load(target + row) != ignore_index
     y = tl.where(kept, tl.load(target + row), 0)
@@ -131,10 +139,13 @@ def probabilities(
 
 @triton.jit
 def class_sums(
-    logits, target, saved, numbers, order, firsts, to, classes, stride, BLOCK: tl.constexpr, HEIGHT: tl.constexpr
+    logits, target, saved, numbers, order, firsts, to, classes, stride,
+    BLOCK: tl.constexpr, HEIGHT: tl.constexpr, PACK: tl.constexpr,
 ):  # fmt: skip
     """One class's summed logit gradients, a block of columns: ``firsts[c]`` is where class c begins in the order."""
     T: tl.constexpr = to.dtype.element_ty
+    classes = in_packs(classes, PACK)
+    stride = in_packs(stride, PACK)
     y = tl.program_id(0).to(tl.int64)
     cols = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     first = tl.load(firsts + y)
@@ -165,10 +176,13 @@ def tally(firsts, order, confidence, norm, to, classes, BLOCK: tl.constexpr):
 
 @triton.jit
 def accumulate(
-    logits, target, saved, numbers, order, starts, slot, sums, classes, stride, BLOCK: tl.constexpr, HEIGHT: tl.constexpr
+    logits, target, saved, numbers, order, starts, slot, sums, classes, stride,
+    BLOCK: tl.constexpr, HEIGHT: tl.constexpr, PACK: tl.constexpr,
 ):  # fmt: skip
     """A piece of a class that has several: its sums into its slot, a block of columns. Others have slot -1."""
     T: tl.constexpr = sums.dtype.element_ty
+    classes = in_packs(classes, PACK)
+    stride = in_packs(stride, PACK)
     piece = tl.program_id(0).to(tl.int64)
     mine = tl.load(slot + piece)
     if mine >= 0:
@@ -183,13 +197,15 @@ def accumulate(
 @triton.jit
 def measure(
     logits, target, bound, saved, numbers, order, starts, slot, pieces, sums, squares, rows, classes, stride,
-    ignore_index, BLOCK: tl.constexpr, HEIGHT: tl.constexpr,
+    ignore_index, BLOCK: tl.constexpr, HEIGHT: tl.constexpr, PACK: tl.constexpr,
 ):  # fmt: skip
     """The first piece of a class: the squares of its mean gradient, a block of columns; slots are added up into the first.
 
     ``pieces`` holds for each piece how many the class has from there on in the first, else 0.
     """
     T: tl.constexpr = saved.dtype.element_ty
+    classes = in_packs(classes, PACK)
+    stride = in_packs(stride, PACK)
     piece = tl.program_id(0).to(tl.int64)
     count = tl.load(pieces + piece)
     first = tl.load(starts + piece)
@@ -231,10 +247,12 @@ def norm_of(squares, piece, blocks, T: tl.constexpr, BLOCK: tl.constexpr):
 def write(
     logits, target, weight, bound, means, along, saved, numbers, order, starts, slot, heads, sums, squares, factor, out,
     rows, classes, stride, factor_stride, ignore_index,
-    SMOOTH: tl.constexpr, BLOCK: tl.constexpr, HEIGHT: tl.constexpr,
+    SMOOTH: tl.constexpr, BLOCK: tl.constexpr, HEIGHT: tl.constexpr, PACK: tl.constexpr,
 ):  # fmt: skip
     """A piece's gradients, a block of columns. ``heads`` names the first piece of each one's class."""
     T: tl.constexpr = saved.dtype.element_ty
+    classes = in_packs(classes, PACK)
+    stride = in_packs(stride, PACK)
     piece = tl.program_id(0).to(tl.int64)
     first = tl.load(starts + piece)
     last = tl.load(starts + piece + 1)

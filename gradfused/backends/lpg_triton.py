@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
+from math import gcd
 from typing import Any
 
 import torch
@@ -38,6 +39,11 @@ def tile(classes: int, wide: torch.dtype) -> tuple[int, int]:
     elements = TILE // 2 if wide == torch.float64 else TILE
     columns = max(_FEWEST_COLUMNS, min(elements, 1 << (classes - 1).bit_length()))
     return columns, min(PIECE, elements // columns)
+
+
+def pack(classes: int, stride: int, size: int) -> int:
+    """How many elements of ``size`` bytes an access of at most 16 may take, wherever a row begins and ends."""
+    return gcd(classes, stride, 16 // size)
 
 
 def _readable(tensor: Tensor) -> Tensor:
@@ -167,7 +173,8 @@ def forward(problem: Problem, tally: bool) -> Measured:
     counts = torch.zeros(3, classes, dtype=torch.float64, device=device) if tally else None
     if n:
         arguments = (logits, target, problem.weight, _numbers(problem), loss, saved, confidence, norm)
-        constants = {"SMOOTH": problem.label_smoothing > 0, "TALLY": tally, "BLOCK": tile(classes, problem.wide)[0]}
+        shape = {"BLOCK": tile(classes, problem.wide)[0], "PACK": pack(classes, logits.stride(0), logits.itemsize)}
+        constants = {"SMOOTH": problem.label_smoothing > 0, "TALLY": tally} | shape
         _run("forward", (n,), *arguments, classes, logits.stride(0), problem.ignore_index, **constants)
         counts = _tally(problem, confidence, norm) if tally else None
     kept = target != problem.ignore_index
@@ -202,7 +209,7 @@ def _write(problem: Problem, saved: Tensor, factor: Tensor, how: Perturbation, o
     pieces = _pieces(problem, how.scope == "sample")
     block, height = tile(classes, problem.wide)
     grid = (len(pieces), -(-classes // block))
-    shape = {"BLOCK": block, "HEIGHT": height}
+    shape = {"BLOCK": block, "HEIGHT": height, "PACK": pack(classes, logits.stride(0), logits.itemsize)}
     sums = saved.new_empty(max(1, pieces.slots), classes)
     squares = saved.new_empty(grid)
     if along is None:
@@ -233,7 +240,7 @@ def class_sums(problem: Problem, saved: tuple[Tensor, ...]) -> Tensor:
     grid = (classes, -(-classes // block))
     _run(
         "class_sums", grid, logits, target, saved[0], _numbers(problem), by_class.order, by_class.firsts, to, classes,
-        logits.stride(0), BLOCK=block, HEIGHT=height,
+        logits.stride(0), BLOCK=block, HEIGHT=height, PACK=pack(classes, logits.stride(0), logits.itemsize),
     )  # fmt: skip
     return to
 
