@@ -2,7 +2,8 @@
 
     python tools/check_triton_lpg.py [--all] [--target sm_90 ...]
 
-Fails where a kernel spills, or where rows allow accesses of 16 bytes and it has none. A target that this Triton cannot compile for is left out, with the reason.
+Fails where a kernel spills, or where rows allow accesses of 16 bytes and it has none. A target that this Triton cannot compile
+for is left out, with the reason.
 """
 
 from __future__ import annotations
