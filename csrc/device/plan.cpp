@@ -134,21 +134,24 @@ void Plan::plan() {
   planned_ = true;
 }
 
-size_t Plan::bytes() {
+Plan::Image Plan::image() {
   plan();
-  size_t at = 0;
-  const auto take = [&](size_t bytes) { at += aligned(bytes); };
-  take(sizeof(Job));
-  take(device_rows_.size() * sizeof(DeviceRow));
-  take(hypers_.size() * sizeof(DeviceHyper));
-  take(chunks_.size() * sizeof(Chunk));
-  take(rows_.size() * sizeof(char*));
-  take(shape_words_ * sizeof(int64_t));
-  take((1 + rows_.size()) * sizeof(unsigned));
-  const size_t packed = at;
-  take(chunks_.size() * sizeof(Sums));
-  take(size_t(units_) * sizeof(Unit));
-  scratch_bytes_ = at - packed;
+  size_t end = aligned(sizeof(Job));
+  const auto place = [&](size_t bytes) {
+    const size_t begin = end;
+    end += aligned(bytes);
+    return begin;
+  };
+  Image at;
+  at.rows = place(device_rows_.size() * sizeof(DeviceRow));
+  at.hypers = place(hypers_.size() * sizeof(DeviceHyper));
+  at.chunks = place(chunks_.size() * sizeof(Chunk));
+  at.grads = place(rows_.size() * sizeof(char*));
+  at.shapes = place(shape_words_ * sizeof(int64_t));
+  at.tickets = place((1 + rows_.size()) * sizeof(unsigned));
+  at.sums = place(chunks_.size() * sizeof(Sums));
+  at.units = place(size_t(units_) * sizeof(Unit));
+  at.end = end;
   return at;
 }
 
@@ -175,35 +178,20 @@ std::vector<const char*> Plan::grads() const {
 }
 
 void Plan::pack(char* to, char* base, double* squares, double* skipped) {
-  const size_t all = bytes();
-  std::memset(to, 0, all - scratch_bytes_);
-  size_t at = 0;
-  // A place in the image for `count` of T: here to write, there to point to.
-  char* here = nullptr;
-  char* there = nullptr;
-  const auto place = [&](size_t bytes) {
-    here = to + at;
-    there = base + at;
-    at += aligned(bytes);
-  };
-  const auto fill = [&](const auto& values) {
+  const Image at = image();
+  std::memset(to, 0, at.packed());
+  // Writes here, and says where that is there.
+  const auto fill = [&](size_t where, const auto& values) {
     using T = std::decay_t<decltype(values[0])>;
-    place(values.size() * sizeof(T));
-    if (!values.empty()) std::memcpy(here, values.data(), values.size() * sizeof(T));
-    return reinterpret_cast<T*>(there);
+    if (!values.empty()) std::memcpy(to + where, values.data(), values.size() * sizeof(T));
+    return reinterpret_cast<T*>(base + where);
   };
+  job_.hypers = fill(at.hypers, device_hypers());
+  job_.chunks = fill(at.chunks, chunks_);
+  job_.grads = fill(at.grads, grads());
 
-  place(sizeof(Job));
-  place(device_rows_.size() * sizeof(DeviceRow));
-  char* const rows_here = here;
-  job_.rows = reinterpret_cast<DeviceRow*>(there);
-  job_.hypers = fill(device_hypers());
-  job_.chunks = fill(chunks_);
-  job_.grads = fill(grads());
-
-  place(shape_words_ * sizeof(int64_t));
-  int64_t* words = reinterpret_cast<int64_t*>(here);
-  const int64_t* device_words = reinterpret_cast<const int64_t*>(there);
+  int64_t* words = reinterpret_cast<int64_t*>(to + at.shapes);
+  const int64_t* device_words = reinterpret_cast<const int64_t*>(base + at.shapes);
   const auto move_shape = [&](Operand& x) {
     if (!x.dims) return;
     std::copy_n(x.sizes, x.dims, words);
@@ -220,14 +208,10 @@ void Plan::pack(char* to, char* base, double* squares, double* skipped) {
     for (Operand& s : r.row.state) move_shape(s);
     for (Operand* x : {&r.row.source, &r.row.rest, &r.row.ema}) move_shape(*x);
   }
-  if (!moved.empty()) std::memcpy(rows_here, moved.data(), moved.size() * sizeof(DeviceRow));
-
-  place((1 + rows_.size()) * sizeof(unsigned));
-  job_.tickets = reinterpret_cast<unsigned*>(there);
-  place(chunks_.size() * sizeof(Sums));
-  job_.sums = reinterpret_cast<Sums*>(there);
-  place(size_t(units_) * sizeof(Unit));
-  job_.units = reinterpret_cast<Unit*>(there);
+  job_.rows = fill(at.rows, moved);
+  job_.tickets = reinterpret_cast<unsigned*>(base + at.tickets);
+  job_.sums = reinterpret_cast<Sums*>(base + at.sums);
+  job_.units = reinterpret_cast<Unit*>(base + at.units);
 
   job_.squares = squares;
   job_.skipped = skipped;

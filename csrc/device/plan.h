@@ -20,8 +20,8 @@ class Plan : public Rows {
   void lr_from(size_t group, const char* at, DType dtype);
 
   // Device memory that the table needs, in bytes, and how many of them from the start pack() writes. The rows are complete.
-  size_t bytes();
-  size_t packed_bytes() { return bytes() - scratch_bytes_; }
+  size_t bytes() { return image().end; }
+  size_t packed_bytes() { return image().packed(); }
 
   // Writes to host memory what belongs at `base` in device memory, which is aligned to 256 bytes and is the caller's to keep. `squares`
   // is a float64 for each row, `skipped` a float64 count, both in device memory. A Job stands first.
@@ -70,6 +70,13 @@ class Plan : public Rows {
     bool plain[2] = {}, any[2] = {};  // pieces, units
   };
 
+  // Where the parts of the table lie, in bytes from its start, which is the job; what follows the tickets is for the kernels to fill.
+  struct Image {
+    size_t rows, hypers, chunks, grads, shapes, tickets, sums, units, end;
+    size_t packed() const { return sums; }
+  };
+
+  Image image();
   void plan_row(size_t index);
   void add_pieces(int32_t index, int64_t begin, int64_t end, bool plain);
   DeviceHyper device_hyper(size_t group) const;
@@ -83,7 +90,7 @@ class Plan : public Rows {
   std::vector<Kinds> kinds_;
   std::vector<int32_t> first_row_;  // of each group, and the end: rows come group by group
   int64_t units_ = 0;
-  size_t shape_words_ = 0, scratch_bytes_ = 0;
+  size_t shape_words_ = 0;
 };
 
 }  // namespace gradfused::device
