@@ -240,6 +240,30 @@ def test_average_of_the_weights(recipe: str, dtype: str, backend: str) -> None:
         torch.testing.assert_close(kept.double().cpu(), average, rtol=3e-6, atol=1e-6)
 
 
+@backends
+def test_an_average_that_began_in_float32_follows_weights_made_float64(backend: str) -> None:
+    float32_average_of_float64_weights(backend)
+
+
+def float32_average_of_float64_weights(backend: str) -> None:
+    model = torch.nn.Linear(16, 64, device=device_of(backend))
+    optimizer = gradfused.SGD(model.parameters(), lr=0.5, ema=0.5, backend=backend)
+
+    def step() -> None:
+        for p in model.parameters():
+            p.grad = torch.ones_like(p)
+        optimizer.step()
+
+    step()
+    model.double()
+    before = [(p.detach().clone(), optimizer.state[p]["ema"].clone()) for p in model.parameters()]
+    step()
+    for p, (weights, average) in zip(model.parameters(), before, strict=True):
+        assert torch.equal(p.detach(), weights - 0.5)
+        assert average.dtype == torch.float32
+        torch.testing.assert_close(optimizer.state[p]["ema"], ((average + p.detach()) / 2).float(), rtol=1e-6, atol=1e-7)
+
+
 def averaging(**options: Any) -> tuple[Parameter, Any]:
     p = Parameter(torch.ones(3))
     p.grad = torch.ones(3)

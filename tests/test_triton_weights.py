@@ -10,6 +10,7 @@ import pytest
 import torch
 import triton_interpreter
 from cases import CASES, DTYPES, GRAD_DTYPE_MISSING, Run, assert_close, assert_same_bits, can_mix_dtypes, device_of
+from test_riders import float32_average_of_float64_weights
 
 import gradfused
 from gradfused.backends import triton
@@ -48,6 +49,10 @@ def assert_as_on_the_cpu(case: str, rider: str, dtype: str, backend: str, **how:
     assert ours.guards_intact()
     zeroed = RIDERS[rider].get("zero_grad_in_step", False)
     assert all(bool((g == 0).all()) == zeroed for g in ours.grads if g.numel())
+
+
+def test_an_average_that_began_in_float32_follows_weights_made_float64(backend: str) -> None:
+    float32_average_of_float64_weights(backend)
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])

@@ -172,25 +172,25 @@ def store_any(operand, data, i, x, mask):
 
 @triton.jit
 def load_mixed(ACCESS: tl.constexpr, MIXED: tl.constexpr, operand, data, dtype, start, local, mask, T: tl.constexpr):
-    """``load`` of an operand that may, if MIXED, be of float32 in a row of another dtype."""
-    if not MIXED or (ACCESS == at.DType_float32 or ACCESS >= ANY):
-        return load(ACCESS, operand, data, start, local, mask, T)
-    else:
+    """``load`` of an operand that may, if MIXED, be of float32 in a row of 16 bits."""
+    if MIXED and (ACCESS == at.DType_float16 or ACCESS == at.DType_bfloat16):
         x = tl.zeros(mask.shape, T)
         if dtype == at.DType_float32:
             x = load(at.DType_float32, operand, data, start, local, mask, T)
         else:
             x = load(ACCESS, operand, data, start, local, mask, T)
         return x
+    else:
+        return load(ACCESS, operand, data, start, local, mask, T)
 
 
 @triton.jit
 def store_mixed(ACCESS: tl.constexpr, operand, data, dtype, start, local, x, mask):
     """The counterpart of ``load_mixed``, where MIXED."""
-    if ACCESS == at.DType_float32 or ACCESS >= ANY:
-        store(ACCESS, operand, data, start, local, x, mask)
-    else:
+    if ACCESS == at.DType_float16 or ACCESS == at.DType_bfloat16:
         if dtype == at.DType_float32:
             store(at.DType_float32, operand, data, start, local, x, mask)
         else:
             store(ACCESS, operand, data, start, local, x, mask)
+    else:
+        store(ACCESS, operand, data, start, local, x, mask)

@@ -30,8 +30,9 @@ bool is_lean(Rule rule) {
 bool is_plain(const Row& row) {
   const auto fits = [&](const Operand& x) { return x.dims == 0 && x.dtype == row.param.dtype; };
   const auto aligned = [](const Operand& x) { return reinterpret_cast<uintptr_t>(x.data) % 16 == 0; };
+  const bool may_widen = itemsize(row.param.dtype) < itemsize(DType::float32);
   const auto rides = [&](const Operand& x) {
-    return !x.data || (x.dims == 0 && aligned(x) && (x.dtype == row.param.dtype || x.dtype == DType::float32));
+    return !x.data || (x.dims == 0 && aligned(x) && (x.dtype == row.param.dtype || (may_widen && x.dtype == DType::float32)));
   };
   if (!fits(row.param) || !aligned(row.param) || !fits(row.grad)) return false;
   if (!rides(row.source) || !rides(row.ema)) return false;
