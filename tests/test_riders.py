@@ -261,7 +261,9 @@ def float32_average_of_float64_weights(backend: str) -> None:
     for p, (weights, average) in zip(model.parameters(), before, strict=True):
         assert torch.equal(p.detach(), weights - 0.5)
         assert average.dtype == torch.float32
-        torch.testing.assert_close(optimizer.state[p]["ema"], ((average + p.detach()) / 2).float(), rtol=1e-6, atol=1e-7)
+        torch.testing.assert_close(
+            optimizer.state[p]["ema"], ((average + p.detach()) / 2).float(), rtol=1e-6, atol=1e-7
+        )
 
 
 def averaging(**options: Any) -> tuple[Parameter, Any]:
