@@ -27,7 +27,8 @@ PYTEST := OMP_WAIT_POLICY=passive $(PY) -m pytest -n auto --dist worksteal
 test: native
 	@$(PYTEST) --cov --cov-fail-under=95
 
-# With the whole conformance suite on the Triton backend, interpreted (some 20 minutes on two cores), and every kernel compiled for every target.
+# With the whole conformance suite on the Triton backend, interpreted (some 20 minutes on two cores), and every kernel compiled
+# for every target.
 test-all: native
 	@$(PYTEST) --interpret-all
 	@$(PY) tools/check_triton.py --all

@@ -21,5 +21,6 @@ def _process(rank: int, work: Callable[..., Any], folder: str, *arguments: Any) 
     torch.set_num_threads(1)
     distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
     torch.save(work(rank, *arguments), f"{folder}/{rank}.pt")
-    # A group's destructor may hold the interpreter's lock while it waits for a thread that waits for that lock.
+    # Unless the work failed, which spawn reports. A group's destructor may hold the interpreter's lock while it waits for a
+    # thread that waits for that lock.
     os._exit(0)

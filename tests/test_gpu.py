@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import Any
@@ -10,7 +11,7 @@ import pytest
 import torch
 
 from gradfused import gpu
-from gradfused.backends import triton
+from gradfused.backends import choose_name, triton
 
 CPU, CUDA, XPU = torch.device("cpu"), torch.device("cuda", 1), torch.device("xpu", 1)
 
@@ -25,8 +26,10 @@ def tensor_on(device: torch.device) -> Any:
 
 
 @pytest.fixture(autouse=True)
-def compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+def compiled(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    triton._programs.cache_clear()
+    yield
     triton._programs.cache_clear()
 
 
@@ -83,6 +86,15 @@ def test_triton_refuses_what_is_on_no_gpu_or_on_one_without_float64(monkeypatch:
     assert triton.refusal(tensor_on(XPU)) is None
     answer(monkeypatch, torch.xpu, get_device_properties=SimpleNamespace(name="Arc A770", has_fp64=False))
     assert triton.refusal(tensor_on(XPU)) == "sums norms in float64, which Arc A770 cannot"
+
+
+def test_no_warning_says_on_intel_that_cuda_is_missing(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    answer(monkeypatch, torch.xpu, is_available=True, get_device_properties=SimpleNamespace(name="Max", has_fp64=True))
+    monkeypatch.setattr(triton, "missing", lambda: None)
+    assert choose_name("auto", [tensor_on(XPU)]) == "triton"
+    assert not caplog.records
 
 
 def test_as_many_programs_are_launched_as_a_gpu_can_hold(monkeypatch: pytest.MonkeyPatch) -> None:

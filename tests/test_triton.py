@@ -42,7 +42,7 @@ from gradfused.backends.base import Availability, Scaling
 ROOT = Path(__file__).resolve().parent.parent
 pytestmark = [
     pytest.mark.kernels,
-    pytest.mark.skipif(not triton_interpreter.RUNS, reason=str(triton.availability().reason)),
+    pytest.mark.skipif(not triton_interpreter.RUNS, reason=triton_interpreter.REASON),
     pytest.mark.parametrize("backend", ["triton"]),
 ]
 interpreted_only = pytest.mark.skipif(not triton_interpreter.INTERPRETED, reason="a GPU is here: kernels are compiled")

@@ -13,14 +13,13 @@ from cases import CASES, DTYPES, GRAD_DTYPE_MISSING, Run, assert_close, assert_s
 from test_riders import float32_average_of_float64_weights
 
 import gradfused
-from gradfused.backends import triton
 from gradfused.backends.base import Scaling, Settings
 from gradfused.rows import GroupPlan
 from gradfused.table import StepTable
 
 pytestmark = [
     pytest.mark.kernels,
-    pytest.mark.skipif(not triton_interpreter.RUNS, reason=str(triton.availability().reason)),
+    pytest.mark.skipif(not triton_interpreter.RUNS, reason=triton_interpreter.REASON),
     pytest.mark.parametrize("backend", ["triton"]),
 ]
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from importlib.metadata import version
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -60,20 +59,16 @@ def hasten() -> None:
     executor.__call__ = launch_afresh
 
 
-def numpy_is_too_new() -> bool:
-    """Triton's interpreter is written in NumPy, and before 3.9 trips over what 2.4 removed."""
-    older, numpy = (tuple(map(int, version(name).split("+")[0].split(".")[:2])) for name in ("triton", "numpy"))
-    return older < (3, 9) and numpy >= (2, 4)
-
-
 def start() -> bool:
-    """Import Triton and the kernels for the interpreter, where there is no GPU to run them on. Whether that was done.
+    """Import Triton and the kernels for the interpreter, where torch.cuda has no GPU to run them on. Whether that was done.
 
     It must come before anything else imports Triton. The environment is left as it was, for others' kernels.
     """
-    if torch.cuda.is_available() or os.environ.get("GRADFUSED_SANITIZE_INSIDE") or triton.missing() is not None:
-        return False
-    if numpy_is_too_new():
+    if (
+        torch.cuda.is_available()
+        or os.environ.get("GRADFUSED_SANITIZE_INSIDE")
+        or (triton.missing() or triton.uninterpretable())
+    ):
         return False
     if "triton" in sys.modules and os.environ.get("TRITON_INTERPRET") != "1":
         return False
@@ -89,7 +84,8 @@ def start() -> bool:
 
 
 INTERPRETED = start()
-RUNS = INTERPRETED or triton.availability().usable
+RUNS = INTERPRETED or (torch.cuda.is_available() and triton.availability().usable)
+REASON = str(triton.missing() or triton.uninterpretable() or triton.availability().reason)
 
 
 def uninterpreted(script: str) -> subprocess.CompletedProcess[str]:

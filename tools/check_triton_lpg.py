@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from triton_compile import Report, compiled, main
 
-from gradfused.backends import lpg_triton
+from gradfused.backends import lpg_triton, triton
 
 POINTERS = {
     "i64": ("target", "order", "starts", "slot", "pieces", "heads", "firsts"),
@@ -98,7 +98,7 @@ def source(variant: str) -> Any:
 
 def check(variant: str, target: str) -> tuple[Report, list[str]]:
     """What came of a kernel, and what is wrong with it."""
-    report = compiled(source(variant), target, lpg_triton.LAUNCH_OPTIONS)
+    report = compiled(source(variant), target, triton.UNFUSED)
     kernel, dtype, classes, _, _ = VARIANTS[variant]
     wide = kernel != "tally" and lpg_triton.pack(classes, classes, SIZES[dtype]) * SIZES[dtype] == 16
     faults = {

@@ -89,10 +89,11 @@ def choose_name(
         if reason is not None:
             raise RuntimeError(f"{source}='{request}' cannot run: {reason}; backend='auto' takes what can")
         return request
-    on_cpu = all(t.device.type == "cpu" for t in tensors)
+    kinds = {t.device.type for t in tensors}
+    candidates = ("cpu",) if kinds <= {"cpu"} else ("triton",) if kinds <= {"xpu"} else ("cuda", "triton")
     refused: dict[str, str] = {}
     taken = "reference"
-    for name in [n for n in (("cpu",) if on_cpu else ("cuda", "triton")) if n in offered]:
+    for name in [n for n in candidates if n in offered]:
         reason = _refusal(available[name], tensors)
         if reason is None:
             taken = name

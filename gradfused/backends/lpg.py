@@ -22,7 +22,7 @@ def choose(request: str, logits: Tensor) -> Kernels:
     """
     plain = bool(logits.numel() == 0 or logits.data_ptr())
     asked = (request, os.environ.get("GRADFUSED_BACKEND"), cpu.native_or_none(), triton.interpreting())
-    key = (*asked, logits.device.type, logits.dtype, plain)
+    key = (*asked, logits.device, logits.dtype, plain)
     if key not in _chosen:
         _chosen[key] = _KERNELS[choose_name(request, [logits], tuple(_KERNELS), "LPG cross-entropy")]
     return _chosen[key]

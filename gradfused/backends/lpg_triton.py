@@ -18,8 +18,6 @@ from .lpg_problem import Kernels, Measured, Perturbation, Problem, refuse_stray
 #: Elements of a tile, and rows of a piece: what one program sums before another takes over.
 TILE, PIECE = 2048, 64
 _FEWEST_COLUMNS = 16
-#: What a launch is compiled with. Contraction is off, as in the step.
-LAUNCH_OPTIONS = {"enable_fp_fusion": False}
 
 
 @cache
@@ -31,7 +29,7 @@ def _kernels() -> Any:
 def _run(name: str, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:
     """Launch a kernel where its first argument, a tensor, lies."""
     with gpu.selected(arguments[0].device):
-        getattr(_kernels(), name)[grid](*arguments, **constants, **LAUNCH_OPTIONS)
+        getattr(_kernels(), name)[grid](*arguments, **constants, **triton.UNFUSED)
 
 
 def tile(classes: int, wide: torch.dtype) -> tuple[int, int]:

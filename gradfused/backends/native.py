@@ -19,7 +19,7 @@ DTYPES = {
     torch.bfloat16: "bfloat16",
 }
 _SETTINGS = [f.name for f in fields(Settings) if f.name not in ("lr_tensor", "lr_address")]
-#: Describes a tensor to native code without Python calls. torch 2.13 has it, older ones may not.
+#: Describes a tensor to native code without Python calls. Older versions of torch have none.
 EXCHANGE = getattr(Tensor, "__dlpack_c_exchange_api__", None)
 
 # (address, dtype, sizes, strides) as a native module reads an operand

@@ -60,18 +60,37 @@ class Kernels:
         return sum(self.states[name] << (4 * i) for i, name in enumerate(cpu.native().rules()))
 
 
+#: Contraction is off, as in the other backends.
+UNFUSED = {"enable_fp_fusion": False}
+
+
+def _version(package: str) -> tuple[int, ...] | None:
+    """Major and minor; None for a build under another name: triton-rocm, triton-xpu, one's own."""
+    try:
+        return tuple(int(x) for x in version(package).split("+")[0].split(".")[:2])
+    except PackageNotFoundError:
+        return None
+
+
 def missing() -> str | None:
     """Why Triton's kernels cannot be loaded, or None."""
     if not cpu.availability().usable:
         return f"needs the compiled module that plans its tables: {cpu.availability().reason}"
     if find_spec("triton") is None:
         return "needs the triton package, which is not installed: python -m pip install triton"
-    try:
-        found = version("triton")
-    except PackageNotFoundError:  # triton-rocm, triton-xpu, a build of one's own
-        return None
-    if tuple(int(x) for x in found.split("+")[0].split(".")[:2]) < OLDEST:
-        return f"needs Triton {OLDEST[0]}.{OLDEST[1]} or later, found {found}: python -m pip install -U triton"
+    found = _version("triton")
+    if found is not None and found < OLDEST:
+        return (
+            f"needs Triton {OLDEST[0]}.{OLDEST[1]} or later, found {version('triton')}: python -m pip install -U triton"
+        )
+    return None
+
+
+def uninterpretable() -> str | None:
+    """Why Triton's interpreter, which is written in NumPy, cannot run the kernels, or None."""
+    found, numpy = _version("triton"), _version("numpy")
+    if found is not None and numpy is not None and found < (3, 9) and numpy >= (2, 4):
+        return f"Triton {version('triton')} interprets with NumPy before 2.4, found {version('numpy')}"
     return None
 
 
@@ -104,7 +123,9 @@ def interpreting() -> bool:
 def availability() -> Availability:
     """Whether Triton is there and a GPU, or its interpreter, to run it on."""
     reason = missing()
-    if reason is None and not interpreting() and not gpu.available():
+    if reason is None and interpreting():
+        reason = uninterpretable()
+    elif reason is None and not gpu.available():
         reason = "needs a GPU that this torch can use, or TRITON_INTERPRET=1 to try the kernels on CPU tensors"
     details = {"interpreted": "by TRITON_INTERPRET=1"} if reason is None and interpreting() else {}
     return Availability("triton", reason, details=details)
@@ -115,8 +136,9 @@ def refusal(tensor: Tensor) -> str | None:
     if interpreting():
         return natives.refusal(tensor, "cpu")
     reason = natives.refusal(tensor, *gpu.TYPES)
-    if reason is None and not getattr(gpu.properties(tensor.device), "has_fp64", True):
-        return f"sums norms in float64, which {gpu.properties(tensor.device).name} cannot"
+    if reason is None and tensor.device.type == "xpu":
+        known = gpu.properties(tensor.device)
+        reason = None if known.has_fp64 else f"sums norms in float64, which {known.name} cannot"
     return reason
 
 
@@ -194,8 +216,8 @@ def warps(amd: bool) -> int:
 
 
 def launch_options(amd: bool) -> dict[str, Any]:
-    """What a launch is compiled with. Contraction is off, as in the other backends."""
-    return {"num_warps": warps(amd), "enable_fp_fusion": False}
+    """What a launch is compiled with."""
+    return {"num_warps": warps(amd), **UNFUSED}
 
 
 @cache
