@@ -190,7 +190,7 @@ def refuse_early(parser: argparse.ArgumentParser, args: argparse.Namespace) -> N
     if args.train or args.list or not any(name in RECIPES for name in args.recipes):
         return
     args.left_out = list(too_large(args))
-    if len(args.left_out) == len(step_models(args)) * len(args.dtype) and not any(n in FUNCTIONS for n in args.recipes):
+    if len(args.left_out) == len(args.step_models) * len(args.dtype) and not any(n in FUNCTIONS for n in args.recipes):
         parser.error(args.left_out[0]["reason"])
 
 
@@ -198,7 +198,10 @@ def fill_defaults(args: argparse.Namespace) -> None:
     """What depends on the device, or on what is asked for."""
     usual = (DEFAULT_TRAIN_RECIPES if args.train else DEFAULT_RECIPES[args.device.type]).split(",")
     args.recipes = args.recipes or [name for name in usual if not args.models or is_for(name, args.models)]
-    args.models = args.models or DEFAULT_MODELS[args.device.type].split(",")
+    usual = DEFAULT_MODELS[args.device.type].split(",")
+    args.models = args.models or usual
+    # Whose optimizer steps are meant: where only functions' sizes are named, the usual ones.
+    args.step_models = [name for name in args.models if name in MODELS] or usual
 
 
 def is_for(recipe: str, models: Sequence[str]) -> bool:
@@ -207,15 +210,9 @@ def is_for(recipe: str, models: Sequence[str]) -> bool:
     return any(name in mine for name in models)
 
 
-def step_models(args: argparse.Namespace) -> list[str]:
-    """The models whose optimizer steps are meant: where only functions' sizes are named, the usual ones."""
-    named = [name for name in args.models if name in MODELS]
-    return named or DEFAULT_MODELS[args.device.type].split(",")
-
-
 def too_large(args: argparse.Namespace) -> Iterator[dict[str, str]]:
     """The models that do not fit into memory in a dtype, and why."""
-    for name in step_models(args):
+    for name in args.step_models:
         for dtype in args.dtype:
             reason = memory_problem(MODELS[name], dtype, args.optimizers, args.device)
             if reason:

@@ -15,7 +15,6 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedCo
 from rich.table import Table
 
 from . import cuda, report
-from .cli import step_models
 from .environment import describe
 from .function_runner import FUNCTIONS, SIZES, measure_function
 from .functions import Function, FunctionCase, Way
@@ -151,7 +150,7 @@ def bench(args: argparse.Namespace) -> int:
 def cases_of(args: argparse.Namespace) -> list[Case]:
     """Every optimizer step that was asked for, those of one workload side by side."""
     out = {(left["model"], left["dtype"]) for left in args.left_out}
-    models, recipes = step_models(args), [name for name in args.recipes if name in RECIPES]
+    models, recipes = args.step_models, [name for name in args.recipes if name in RECIPES]
     return [
         Case(MODELS[model], RECIPES[recipe], RULES[rule], getattr(torch, dtype), args.device)
         for model, rule, dtype, recipe in product(models, args.optimizers, args.dtype, recipes)

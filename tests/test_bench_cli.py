@@ -185,6 +185,7 @@ def test_cases_of_one_workload_are_neighbours():
     args = cli.make_parser().parse_args(
         ["--models", "small-400,resnet50", "--dtype", "float32,bfloat16", "--recipes", "all"]
     )
+    cli.fill_defaults(args)
     keys = [(case.model.name, case.dtype) for case in commands.cases_of(args)]
     changes = sum(a != b for a, b in pairwise(keys))
     assert len(keys) == 2 * 2 * len(RECIPES)
