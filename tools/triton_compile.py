@@ -41,7 +41,7 @@ class Report:
         registers: Of a thread.
         wide_loads: Accesses of 16 bytes.
         wide_stores: The same, written.
-        spills: Accesses of local memory; on AMD spilt registers.
+        spills: Accesses of local memory; on AMD spilt vector registers.
         inside: Those within hot loops; on AMD all.
         narrow: Narrower accesses of global memory in hot loops.
     """
@@ -101,10 +101,10 @@ def read_cuda(kernel: Any) -> Report:
 def read_amd(kernel: Any) -> Report:
     """From the assembly and its metadata."""
     text = kernel.asm["amdgcn"]
-    numbers = {key: int(n) for key, n in re.findall(r"\.((?:vgpr|sgpr)_(?:count|spill_count)): +(\d+)", text)}
+    numbers = {key: int(n) for key, n in re.findall(r"\.(vgpr_(?:count|spill_count)): +(\d+)", text)}
     counts = Counter(re.findall(r"\b((?:global|buffer|flat)_(?:load|store)_\w+)", text))
     wide = {name: n for name, n in counts.items() if name.endswith("dwordx4")}
-    spills = numbers["vgpr_spill_count"] + numbers["sgpr_spill_count"]
+    spills = numbers["vgpr_spill_count"]  # a scalar register goes into a lane of a vector register, not to memory
     return Report(
         registers=numbers["vgpr_count"],
         wide_loads=sum(n for name, n in wide.items() if "load" in name),
