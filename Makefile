@@ -28,7 +28,7 @@ test: native
 	@$(PYTEST) --cov --cov-fail-under=95
 
 # With the whole conformance suite on the Triton backend, interpreted (some 20 minutes on two cores), and every kernel compiled
-# for every target.
+# for every target (10 a target).
 test-all: native
 	@$(PYTEST) --interpret-all
 	@$(PY) tools/check_triton.py --all
