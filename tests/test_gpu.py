@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import nullcontext
+from importlib.metadata import PackageNotFoundError
 from types import SimpleNamespace
 from typing import Any
 
@@ -95,6 +96,26 @@ def test_no_warning_says_on_intel_that_cuda_is_missing(
     monkeypatch.setattr(triton, "missing", lambda: None)
     assert choose_name("auto", [tensor_on(XPU)]) == "triton"
     assert not caplog.records
+
+
+@pytest.mark.parametrize(
+    ("triton_version", "numpy", "able"),
+    [("3.6.0", "2.4.6", False), ("3.6.0+git1", "2.3.5", True), ("3.9.0", "2.4.6", True), (None, "2.4.6", True)],
+)
+def test_where_the_interpreter_cannot_run_the_reason_is_numpy(
+    triton_version: str | None, numpy: str, able: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def version(package: str) -> str:
+        found = {"triton": triton_version, "numpy": numpy}[package]
+        if found is None:
+            raise PackageNotFoundError(package)
+        return found
+
+    monkeypatch.setattr(triton, "version", version)
+    monkeypatch.setattr(triton, "find_spec", lambda name: name)
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    expected = None if able else "Triton 3.6.0 interprets with NumPy before 2.4, found 2.4.6"
+    assert triton.availability().reason == expected
 
 
 def test_as_many_programs_are_launched_as_a_gpu_can_hold(monkeypatch: pytest.MonkeyPatch) -> None:

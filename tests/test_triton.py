@@ -45,7 +45,7 @@ pytestmark = [
     pytest.mark.skipif(not triton_interpreter.RUNS, reason=triton_interpreter.REASON),
     pytest.mark.parametrize("backend", ["triton"]),
 ]
-interpreted_only = pytest.mark.skipif(not triton_interpreter.INTERPRETED, reason="a GPU is here: kernels are compiled")
+interpreted_only = pytest.mark.skipif(not triton_interpreter.INTERPRETED, reason="kernels are not interpreted here")
 
 
 # ---- against the oracle
