@@ -196,12 +196,12 @@ def refuse_early(parser: argparse.ArgumentParser, args: argparse.Namespace) -> N
 
 def fill_defaults(args: argparse.Namespace) -> None:
     """What depends on the device, or on what is asked for."""
-    usual = (DEFAULT_TRAIN_RECIPES if args.train else DEFAULT_RECIPES[args.device.type]).split(",")
-    args.recipes = args.recipes or [name for name in usual if not args.models or is_for(name, args.models)]
-    usual = DEFAULT_MODELS[args.device.type].split(",")
-    args.models = args.models or usual
+    recipes = (DEFAULT_TRAIN_RECIPES if args.train else DEFAULT_RECIPES[args.device.type]).split(",")
+    args.recipes = args.recipes or [name for name in recipes if not args.models or is_for(name, args.models)]
+    models = DEFAULT_MODELS[args.device.type].split(",")
+    args.models = args.models or models
     # Whose optimizer steps are meant: where only functions' sizes are named, the usual ones.
-    args.step_models = [name for name in args.models if name in MODELS] or usual
+    args.step_models = [name for name in args.models if name in MODELS] or models
 
 
 def is_for(recipe: str, models: Sequence[str]) -> bool:

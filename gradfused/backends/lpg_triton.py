@@ -44,6 +44,12 @@ def pack(classes: int, stride: int, size: int) -> int:
     return gcd(classes, stride, 16 // size)
 
 
+def _shape(problem: Problem, logits: Tensor) -> dict[str, int]:
+    """What kernels that go over pieces of rows are compiled for."""
+    block, height = tile(problem.classes, problem.wide)
+    return {"BLOCK": block, "HEIGHT": height, "PACK": pack(problem.classes, logits.stride(0), logits.itemsize)}
+
+
 def _readable(tensor: Tensor) -> Tensor:
     """``tensor`` as the kernels want it: bfloat16 as int16 in the interpreter."""
     return tensor.view(torch.int16) if tensor.dtype == torch.bfloat16 and triton.kernels().interpreted else tensor
@@ -171,9 +177,11 @@ def forward(problem: Problem, tally: bool) -> Measured:
     counts = torch.zeros(3, classes, dtype=torch.float64, device=device) if tally else None
     if n:
         arguments = (logits, target, problem.weight, _numbers(problem), loss, saved, confidence, norm)
-        shape = {"BLOCK": tile(classes, problem.wide)[0], "PACK": pack(classes, logits.stride(0), logits.itemsize)}
-        constants = {"SMOOTH": problem.label_smoothing > 0, "TALLY": tally} | shape
-        _run("forward", (n,), *arguments, classes, logits.stride(0), problem.ignore_index, **constants)
+        shape = _shape(problem, logits)
+        _run(
+            "forward", (n,), *arguments, classes, logits.stride(0), problem.ignore_index,
+            SMOOTH=problem.label_smoothing > 0, TALLY=tally, BLOCK=shape["BLOCK"], PACK=shape["PACK"],
+        )  # fmt: skip
         counts = _tally(problem, confidence, norm) if tally else None
     kept = target != problem.ignore_index
     weight = kept.double()
@@ -205,9 +213,8 @@ def _write(problem: Problem, saved: Tensor, factor: Tensor, how: Perturbation, o
     logits, target = _rows(problem)
     numbers, bound, along = _numbers(problem), how.reach().contiguous(), _along(how)
     pieces = _pieces(problem, how.scope == "sample")
-    block, height = tile(classes, problem.wide)
-    grid = (len(pieces), -(-classes // block))
-    shape = {"BLOCK": block, "HEIGHT": height, "PACK": pack(classes, logits.stride(0), logits.itemsize)}
+    shape = _shape(problem, logits)
+    grid = (len(pieces), -(-classes // shape["BLOCK"]))
     sums = saved.new_empty(max(1, pieces.slots), classes)
     squares = saved.new_empty(grid)
     if along is None:
@@ -234,11 +241,11 @@ def class_sums(problem: Problem, saved: tuple[Tensor, ...]) -> Tensor:
         return to
     logits, target = _rows(problem)
     by_class = _by_class(problem)
-    block, height = tile(classes, problem.wide)
-    grid = (classes, -(-classes // block))
+    shape = _shape(problem, logits)
+    grid = (classes, -(-classes // shape["BLOCK"]))
     _run(
         "class_sums", grid, logits, target, saved[0], _numbers(problem), by_class.order, by_class.firsts, to, classes,
-        logits.stride(0), BLOCK=block, HEIGHT=height, PACK=pack(classes, logits.stride(0), logits.itemsize),
+        logits.stride(0), **shape,
     )  # fmt: skip
     return to
 
