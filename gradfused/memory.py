@@ -1,4 +1,4 @@
-"""Which tensors share memory."""
+"""Which tensors have memory, and which share it."""
 
 from __future__ import annotations
 
@@ -6,6 +6,11 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+
+
+def has_values(t: Tensor) -> bool:
+    """Whether a tensor holds numbers: on the meta device and under FakeTensorMode it has shape and dtype alone."""
+    return t.layout != torch.strided or t.untyped_storage().device.type != "meta"
 
 
 def _span(t: Tensor) -> tuple[int, int]:
@@ -46,7 +51,7 @@ def check_disjoint(tensors: Sequence[tuple[str, Tensor]]) -> None:
     Views that interleave without touching, such as the columns of a matrix, are fine.
     """
     # A wrapper such as DTensor has no memory of its own, and address 0.
-    with_memory = ((name, t) for name, t in tensors if t.numel() and t.data_ptr())
+    with_memory = ((name, t) for name, t in tensors if t.numel() and has_values(t) and t.data_ptr())
     spans = sorted(((*_span(t), name, t) for name, t in with_memory), key=lambda x: x[:2])
     active: list[tuple[int, int, str, Tensor]] = []
     for first, last, name, t in spans:

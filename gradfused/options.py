@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import difflib
 import math
-from collections.abc import Iterable, Mapping
+import operator
+from collections.abc import Mapping
+from numbers import Real
 from typing import Any, TypedDict
 
 import torch
-from torch import Tensor
 
 from .backends import NAMES as BACKENDS
 
@@ -98,29 +98,106 @@ _CHOICES: dict[str, tuple[object, ...]] = {
     "backend": BACKENDS,
 }
 
+#: Types of values that are what they are: most options.
+FIXED = frozenset((bool, int, float, str, type(None)))
 
-def as_float(value: Any) -> Any:
-    """A one-element tensor as a number; anything else as it is."""
-    return value.item() if isinstance(value, Tensor) and value.numel() == 1 else value
+
+def plain(value: Any) -> Any:
+    """A NumPy scalar, or an array or tensor of one element, as Python's own number, bool or string; the rest as it is."""
+    if type(value) in FIXED:
+        return value
+    shape = getattr(value, "shape", None)
+    return value.item() if isinstance(shape, tuple) and math.prod(shape) == 1 else value
+
+
+def items(value: Any) -> list[Any] | None:
+    """What a sequence holds, be it a tuple, a list, an array or Hydra's ListConfig; None of anything else."""
+    if isinstance(value, (str, bytes, Mapping)) or not hasattr(value, "__getitem__"):
+        return None
+    try:
+        return [value[i] for i in range(len(value))]
+    except TypeError:  # an array of no dimensions
+        return None
+
+
+def _integer(value: Any) -> int | None:
+    """The integer that ``value`` is or stands for; None for bools and all else."""
+    try:
+        return None if isinstance(value, bool) else operator.index(value)
+    except TypeError:
+        return None
+
+
+def _real(value: Any) -> Any:
+    """``value`` if it is a number, or the integer that it stands for; None for bools and all else."""
+    return value if isinstance(value, Real) and not isinstance(value, bool) else _integer(value)
+
+
+def _float(name: str, value: Any) -> float:
+    """The float nearest to a number."""
+    shape = getattr(value, "shape", None)
+    if isinstance(shape, tuple) and math.prod(shape) != 1:
+        kind = type(value).__name__
+        raise ValueError(f"{name}: expected a number or a tensor of one element, got a {kind} of shape {tuple(shape)}")
+    real = _real(value)
+    if real is None:
+        raise TypeError(f"{name}: expected a number, got {value!r}")
+    try:
+        return float(real)
+    except OverflowError:  # an integer or a fraction that no float can hold
+        return INF if real > 0 else -INF
 
 
 def number(name: str, value: Any, low: float = 0.0, high: float = INF, *, high_open: bool = False) -> float:
     """``value`` as a float in [low, high], or in [low, high) if ``high_open``.
 
+    Whatever ``numbers.Real`` or ``operator.index`` accept is a number, and an array or tensor of one element; bools are not.
+
     Raises:
         TypeError: It is not a number.
-        ValueError: It is out of range or nan.
+        ValueError: It is out of range or nan, or an array or tensor of another number of elements.
     """
-    value = as_float(value)
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{name}: expected a number, got {value!r}")
-    if not low <= value <= high or (high_open and value == high):
+    value = plain(value)
+    result = value if type(value) is float else _float(name, value)
+    if not low <= result <= high or (high_open and result == high):
         bound = f"below {high:g}" if high_open and high < INF else f"at most {high:g}"
         limits = f"{low:g} or more" if high == INF else f"from {low:g} and {bound}"
         raise ValueError(
             f"{name}: expected {limits}{' and finite' if high_open and high == INF else ''}, got {value!r}"
         )
-    return float(value)
+    return result
+
+
+def flag(name: str, value: Any) -> bool:
+    """One of torch's or the rule's switches: a bool, NumPy's and tensors' too, or as torch takes them 0, 1 and None.
+
+    Raises:
+        TypeError: It is none of these.
+    """
+    value = plain(value)
+    if value is None or isinstance(value, bool) or _real(value) in (0, 1):
+        return bool(value)
+    raise TypeError(f"{name}: expected True or False, got {value!r}")
+
+
+def choice(name: str, value: Any) -> Any:
+    """Which of the values that a keyword may have is meant; for STATE_DTYPES its key.
+
+    Raises:
+        ValueError: None of them.
+    """
+    asked, known = plain(value), _CHOICES[name]
+    if type(asked) in (str, bool, type(None)) and asked in known:
+        return asked
+    for allowed in known:
+        if isinstance(asked, str) and asked == allowed:  # an enumeration's member, say
+            return allowed
+    raise ValueError(f"{name}: expected one of {', '.join(map(repr, known))}, got {asked!r}")
+
+
+def with_choices(group: Mapping[str, Any]) -> dict[str, Any]:
+    """A copy of a group in which every keyword that names something has one of the values known here."""
+    return {**group, **{name: choice(name, group[name]) for name in _CHOICES}}
 
 
 def finite(name: str, value: Any) -> float:
@@ -135,55 +212,29 @@ def finite_numbers(group: Mapping[str, Any], *names: str) -> dict[str, Any]:
 
 def beta_numbers(group: Mapping[str, Any], count: int = 2) -> dict[str, Any]:
     """A group's ``betas`` as fields of Settings, each in [0, 1)."""
-    values = group["betas"]
-    if not isinstance(values, (tuple, list)) or len(values) != count:
-        raise TypeError(f"betas: expected {'two' if count == 2 else 'three'} numbers, got {values!r}")
+    values = items(group["betas"])
+    if values is None or len(values) != count:
+        raise TypeError(f"betas: expected {'two' if count == 2 else 'three'} numbers, got {group['betas']!r}")
     return {f"beta{i + 1}": number(f"betas[{i}]", value, high=1.0, high_open=True) for i, value in enumerate(values)}
 
 
 def adam_numbers(group: Mapping[str, Any]) -> dict[str, Any]:
     """What Adam, NAdam and RAdam share, as fields of Settings."""
     numbers = finite_numbers(group, "lr", "eps", "weight_decay") | beta_numbers(group)
-    return numbers | {"decoupled": bool(group["decoupled_weight_decay"])}
+    return numbers | {"decoupled": flag("decoupled_weight_decay", group["decoupled_weight_decay"])}
 
 
 def momentum_numbers(group: Mapping[str, Any]) -> dict[str, Any]:
     """SGD's ``momentum``, ``dampening`` and ``nesterov`` as fields of Settings."""
     momentum = finite("momentum", group["momentum"])
     dampening = number("dampening", group["dampening"], low=-INF)
-    if group["nesterov"] and (momentum == 0 or dampening != 0):
+    nesterov = flag("nesterov", group["nesterov"])
+    if nesterov and (momentum == 0 or dampening != 0):
         raise ValueError(
             "nesterov=True: expected momentum above 0 and no dampening, "
             f"got momentum={momentum:g}, dampening={dampening:g}"
         )
-    return {"momentum": momentum, "dampening": dampening, "nesterov": bool(group["nesterov"])}
-
-
-def refuse_unknown(names: Iterable[str], known: Iterable[str], what: str) -> None:
-    """Raise TypeError for the first of ``names`` that is not known, with the known name it resembles."""
-    known = list(known)
-    for name in names:
-        if name not in known:
-            close = difflib.get_close_matches(name, known, n=1)
-            hint = f"; did you mean '{close[0]}'?" if close else f"; known are {', '.join(known)}"
-            raise TypeError(f"{what} got an unknown option '{name}'{hint}")
-
-
-def refuse_misspelt(group: Mapping[str, Any], known: Iterable[str]) -> None:
-    """Raise TypeError for a key of a group that resembles an option. Other keys of the user's own are left alone."""
-    known = list(known)
-    for name in group:
-        close = [] if name in known else difflib.get_close_matches(name, known, n=1, cutoff=0.85)
-        if close:
-            raise TypeError(f"parameter group has an unknown option '{name}'; did you mean '{close[0]}'?")
-
-
-def check_choices(group: Mapping[str, Any]) -> None:
-    """Raise ValueError unless every keyword that names something names something known."""
-    for name, allowed in _CHOICES.items():
-        value = group[name]
-        if not any(value is a or (isinstance(value, str) and value == a) for a in allowed):
-            raise ValueError(f"{name}: expected one of {', '.join(map(repr, allowed))}, got {value!r}")
+    return {"momentum": momentum, "dampening": dampening, "nesterov": nesterov}
 
 
 def _perturbation(group: Mapping[str, Any]) -> tuple[str | None, float, str]:
@@ -218,32 +269,37 @@ _FAMILY = {
 }
 
 
+def _seed(value: Any) -> int:
+    """``value`` as an integer of 64 bits without sign."""
+    value = plain(value)
+    seed = _integer(value)
+    if seed is None:
+        raise TypeError(f"seed: expected an int, got {value!r}")
+    if not 0 <= seed < 2**64:
+        raise ValueError(f"seed: expected 0 <= seed < 2**64, got {seed}")
+    return seed
+
+
 def interpret(group: Mapping[str, Any]) -> dict[str, Any]:
-    """A group's recipe as fields of Settings.
+    """A group's recipe, its choices known, as fields of Settings.
 
     Raises:
         TypeError: A value has the wrong type.
         ValueError: A value is out of range, unknown, or contradicts another.
     """
-    check_choices(group)
     kind, radius, scope = _perturbation(group)
     fields: dict[str, Any] = {"scope": scope, "radius": radius, "agc": kind == "agc"}
     if kind in _FAMILY:
         a, b, e, lo, hi = _FAMILY[kind]
         fields["perturb"] = (a, b * radius, e, lo, hi)
     sign = 1.0 if group["reverse"] is None else -finite("reverse", group["reverse"])
-    seed = group["seed"]
-    if isinstance(seed, bool) or not isinstance(seed, int):
-        raise TypeError(f"seed: expected an int, got {seed!r}")
-    if not 0 <= seed < 2**64:
-        raise ValueError(f"seed: expected 0 <= seed < 2**64, got {seed}")
     return fields | {
         "centralize_at": group["centralize_at"],
         "clip_value": INF if group["clip_value"] is None else number("clip_value", group["clip_value"]),
         "noise": finite("noise", group["noise"]),
         "noise_decay": finite("noise_decay", group["noise_decay"]),
-        "seed": seed,
-        "sign": -sign if group["maximize"] else sign,
+        "seed": _seed(group["seed"]),
+        "sign": -sign if flag("maximize", group["maximize"]) else sign,
         "skip_nonfinite": group["nonfinite"] == "skip",
         "ema": 0.0 if group["ema"] is None else number("ema", group["ema"], high=1.0),
         "zero_grad": group["zero_grad_in_step"],

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 
 from .backends import BackendTable, Row, Settings
 from .state import FLOATING, SCALARS, SHORT, State, States
@@ -87,6 +88,11 @@ def named_parameters(groups: Sequence[Group]) -> Iterator[tuple[str, Tensor]]:
             yield parameter_name(groups, g, i), p
 
 
+def may_train(p: Tensor) -> bool:
+    """Whether a parameter is to get gradients, as far as is known yet: frozen and lazy ones may be of any kind."""
+    return p.requires_grad and not is_lazy(p)
+
+
 def check_parameter(name: str, p: Tensor) -> None:
     """Raise TypeError unless ``p`` is of a kind that any backend can step."""
     if p.is_complex():
@@ -102,13 +108,14 @@ def check_parameter(name: str, p: Tensor) -> None:
 
 def check_gradient(name: str, p: Tensor, g: Tensor) -> None:
     """Raise TypeError or ValueError unless ``g`` is a gradient that any backend can step ``p`` with."""
+    wanted = " or ".join(dict.fromkeys((str(p.dtype), "torch.float32")))
     if g.layout != torch.strided:
         raise TypeError(
             f"gradient of parameter {name} is sparse ({g.layout}), expected a dense one: "
             "use sparse=False or .to_dense()"
         )
     if g.is_complex():
-        raise TypeError(f"gradient of parameter {name} is complex ({g.dtype}), expected {p.dtype} or torch.float32")
+        raise TypeError(f"gradient of parameter {name} is complex ({g.dtype}), expected {wanted}")
     if g.device != p.device:
         raise ValueError(f"gradient of parameter {name} is on {g.device}, expected it on the parameter's {p.device}")
     if g.shape != p.shape:
@@ -116,7 +123,7 @@ def check_gradient(name: str, p: Tensor, g: Tensor) -> None:
             f"gradient of parameter {name} has shape {tuple(g.shape)}, expected the parameter's {tuple(p.shape)}"
         )
     if g.dtype not in (p.dtype, torch.float32):
-        raise TypeError(f"gradient of parameter {name} has dtype {g.dtype}, expected {p.dtype} or torch.float32")
+        raise TypeError(f"gradient of parameter {name} has dtype {g.dtype}, expected {wanted}")
     if p.is_meta:
         raise ValueError(
             f"parameter {name} is on the meta device and has no values: materialise it first (module.to_empty)"

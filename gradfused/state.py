@@ -13,7 +13,7 @@ FLOATING = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 SHORT = (torch.float16, torch.bfloat16)
 #: State of one element; state that any rule may have.
 SCALARS = frozenset(("step", "mu_product"))
-RIDERS = frozenset(("master", "kahan_comp", "ema"))
+RIDERS = frozenset(("master", "kahan_comp", "ema", "step"))
 
 
 def _scalar_dtype() -> torch.dtype:

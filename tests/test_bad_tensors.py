@@ -28,10 +28,11 @@ def test_complex_parameter(dtype):
         opt.add_param_group({"params": [("z", nn.Parameter(torch.ones(2, dtype=dtype)))]})
 
 
-@pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.float8_e4m3fn])
-def test_parameter_of_another_dtype(dtype):
-    p = nn.Parameter(torch.zeros(2).to(dtype), requires_grad=False)
-    with pytest.raises(TypeError, match=f"parameter 0 of group 0 has dtype {dtype}, expected one of float32, float64"):
+def test_parameter_of_another_dtype():
+    p = nn.Parameter(torch.zeros(2).to(torch.float8_e4m3fn))
+    with pytest.raises(
+        TypeError, match=r"parameter 0 of group 0 has dtype torch.float8.*expected one of float32, float64"
+    ):
         gradfused.SGD([p])
 
 

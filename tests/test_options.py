@@ -254,10 +254,3 @@ def test_groups_may_differ_in_everything_but_the_backend():
     )
     assert [g["norm_scope"] for g in opt.param_groups] == ["unit", "global"]
     assert [g["centralize"] for g in opt.param_groups] == [True, True]
-
-
-def test_as_float_leaves_the_rest_alone():
-    assert options.as_float(torch.tensor([2.5])) == 2.5
-    assert options.as_float("x") == "x"
-    many = torch.ones(2)
-    assert options.as_float(many) is many

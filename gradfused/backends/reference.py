@@ -13,6 +13,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from ..memory import has_values
 from .base import WIDE_SCOPES, BackendTable, Row, Scaling, Settings
 from .rules import RULES, Count
 
@@ -184,7 +185,7 @@ class Table(BackendTable):
 
     def _finite(self) -> bool:
         guarded = [i for i, row in enumerate(self.rows) if self.settings[row.group].skip_nonfinite]
-        return bool(torch.isfinite(self.sums[guarded]).all())
+        return not guarded or not has_values(self.sums) or bool(torch.isfinite(self.sums[guarded]).all())
 
     @torch.no_grad()
     def apply(self, scaling: Scaling) -> bool:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..memory import has_values
 from .base import Row, Settings
 
 State = dict[str, Tensor]
@@ -47,8 +48,8 @@ class Count:
 
 
 def norm(x: Tensor) -> float:
-    """In float64."""
-    return float(x.double().square().sum().sqrt())
+    """In float64; 0 of what has no values."""
+    return float(x.double().square().sum().sqrt()) if has_values(x) else 0.0
 
 
 def trust_ratio(weight_norm: float, size: float, over: float) -> float:

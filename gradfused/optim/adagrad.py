@@ -31,7 +31,7 @@ class Adagrad(Optimizer):
     """
 
     _own_options = ("lr", "lr_decay", "eps", "weight_decay", "initial_accumulator_value")
-    _state_keys = frozenset(("sum", "step"))
+    _state_keys = frozenset(("sum",))
 
     def __init__(
         self,

@@ -7,8 +7,21 @@ from typing import Any
 from torch import Tensor
 from typing_extensions import Unpack
 
-from ..options import Recipe, adam_numbers
+from ..options import Recipe, adam_numbers, flag, items
 from .base import Optimizer, Params
+
+
+def _refuse_tensors(lr: object, betas: object, given: bool) -> None:
+    """Raise ValueError for tensors where torch's constructor does: one beta of two, or ``given`` that foreach is asked for."""
+    are = [isinstance(value, Tensor) for value in (lr, *(items(betas) or ()))]
+    if len(are) == 3 and are[1] != are[2]:
+        raise ValueError(f"betas: expected two numbers or two tensors, as torch does, got {betas!r}")
+    if given and any(are):
+        name, value = ("lr", lr) if are[0] else ("betas", betas)
+        raise ValueError(
+            f"{name}: expected a number, as torch does with foreach=True and capturable=False, got {value!r}; "
+            "leave out foreach: every step is fused"
+        )
 
 
 class Adam(Optimizer):
@@ -32,7 +45,8 @@ class Adam(Optimizer):
     """
 
     _own_options = ("lr", "betas", "eps", "weight_decay", "amsgrad")
-    _state_keys = frozenset(("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "step"))
+    _state_keys = frozenset(("exp_avg", "exp_avg_sq"))
+    _optional_keys = frozenset(("max_exp_avg_sq",))
 
     def __init__(
         self,
@@ -51,6 +65,7 @@ class Adam(Optimizer):
         decoupled_weight_decay: bool = False,
         **recipe: Unpack[Recipe],
     ) -> None:
+        _refuse_tensors(lr, betas, given=bool(foreach) and not capturable)
         defaults = {
             "lr": lr,
             "betas": betas,
@@ -67,7 +82,7 @@ class Adam(Optimizer):
         super().__init__(params, defaults, dict(recipe))
 
     def _rule(self, group: dict[str, Any]) -> tuple[str, tuple[str, ...]]:
-        if group["amsgrad"]:
+        if flag("amsgrad", group["amsgrad"]):
             return "adam_amsgrad", ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
         return "adam", ("exp_avg", "exp_avg_sq")
 

@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 from typing_extensions import Unpack
 
-from ..options import Recipe, beta_numbers, finite_numbers
+from ..options import Recipe, beta_numbers, finite_numbers, flag
 from .base import Optimizer, Params
 
 
@@ -29,7 +29,7 @@ class Adan(Optimizer):
     """
 
     _own_options = ("lr", "betas", "eps", "weight_decay", "no_prox")
-    _state_keys = frozenset(("exp_avg", "exp_avg_sq", "exp_avg_diff", "neg_pre_grad", "step"))
+    _state_keys = frozenset(("exp_avg", "exp_avg_sq", "exp_avg_diff", "neg_pre_grad"))
 
     def __init__(
         self,
@@ -58,4 +58,4 @@ class Adan(Optimizer):
 
     def _numbers(self, group: dict[str, Any]) -> dict[str, Any]:
         numbers = finite_numbers(group, "lr", "eps", "weight_decay") | beta_numbers(group, 3)
-        return numbers | {"decoupled": True, "proximal": not group["no_prox"]}
+        return numbers | {"decoupled": True, "proximal": not flag("no_prox", group["no_prox"])}

@@ -11,32 +11,20 @@ from typing import Any, overload
 import torch
 from torch import Tensor
 from torch._compile import _disable_dynamo
+from torch.nn.parameter import is_lazy
 
 from .. import gpu, options
 from ..backends import Scaling, Settings
-from ..memory import check_disjoint
-from ..rows import GroupPlan, check_parameter, named_parameters, parameter_name
+from ..memory import check_disjoint, has_values
+from ..plans import Plans
+from ..rows import GroupPlan, check_parameter, may_train, named_parameters, parameter_name
+from ..spelling import refuse_misspelt, refuse_unknown
 from ..state import RIDERS, SCALARS, state_dtype
 from ..table import StepTable
 
 Params = Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]]
 _NOT_OPTIONS = frozenset(("params", "param_names"))
 _TABLES_KEPT = 4
-
-
-def _value(option: Any) -> Any:
-    """An option as a plain value that can be compared: a tensor may have changed in place.
-
-    Of a tensor on a GPU only the address: what it holds is read there, in the step.
-    """
-    if isinstance(option, Tensor):
-        return option.data_ptr() if gpu.holds(option) else option.tolist()
-    return tuple(map(options.as_float, option)) if isinstance(option, (tuple, list)) else option
-
-
-def _values(group: dict[str, Any]) -> list[Any]:
-    """A group's options, to be compared with the last step's."""
-    return [_value(v) for k, v in group.items() if k not in _NOT_OPTIONS]
 
 
 @torch.no_grad()
@@ -56,7 +44,7 @@ class Optimizer(torch.optim.Optimizer):
     _step_supports_amp_scaling = True
 
     def __init__(self, params: Params, defaults: dict[str, Any], recipe: dict[str, Any]) -> None:
-        options.refuse_unknown(recipe, options.DEFAULTS, type(self).__name__)
+        refuse_unknown(recipe, options.DEFAULTS, type(self).__name__)
         self._begin()
         self._complete = False
         super().__init__(params, defaults | options.DEFAULTS | recipe)
@@ -68,7 +56,7 @@ class Optimizer(torch.optim.Optimizer):
         self._tables: list[StepTable] = []  # the last one used comes first
         self._captured: list[StepTable] = []  # by CUDA graphs, which may be replayed for as long as this lives
         self._seen: StepTable | None = None  # the last step's
-        self._plans: list[tuple[list[Any], GroupPlan]] = []
+        self._plans = Plans(self._plan)
         self._skipped: int | Tensor = 0
         self._sources: dict[Tensor, Tensor] = {}  # where SAM keeps the weights between its two halves
         self._stepped: list[Tensor] = []  # parameters that the last step moved
@@ -78,7 +66,8 @@ class Optimizer(torch.optim.Optimizer):
     # ---- the rule
 
     _own_options: tuple[str, ...]  # a state dict whose groups lack one of these is another optimizer's
-    _state_keys: frozenset[str]  # every key its state may have
+    _state_keys: frozenset[str]  # tensors that its state has at whatever options
+    _optional_keys: frozenset[str] = frozenset()  # and those that some options ask for
     _counts_steps = True  # the rule reads the step's number
     _keeps_product = False  # and the product of its momenta
 
@@ -96,8 +85,9 @@ class Optimizer(torch.optim.Optimizer):
 
     def _plan(self, group: dict[str, Any]) -> GroupPlan:
         """Interprets and validates one group's options."""
-        if group.get("differentiable"):
+        if "differentiable" in self.defaults and options.flag("differentiable", group["differentiable"]):
             raise ValueError("differentiable=True: a fused step cannot be differentiated; use torch.optim for that")
+        group = options.with_choices(group)
         recipe = options.interpret(group)
         settings = Settings(**self._numbers(group), **recipe)
         lr = group["lr"]
@@ -121,14 +111,7 @@ class Optimizer(torch.optim.Optimizer):
 
     def _current_plans(self) -> list[GroupPlan]:
         """Every group's plan, interpreted again only where an option changed."""
-        del self._plans[len(self.param_groups) :]
-        for i, group in enumerate(self.param_groups):
-            values = _values(group)
-            if i == len(self._plans):
-                self._plans.append((values, self._plan(group)))
-            elif self._plans[i][0] != values:
-                self._plans[i] = (values, self._plan(group))
-        return [plan for _, plan in self._plans]
+        return self._plans.of(self.param_groups, self.defaults)
 
     # ---- groups
 
@@ -136,16 +119,18 @@ class Optimizer(torch.optim.Optimizer):
         """Add a group, as in torch.optim; every keyword of the optimizer may be given for it.
 
         Raises:
-            TypeError: A parameter is complex, sparse or not floating, or an option is misspelt or of the wrong type.
+            TypeError: A parameter that requires a gradient is complex, sparse or not floating, or an option is misspelt or of
+                the wrong type.
             ValueError: An option is out of range or contradicts another, or parameters overlap in memory.
         """
         super().add_param_group(param_group)
         try:
             group, index = self.param_groups[-1], len(self.param_groups) - 1
-            options.refuse_misspelt(group, [*self.defaults, "params", "param_names"])
+            refuse_misspelt([name for name in group if name not in _NOT_OPTIONS], self.defaults)
             self._plan(group)
             for i, p in enumerate(group["params"]):
-                check_parameter(parameter_name(self.param_groups, index, i), p)
+                if may_train(p):
+                    check_parameter(parameter_name(self.param_groups, index, i), p)
             if self._complete:
                 self._check_memory()
         except BaseException:
@@ -153,8 +138,9 @@ class Optimizer(torch.optim.Optimizer):
             raise
 
     def _check_memory(self) -> None:
-        named = {id(p): (f"parameter {name}", p) for name, p in named_parameters(self.param_groups) if not p.is_meta}
-        check_disjoint(list(named.values()))
+        """Two parameters may not share memory. What has none, or no gradient, is left to the step that needs it."""
+        trained = ((name, p) for name, p in named_parameters(self.param_groups) if may_train(p) and has_values(p))
+        check_disjoint(list({id(p): (f"parameter {name}", p) for name, p in trained}.values()))
 
     # ---- the step
 
@@ -365,7 +351,7 @@ class Optimizer(torch.optim.Optimizer):
         """torch casts loaded state to the parameters' dtypes: what is to have another one gets its own values back."""
         numbers = iter([i for group in saved["param_groups"] for i in group["params"]])
         for group in self.param_groups:
-            asked = options.STATE_DTYPES.get(group["state_dtype"])
+            asked = options.STATE_DTYPES.get(options.choice("state_dtype", group["state_dtype"]))
             for p, number in zip(group["params"], numbers, strict=False):
                 for key, value in saved["state"].get(number, {}).items():
                     if not isinstance(value, Tensor) or not value.is_floating_point() or key == "step":
@@ -396,16 +382,36 @@ class Optimizer(torch.optim.Optimizer):
             )
 
     def _check_saved_state(self, groups: list[dict[str, Any]], state: dict[int, dict[str, Any]]) -> None:
-        saved = [i for group in groups for i in group["params"]]
+        saved = [i for group, _ in zip(groups, self.param_groups, strict=False) for i in group["params"]]
+        if len(set(saved)) < len(saved):
+            twice = next(i for i in saved if saved.count(i) > 1)
+            raise ValueError(
+                f"state dict has parameter {twice!r} more than once in its groups, expected each once: it is damaged"
+            )
         for index, (name, p) in zip(saved, named_parameters(self.param_groups), strict=False):
-            for key, value in state.get(index, {}).items():
-                if key not in self._state_keys | RIDERS:
-                    raise ValueError(
-                        f"state dict is not of {type(self).__name__}: parameter {name} has state '{key}', "
-                        f"expected {', '.join(sorted(self._state_keys))}"
-                    )
-                if key not in SCALARS and isinstance(value, Tensor) and value.shape != p.shape:
-                    raise ValueError(
-                        f"state '{key}' of parameter {name} has shape {tuple(value.shape)}, expected {tuple(p.shape)}: "
-                        "the state dict is of another model"
-                    )
+            values = {key: value for key, value in state.get(index, {}).items() if value is not None}
+            self._check_keys(name, values)
+            for key, value in values.items():
+                if key in SCALARS or not isinstance(value, Tensor) or is_lazy(p) or value.shape == p.shape:
+                    continue
+                raise ValueError(
+                    f"state '{key}' of parameter {name} has shape {tuple(value.shape)}, expected {tuple(p.shape)}: "
+                    "the state dict is of another model"
+                )
+
+    def _check_keys(self, name: str, saved: Iterable[str]) -> None:
+        """Raise ValueError unless a parameter's state is this rule's, and whole; none at all is a start."""
+        own = [*sorted(self._state_keys), *["step"] * self._counts_steps, *["mu_product"] * self._keeps_product]
+        saved = list(saved)
+        for key in saved:
+            if key not in own and key not in self._optional_keys | RIDERS:
+                raise ValueError(
+                    f"state dict is not of {type(self).__name__}: parameter {name} has state '{key}', "
+                    f"expected {', '.join([*own, *sorted(self._optional_keys)])}"
+                )
+        missing = [key for key in own if key not in saved]
+        if saved and missing:
+            raise ValueError(
+                f"state dict has '{saved[0]}' of parameter {name} but no '{missing[0]}', which {type(self).__name__} cannot "
+                "go on without: save it again, or leave out the parameter's whole state for a new start"
+            )

@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 from typing_extensions import Unpack
 
-from ..options import Recipe, beta_numbers, finite_numbers
+from ..options import Recipe, beta_numbers, finite_numbers, flag
 from .base import Optimizer, Params
 
 
@@ -30,7 +30,7 @@ class LAMB(Optimizer):
     """
 
     _own_options = ("lr", "betas", "eps", "weight_decay", "adapt")
-    _state_keys = frozenset(("exp_avg", "exp_avg_sq", "step"))
+    _state_keys = frozenset(("exp_avg", "exp_avg_sq"))
 
     def __init__(
         self,
@@ -59,4 +59,4 @@ class LAMB(Optimizer):
 
     def _numbers(self, group: dict[str, Any]) -> dict[str, Any]:
         numbers = finite_numbers(group, "lr", "eps", "weight_decay") | beta_numbers(group)
-        return numbers | {"decoupled": True, "adapt": bool(group["adapt"])}
+        return numbers | {"decoupled": True, "adapt": flag("adapt", group["adapt"])}

@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 from typing_extensions import Unpack
 
-from ..options import Recipe, finite, finite_numbers, momentum_numbers
+from ..options import Recipe, finite, finite_numbers, flag, momentum_numbers
 from .base import Optimizer, Params
 
 
@@ -32,7 +32,8 @@ class LARS(Optimizer):
     """
 
     _own_options = ("lr", "momentum", "weight_decay", "trust_coefficient", "adapt")
-    _state_keys = frozenset(("momentum_buffer", "step"))
+    _state_keys = frozenset()
+    _optional_keys = frozenset(("momentum_buffer",))
     _counts_steps = False
 
     def __init__(
@@ -64,12 +65,12 @@ class LARS(Optimizer):
         super().__init__(params, defaults, dict(recipe))
 
     def _rule(self, group: dict[str, Any]) -> tuple[str, tuple[str, ...]]:
-        return ("lars_momentum", ("momentum_buffer",)) if group["momentum"] else ("lars", ())
+        return ("lars_momentum", ("momentum_buffer",)) if finite("momentum", group["momentum"]) else ("lars", ())
 
     def _numbers(self, group: dict[str, Any]) -> dict[str, Any]:
         numbers = finite_numbers(group, "lr", "weight_decay", "eps") | momentum_numbers(group)
         return numbers | {
             "trust": finite("trust_coefficient", group["trust_coefficient"]),
             "decoupled": True,  # the rule adds the decay, after the norm is taken
-            "adapt": bool(group["adapt"]),
+            "adapt": flag("adapt", group["adapt"]),
         }

@@ -32,7 +32,7 @@ class NAdam(Optimizer):
     """
 
     _own_options = ("lr", "betas", "eps", "weight_decay", "momentum_decay")
-    _state_keys = frozenset(("exp_avg", "exp_avg_sq", "mu_product", "step"))
+    _state_keys = frozenset(("exp_avg", "exp_avg_sq"))
     _keeps_product = True
 
     def __init__(

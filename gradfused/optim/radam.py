@@ -31,7 +31,7 @@ class RAdam(Optimizer):
     """
 
     _own_options = ("lr", "betas", "eps", "weight_decay")
-    _state_keys = frozenset(("exp_avg", "exp_avg_sq", "step"))
+    _state_keys = frozenset(("exp_avg", "exp_avg_sq"))
 
     def __init__(
         self,

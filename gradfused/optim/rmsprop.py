@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 from typing_extensions import Unpack
 
-from ..options import Recipe, finite_numbers, number
+from ..options import Recipe, finite, finite_numbers, flag, number
 from .base import Optimizer, Params
 
 
@@ -32,7 +32,8 @@ class RMSprop(Optimizer):
     """
 
     _own_options = ("lr", "alpha", "eps", "weight_decay", "momentum", "centered")
-    _state_keys = frozenset(("square_avg", "momentum_buffer", "grad_avg", "step"))
+    _state_keys = frozenset(("square_avg",))
+    _optional_keys = frozenset(("momentum_buffer", "grad_avg"))
 
     def __init__(
         self,
@@ -64,7 +65,7 @@ class RMSprop(Optimizer):
         super().__init__(params, defaults, dict(recipe))
 
     def _rule(self, group: dict[str, Any]) -> tuple[str, tuple[str, ...]]:
-        momentum, centered = group["momentum"] > 0, bool(group["centered"])
+        momentum, centered = finite("momentum", group["momentum"]) > 0, flag("centered", group["centered"])
         rule = "rmsprop" + "_centered" * centered + "_momentum" * momentum
         return rule, ("square_avg", *("momentum_buffer",) * momentum, *("grad_avg",) * centered)
 

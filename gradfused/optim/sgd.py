@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 from typing_extensions import Unpack
 
-from ..options import Recipe, finite_numbers, momentum_numbers
+from ..options import Recipe, finite, finite_numbers, momentum_numbers
 from .base import Optimizer, Params
 
 
@@ -31,7 +31,8 @@ class SGD(Optimizer):
     """
 
     _own_options = ("lr", "momentum", "weight_decay")
-    _state_keys = frozenset(("momentum_buffer", "step"))
+    _state_keys = frozenset()
+    _optional_keys = frozenset(("momentum_buffer",))
     _counts_steps = False
 
     def __init__(
@@ -63,7 +64,7 @@ class SGD(Optimizer):
         super().__init__(params, defaults, dict(recipe))
 
     def _rule(self, group: dict[str, Any]) -> tuple[str, tuple[str, ...]]:
-        return ("sgd_momentum", ("momentum_buffer",)) if group["momentum"] else ("sgd", ())
+        return ("sgd_momentum", ("momentum_buffer",)) if finite("momentum", group["momentum"]) else ("sgd", ())
 
     def _numbers(self, group: dict[str, Any]) -> dict[str, Any]:
         return finite_numbers(group, "lr", "weight_decay") | momentum_numbers(group)

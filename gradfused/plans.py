@@ -1,0 +1,75 @@
+"""What each group's options mean, interpreted again only when an option has changed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from operator import is_, itemgetter
+from typing import Any
+
+from torch import Tensor
+
+from . import gpu, options
+from .rows import Group, GroupPlan
+
+
+def _may_change(value: Any) -> bool:
+    """Whether a value may become another without being replaced, as tensors and lists do."""
+    return type(value) not in options.FIXED and not (type(value) is tuple and not any(map(_may_change, value)))
+
+
+def _comparable(value: Any) -> Any:
+    """A value as it is now, with its type, as 0 equals False; of a tensor on a GPU the address: it is read in the step."""
+    if isinstance(value, Tensor) and gpu.holds(value):
+        return Tensor, value.data_ptr()
+    held = None if type(value) in options.FIXED else options.items(value)
+    return type(value), options.plain(value) if held is None else [*map(_comparable, held)]
+
+
+class _Known:
+    """A group's options as they were when they were interpreted, and what they mean."""
+
+    def __init__(self, values: tuple[Any, ...], plan: GroupPlan) -> None:
+        self._values, self.plan = values, plan
+        self._loose = {
+            i: _comparable(value)
+            for i, value in enumerate(values)
+            if type(value) not in options.FIXED and _may_change(value)
+        }
+
+    def holds(self, values: tuple[Any, ...]) -> bool:
+        """Whether a group's options still are these. No Python code runs for those that are the very objects."""
+        replaced = set() if all(map(is_, values, self._values)) else self._replaced(values)
+        if all(_comparable(values[i]) == self._was(i) for i in replaced | self._loose.keys()):
+            self._values = values
+            return True
+        return False
+
+    def _replaced(self, values: tuple[Any, ...]) -> set[int]:
+        return {i for i, (new, old) in enumerate(zip(values, self._values, strict=True)) if new is not old}
+
+    def _was(self, index: int) -> Any:
+        return self._loose[index] if index in self._loose else _comparable(self._values[index])
+
+
+class Plans:
+    """The plans of an optimizer's groups.
+
+    Args:
+        interpret: Makes a group's plan, or raises what is wrong with its options.
+    """
+
+    def __init__(self, interpret: Callable[[Group], GroupPlan]) -> None:
+        self._interpret = interpret
+        self._known: list[_Known] = []
+
+    def of(self, groups: Sequence[Group], names: Iterable[str]) -> list[GroupPlan]:
+        """Every group's plan. Keys of a group that are not among ``names`` are the user's own and are not looked at."""
+        del self._known[len(groups) :]
+        read = itemgetter(*names)
+        for i, group in enumerate(groups):
+            values = read(group)
+            if i == len(self._known):
+                self._known.append(_Known(values, self._interpret(group)))
+            elif not self._known[i].holds(values):
+                self._known[i] = _Known(values, self._interpret(group))
+        return [known.plan for known in self._known]
