@@ -94,7 +94,6 @@ _CHOICES: dict[str, tuple[object, ...]] = {
     "nonfinite": ("propagate", "skip"),
     "precision": (None, "kahan", "stochastic", "master"),
     "state_dtype": (None, *STATE_DTYPES),
-    "zero_grad_in_step": (False, True),
     "backend": BACKENDS,
 }
 
@@ -175,8 +174,11 @@ def flag(name: str, value: Any) -> bool:
         TypeError: It is none of these.
     """
     value = plain(value)
-    if value is None or isinstance(value, bool) or _real(value) in (0, 1):
+    if value is None or isinstance(value, bool):
         return bool(value)
+    real = _real(value)
+    if real in (0, 1):
+        return bool(real)
     raise TypeError(f"{name}: expected True or False, got {value!r}")
 
 
@@ -302,7 +304,7 @@ def interpret(group: Mapping[str, Any]) -> dict[str, Any]:
         "sign": -sign if flag("maximize", group["maximize"]) else sign,
         "skip_nonfinite": group["nonfinite"] == "skip",
         "ema": 0.0 if group["ema"] is None else number("ema", group["ema"], high=1.0),
-        "zero_grad": group["zero_grad_in_step"],
+        "zero_grad": flag("zero_grad_in_step", group["zero_grad_in_step"]),
     }
 
 

@@ -52,24 +52,27 @@ class _Known:
 
 
 class Plans:
-    """The plans of an optimizer's groups.
+    """The plans of an optimizer's groups."""
 
-    Args:
-        interpret: Makes a group's plan, or raises what is wrong with its options.
-    """
-
-    def __init__(self, interpret: Callable[[Group], GroupPlan]) -> None:
-        self._interpret = interpret
+    def __init__(self) -> None:
         self._known: list[_Known] = []
 
-    def of(self, groups: Sequence[Group], names: Iterable[str]) -> list[GroupPlan]:
-        """Every group's plan. Keys of a group that are not among ``names`` are the user's own and are not looked at."""
+    def of(
+        self, groups: Sequence[Group], names: Iterable[str], interpret: Callable[[Group], GroupPlan]
+    ) -> list[GroupPlan]:
+        """Every group's plan.
+
+        Args:
+            groups: The parameter groups.
+            names: Their options. Other keys are the user's own and are not looked at.
+            interpret: Makes a group's plan, or raises what is wrong with its options.
+        """
         del self._known[len(groups) :]
         read = itemgetter(*names)
         for i, group in enumerate(groups):
             values = read(group)
             if i == len(self._known):
-                self._known.append(_Known(values, self._interpret(group)))
+                self._known.append(_Known(values, interpret(group)))
             elif not self._known[i].holds(values):
-                self._known[i] = _Known(values, self._interpret(group))
+                self._known[i] = _Known(values, interpret(group))
         return [known.plan for known in self._known]

@@ -65,7 +65,6 @@ class Adam(Optimizer):
         decoupled_weight_decay: bool = False,
         **recipe: Unpack[Recipe],
     ) -> None:
-        _refuse_tensors(lr, betas, given=bool(foreach) and not capturable)
         defaults = {
             "lr": lr,
             "betas": betas,
@@ -80,6 +79,7 @@ class Adam(Optimizer):
             "decoupled_weight_decay": decoupled_weight_decay,
         }
         super().__init__(params, defaults, dict(recipe))
+        _refuse_tensors(lr, betas, given=bool(foreach) and not capturable)
 
     def _rule(self, group: dict[str, Any]) -> tuple[str, tuple[str, ...]]:
         if flag("amsgrad", group["amsgrad"]):

@@ -56,7 +56,7 @@ class Optimizer(torch.optim.Optimizer):
         self._tables: list[StepTable] = []  # the last one used comes first
         self._captured: list[StepTable] = []  # by CUDA graphs, which may be replayed for as long as this lives
         self._seen: StepTable | None = None  # the last step's
-        self._plans = Plans(self._plan)
+        self._plans = Plans()
         self._skipped: int | Tensor = 0
         self._sources: dict[Tensor, Tensor] = {}  # where SAM keeps the weights between its two halves
         self._stepped: list[Tensor] = []  # parameters that the last step moved
@@ -111,7 +111,7 @@ class Optimizer(torch.optim.Optimizer):
 
     def _current_plans(self) -> list[GroupPlan]:
         """Every group's plan, interpreted again only where an option changed."""
-        return self._plans.of(self.param_groups, self.defaults)
+        return self._plans.of(self.param_groups, self.defaults, self._plan)
 
     # ---- groups
 
