@@ -279,6 +279,13 @@ def can_be_saved(value: Any) -> bool:
 
 # ---- the matrix
 
+FULL = "AdamW"
+
+
+def dealt(optimizer: str, values: Iterator[Any]) -> list[Any]:
+    """All of the values for one optimizer, every fourth for the others, each from another start: they share the code."""
+    return list(values) if optimizer == FULL else list(values)[list(OPTIMIZERS).index(optimizer) % 4 :: 4]
+
 
 every = pytest.mark.parametrize(
     ("optimizer", "option"), every_option(), ids=lambda x: x if isinstance(x, str) else x.name
@@ -289,7 +296,7 @@ DEVICES = ("cuda", "triton")  # a step that cannot run on them says so
 @every
 def test_types_that_are_taken(optimizer, option):
     """Wherever it is given, a value means what it means in plain Python."""
-    for value, same in accepted(optimizer, option):
+    for value, same in dealt(optimizer, accepted(optimizer, option)):
         if option.name == "backend" and same in DEVICES:
             continue
         expected = outcome(as_keyword, optimizer, option.name, same)
@@ -303,7 +310,7 @@ def test_types_that_are_taken(optimizer, option):
 @every
 def test_types_that_are_refused(optimizer, option):
     """Wherever it is given, in the same words, and nothing has changed."""
-    for value, error in refused(option):
+    for value, error in dealt(optimizer, refused(option)):
         expected = outcome(as_keyword, optimizer, option.name, value)
         assert isinstance(expected, tuple), f"{option.name}={value!r} was taken"
         assert expected[0] is error, f"{option.name}={value!r}: {expected}"
