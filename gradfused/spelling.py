@@ -5,9 +5,9 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
-# Shorter names have too many neighbours: 'Lr' and 'wd' are the user's own.
+# Short names have too many neighbours: 'Lr' is a key of the user's own, and 'no_decay', two letters from 'lr_decay'.
 _SHORTEST = 4
-_LONG = 8
+_LONG = 9
 
 
 def distance(a: str, b: str) -> int:
@@ -25,10 +25,14 @@ def distance(a: str, b: str) -> int:
     return last[-1]
 
 
-def _resembles(name: str, known: str) -> bool:
-    """Whether ``name`` is one letter away from ``known``, or two from a long one."""
-    allowed = 0 if len(known) < _SHORTEST else 1 if len(known) < _LONG else 2
-    return abs(len(name) - len(known)) <= allowed and distance(name, known) <= allowed
+def _meant(name: str, known: Iterable[str]) -> str | None:
+    """The nearest of the ``known`` names that ``name`` is one letter away from, or two if it is long."""
+    near: list[tuple[int, str]] = []
+    for option in known:
+        allowed = 0 if len(option) < _SHORTEST else 1 if len(option) < _LONG else 2
+        if abs(len(name) - len(option)) <= allowed and (away := distance(name, option)) <= allowed:
+            near.append((away, option))
+    return min(near)[1] if near else None
 
 
 def refuse_unknown(names: Iterable[str], known: Iterable[str], what: str) -> None:
@@ -45,7 +49,6 @@ def refuse_misspelt(names: Iterable[object], known: Iterable[str]) -> None:
     """Raise TypeError for a key of a group that is a letter or two away from an option. Other keys are the user's own."""
     known = list(known)
     for name in names:
-        if isinstance(name, str) and name not in known:
-            meant = [option for option in known if _resembles(name, option)]
-            if meant:
-                raise TypeError(f"parameter group has an unknown option '{name}'; did you mean '{meant[0]}'?")
+        meant = _meant(name, known) if isinstance(name, str) and name not in known else None
+        if meant is not None:
+            raise TypeError(f"parameter group has an unknown option '{name}'; did you mean '{meant}'?")
