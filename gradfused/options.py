@@ -19,6 +19,9 @@ STATE_DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 class Recipe(TypedDict, total=False):
     """What every gradfused optimizer takes after its ``torch.optim`` twin's arguments, by keyword; each may differ by group.
 
+    A number, here and among the twin's arguments, is whatever ``numbers.Real`` or ``operator.index`` accept, or an array or
+    tensor of one element.
+
     Attributes:
         centralize: Subtract the gradient's mean (Gradient Centralization, Yong et al. 2020). True or ``"unit"``: over each
             slice along dim 0 of parameters with 2 or more dims; ``"conv"``: the same with 4 or more dims only; ``"tensor"``:

@@ -186,5 +186,7 @@ def test_a_tensor_lr_made_invalid_in_place_is_refused():
 
 
 def test_a_tensor_lr_of_several_elements_is_refused():
-    with pytest.raises(TypeError, match=r"lr: expected a number, got tensor"):
+    with pytest.raises(
+        ValueError, match=r"lr: expected a number or a tensor of one element, got a Tensor of shape \(2,\)"
+    ):
         gradfused.SGD(small_model().parameters(), lr=torch.tensor([0.1, 0.2]))
