@@ -7,10 +7,11 @@ import warnings
 
 import pytest
 import torch
+from cases import EMULATED_CUDA
 from test_backends_wrapped import Wrapper
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
-from twins import every_backend, parameters, recovers, refuses, states
+from twins import BACKENDS, every_backend, parameters, recovers, refuses, states
 
 import gradfused
 
@@ -56,7 +57,7 @@ KINDS = {
 every_kind = pytest.mark.parametrize("kind", KINDS)
 
 
-@every_backend
+@pytest.mark.parametrize("backend", [*BACKENDS, EMULATED_CUDA, "triton"])
 @every_kind
 def test_steps_beside_a_parameter_of_another_kind(kind, backend):
     """Through construction, steps, saving, loading and a group added later, as torch's optimizer does."""
