@@ -10,7 +10,10 @@ from torch import Tensor
 
 def has_values(t: Tensor) -> bool:
     """Whether a tensor holds numbers: on the meta device and under FakeTensorMode it has shape and dtype alone."""
-    return t.layout != torch.strided or t.untyped_storage().device.type != "meta"
+    try:
+        return t.untyped_storage().device.type != "meta"
+    except NotImplementedError:  # sparse tensors and those of some devices show no storage
+        return True
 
 
 def _span(t: Tensor) -> tuple[int, int]:

@@ -68,6 +68,17 @@ def test_state_is_as_torchs(name):
         assert {k: (v.shape, v.dtype) for k, v in mine.items()} == {k: (v.shape, v.dtype) for k, v in other.items()}
 
 
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_steps_after_the_mode_was_left(name):
+    with FakeTensorMode():
+        model = nn.Linear(4, 3)
+        opt = OPTIMIZERS[name](model.parameters(), clip_norm=1.0)
+        model(torch.ones(2, 4)).sum().backward()
+    for _ in range(2):
+        opt.step()
+    assert all(isinstance(p, FakeTensor) for p in model.parameters())
+
+
 @pytest.mark.parametrize("backend", ["cpu", "cuda", "triton"])
 def test_a_compiled_backend_that_is_asked_for_says_that_it_cannot(backend):
     with pytest.raises(RuntimeError, match=f"backend='{backend}' cannot run"):

@@ -331,7 +331,8 @@ class Optimizer(torch.optim.Optimizer):
         Options that the saved groups lack keep their present values, so a recipe survives a checkpoint of torch's.
 
         Raises:
-            ValueError: The state is another optimizer's, or its shapes are not these parameters'; nothing has changed.
+            ValueError: The state is another optimizer's, a part of it is missing, or its shapes are not these parameters';
+                nothing has changed.
         """
         # As the last of the hooks, this sees what theirs made of the state dict.
         seen: list[dict[str, Any]] = []
