@@ -70,9 +70,10 @@ def test_state_is_as_torchs(name):
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_steps_after_the_mode_was_left(name):
+    """As torch does; a norm of fake gradients takes the mode."""
     with FakeTensorMode():
         model = nn.Linear(4, 3)
-        opt = OPTIMIZERS[name](model.parameters(), clip_norm=1.0)
+        opt = OPTIMIZERS[name](model.parameters())
         model(torch.ones(2, 4)).sum().backward()
     for _ in range(2):
         opt.step()
