@@ -20,7 +20,7 @@ from torch import nn
 from twins import EXACT, assert_same, every_backend, refuses, small_model, train
 
 import gradfused
-from gradfused import options
+from gradfused import options, plans
 from gradfused.plans import Plans
 
 np = pytest.importorskip("numpy")
@@ -235,14 +235,14 @@ def between_steps(optimizer: str, name: str, value: Any) -> Any:
     """Also where the value before it was another type's equal: 0 for False, 1.0 for True."""
     opt = made(optimizer)
     equals = [x for x in (0, 1, False, True, 0.0, 1.0) if same_number(x, value) and takes(optimizer, name, x)]
-    plans = []
+    found = []
     for before in [opt.param_groups[0][name], *equals]:
         opt.param_groups[0][name] = before
         opt.step()
         opt.param_groups[0][name] = value
-        plans.append(changes(opt, opt.step))
-    assert all(plan == plans[0] for plan in plans)
-    return plans[0]
+        found.append(changes(opt, opt.step))
+    assert all(plan == found[0] for plan in found)
+    return found[0]
 
 
 def same_number(x: Any, value: Any) -> bool:
@@ -380,15 +380,31 @@ def test_an_option_changed_in_place_is_noticed(name, value, change, field, expec
     assert getattr(opt._current_plans()[0].settings, field) == expected
 
 
+@pytest.mark.parametrize(
+    ("name", "noticed"), [("lr", False), ("weight_decay", True), ("clip_value", True), ("betas", True)]
+)
+def test_a_learning_rate_on_a_gpu_is_all_that_is_read_there(name, noticed, monkeypatch):
+    """Its address is compared, so that no step waits for it. Another option on a GPU reaches the kernels through the host."""
+    monkeypatch.setattr(plans.gpu, "holds", lambda tensor: True)
+    value = torch.tensor(0.5)
+    opt = made("AdamW", **{name: (value, torch.tensor(0.5)) if name == "betas" else value})
+    before = opt._current_plans()[0]
+    value.fill_(0.25)
+    assert (opt._current_plans()[0] is not before) == noticed
+    if not noticed:
+        opt.param_groups[0][name] = value.clone()
+        assert opt._current_plans()[0] is not before
+
+
 def test_options_are_interpreted_again_only_when_they_change():
     """The same objects are not even compared; equal values of the same types are; GPU tensors by address."""
     interpreted = []
     groups = [{"lr": 0.5, "betas": (0.5, 0.75), "mine": object()}, {"lr": torch.tensor(0.5), "betas": [0.5, 0.75]}]
-    plans = Plans()
+    read = Plans()
 
     def current(*names: str) -> int:
         interpreted.clear()
-        plans.of(groups, names or ("lr", "betas"), interpreted.append)  # type: ignore[arg-type]
+        read.of(groups, names or ("lr", "betas"), interpreted.append)  # type: ignore[arg-type]
         return len(interpreted)
 
     assert current() == 2
