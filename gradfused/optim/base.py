@@ -305,6 +305,7 @@ class Optimizer(torch.optim.Optimizer):
         Raises:
             RuntimeError: No group has ``ema``, the block is nested, or ``step()`` is called within it.
         """
+        self = self._itself() or self  # not the wrapper whose class inherits this method
         if all(group["ema"] is None for group in self.param_groups):
             raise RuntimeError("swap_ema(): no parameter group keeps an average; give the optimizer ema=0.999, say")
         if self._averaged:
