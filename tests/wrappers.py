@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -132,13 +131,3 @@ class Accelerated(torch.optim.Optimizer):
         self.step_was_skipped = not self._called
         self.optimizer.step = self._original
         self._called = False
-
-
-@contextmanager
-def process_group() -> Iterator[None]:
-    """One process that is all of a group."""
-    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
-    try:
-        yield
-    finally:
-        torch.distributed.destroy_process_group()
