@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -13,17 +12,17 @@ import torch
 from torch import Tensor, nn
 from torch._compile import _disable_dynamo
 
-from .amp import forget_scale, leaves_scaling_to
+from .amp import LeavesScalingToStep, forget_scale
 from .backends import Scaling
 from .halves import Halves, Options
 from .optim.base import Optimizer
 from .rows import named_parameters
 
 _ALONE = (
-    "SAM.step() without a closure takes two gradients, and cannot know which of them these are. Call first_step() and "
-    "second_step(), each after a backward pass of its own; or step(closure), whose closure zeroes the gradients, runs the model "
-    'and calls backward; with a GradScaler scaler.step(sam, half="first") and scaler.step(sam, half="second"). A trainer '
-    "that calls step() once a batch cannot train with SAM"
+    "SAM.step() without a closure and without first_step(): a step takes two gradients, and there is but one. Call first_step() "
+    "after a first backward pass and second_step() or step() after another; or step(closure), whose closure zeroes the gradients, "
+    'runs the model and calls backward; or with a GradScaler scaler.step(sam, half="first") and scaler.step(sam, half="second"). '
+    "A trainer that only calls step() once a batch cannot train with SAM"
 )
 _SCALED = (
     "step(closure) in GradScaler.step(): the scaler looks for an overflow before the closure makes the gradients. Call "
@@ -87,9 +86,10 @@ class SAM(torch.optim.Optimizer):
     ``scaler.update()`` after the first backward pass, the same with ``"second"`` after the second. An overflow in the ascent
     leaves the weights where they are, and the descent becomes an ordinary step; one in the descent takes the weights back and no
     step.
-    ``step()`` alone raises, because a trainer that calls it once a batch would take the halves on different batches, and might
-    end on ascended weights. Only where all gradients are zero it takes the optimizer's step: the ascent leads nowhere. So
-    ``torch.distributed.checkpoint`` makes the optimizer's state.
+    ``step()`` alone is the descent after an ascent that was asked for by its name. Without one it raises: in a trainer that calls it
+    once a batch it would take the halves on different batches, and might end on ascended weights. Only where all gradients are
+    zero it takes the optimizer's step, because the ascent leads nowhere: so ``torch.distributed.checkpoint`` makes the
+    optimizer's state.
 
     The parameter groups and the state are the optimizer's, and so are ``grad_norm``, ``grad_norms()``, ``skipped_steps`` and
     ``swap_ema()``: they speak of the descent. Schedulers may be given either. Hooks on the optimizer's step are called around the
@@ -105,6 +105,8 @@ class SAM(torch.optim.Optimizer):
         TypeError: The optimizer is not gradfused's, or an option is not a number.
         ValueError: An option is out of range, or ``eta`` is given without ``adaptive``.
     """
+
+    _step_supports_amp_scaling = LeavesScalingToStep()
 
     def __init__(self, optimizer: Optimizer, rho: float = 0.05, adaptive: bool = False, eta: float = 0.0) -> None:
         if not isinstance(optimizer, Optimizer):
@@ -206,10 +208,9 @@ class SAM(torch.optim.Optimizer):
     def _opt_called(self, called: bool) -> None:
         self._halves.stepped = called
 
-    @property
-    def _step_supports_amp_scaling(self) -> bool:
-        """Whether GradScaler leaves unscaling and what an overflow means to the step."""
-        return leaves_scaling_to(self, self._halves.owner(), sys._getframe(1))
+    def _itself(self) -> torch.optim.Optimizer | None:
+        """This SAM, also where a wrapper inherits the method."""
+        return self._halves.owner()
 
     # ---- the halves
 
@@ -257,7 +258,7 @@ class SAM(torch.optim.Optimizer):
     def step(self, closure: Callable[[], float], half: str | None = None) -> float: ...
 
     def step(self, closure: Callable[[], float] | None = None, half: str | None = None) -> float | None:
-        """Take a whole step with a closure, or the named half of one.
+        """Take a whole step with a closure, the named half of one, or the descent if it is due.
 
         Args:
             closure: Zeroes the gradients, evaluates the model, calls backward and returns the loss. It is called twice, before
@@ -268,8 +269,8 @@ class SAM(torch.optim.Optimizer):
             The loss at the weights the step began with, if there was a closure.
 
         Raises:
-            RuntimeError: There is neither a closure nor a half, and the gradients are not zero; the other half is due; or the
-                closure did nothing.
+            RuntimeError: There is neither a closure nor a half nor an ascent, and the gradients are not zero; the other half is due;
+                or the closure did nothing.
             ValueError: ``half`` is none of the two.
         """
         try:
@@ -286,9 +287,12 @@ class SAM(torch.optim.Optimizer):
             return self._step_half(closure, half)
         if closure is not None:
             return self._step_whole(closure)
-        if self._halves.ascended or not self._halves.no_way_up():
+        if self._halves.ascended:
+            self.second_step()
+        elif self._halves.no_way_up():
+            self._halves.step_base(scaling, {})
+        else:
             raise RuntimeError(_ALONE)
-        self._halves.step_base(scaling, {})
         return None
 
     def _step_half(self, closure: Callable[[], float] | None, half: str) -> float | None:
@@ -304,7 +308,9 @@ class SAM(torch.optim.Optimizer):
 
     def _step_whole(self, closure: Callable[[], float]) -> float:
         if self._halves.ascended:
-            raise RuntimeError("step(closure) between the halves of a step: take second_step() or restore() first")
+            raise RuntimeError(
+                "step(closure) between the halves of a step: take second_step(), step(half='second') or restore() first"
+            )
         with torch.enable_grad():
             loss = closure()
         changed = self._halves.gradients_seen() if loss is None else None

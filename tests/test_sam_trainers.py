@@ -89,15 +89,48 @@ def test_step_once_a_batch_is_refused_at_once(loop: Callable[[SAM], Callable[[],
     step, before = loop(sam), weights(model)
     for index in range(2):
         backward(model, index)
-        with pytest.raises(RuntimeError, match=r"first_step\(\) and second_step\(\).*step\(closure\)"):
+        with pytest.raises(RuntimeError, match=r"without first_step\(\).*second_step\(\).*step\(closure\)"):
             step()
         assert_identical(weights(model), before)
         assert not sam.ascended
         assert not any(sam.state.values())
+
+
+@pytest.mark.parametrize("loop", [bare, bare_scaled, accelerated, accelerated_scaled, forwarded])
+@backends
+def test_step_after_a_first_step_is_the_second(loop: Callable[[SAM], Callable[[], object]], backend: str) -> None:
+    """So a trainer's own call of step() may take the descent, once the ascent was asked for by its name."""
+    model, sam = made(backend=backend)
+    step = loop(sam)
+    backward(model, 0)
     sam.first_step()
-    with pytest.raises(RuntimeError, match=r"first_step\(\) and second_step\(\)"):
-        step()
-    assert sam.ascended
+    backward(model, 0)
+    if loop in (bare_scaled, accelerated_scaled):
+        for p in model.parameters():
+            p.grad.mul_(256.0)
+    step()
+    assert_same(sam, trained(1))
+    assert not sam.ascended
+
+
+@backends
+def test_accelerate_and_an_overflow_in_the_descent(backend: str) -> None:
+    """The step has to be called: the weights go back, and training goes on."""
+    model, sam = made(backend=backend)
+    amp, before = scaler(), weights(model)
+    wrapped = Accelerated(sam, amp)
+    backward(model, 0)
+    sam.first_step()
+    backward(model, 0, amp)
+    model.head.bias.grad.fill_(math.inf)
+    wrapped.step()
+    assert not sam.ascended
+    assert_identical(weights(model), before)
+    backward(model, 0)
+    sam.first_step()
+    backward(model, 0, amp)
+    wrapped.step()
+    assert_same(sam, trained(1))
 
 
 @pytest.mark.parametrize("scaled", [False, True])

@@ -144,6 +144,16 @@ def test_a_scaler_with_its_own_unscaling_uses_it() -> None:
     assert calls == []
 
 
+def test_the_answer_may_be_overwritten() -> None:
+    """As people do who want the scaler to unscale."""
+    model, opt = pair("cpu")[0]
+    calls, amp = calls_of(opt), scaler()
+    opt._step_supports_amp_scaling = False
+    backward(model, amp, 0)
+    amp.step(opt)
+    assert calls == [None]
+
+
 @pytest.mark.parametrize("kind", WRAPPERS)
 def test_a_scaler_that_is_given_a_wrapper(kind: type) -> None:
     """The scale would stay with the wrapper: the gradients are unscaled before."""

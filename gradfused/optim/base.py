@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import weakref
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator
@@ -15,7 +14,7 @@ from torch import Tensor
 from torch._compile import _disable_dynamo
 
 from .. import gpu, options
-from ..amp import forget_scale, leaves_scaling_to
+from ..amp import LeavesScalingToStep, forget_scale
 from ..backends import Scaling, Settings
 from ..memory import check_disjoint
 from ..rows import GroupPlan, check_parameter, named_parameters, parameter_name
@@ -55,6 +54,8 @@ class Optimizer(torch.optim.Optimizer):
     Subclasses say what their rule is called, which state it keeps and which numbers it takes.
     """
 
+    _step_supports_amp_scaling = LeavesScalingToStep()
+
     def __init__(self, params: Params, defaults: dict[str, Any], recipe: dict[str, Any]) -> None:
         options.refuse_unknown(recipe, options.DEFAULTS, type(self).__name__)
         self._begin()
@@ -76,11 +77,6 @@ class Optimizer(torch.optim.Optimizer):
         self._stepped: list[Tensor] = []  # parameters that the last step moved
         self._versions: dict[Tensor, int] = {}  # of parameters whose state holds more of their values than they do
         self._averaged = False  # swap_ema() is under way
-
-    @property
-    def _step_supports_amp_scaling(self) -> bool:
-        """Whether GradScaler leaves unscaling and what an overflow means to the step."""
-        return leaves_scaling_to(self, self._itself(), sys._getframe(1))
 
     # ---- the rule
 
