@@ -20,8 +20,9 @@ from .rows import named_parameters
 
 _ALONE = (
     "SAM.step() without a closure and without first_step(): a step takes two gradients, and there is but one. Call first_step() "
-    "after a first backward pass and second_step() or step() after another; or step(closure), whose closure zeroes the gradients, "
-    'runs the model and calls backward; or with a GradScaler scaler.step(sam, half="first") and scaler.step(sam, half="second"). '
+    "after a first backward pass and second_step() or step() after another; or step(closure), whose closure zeroes the "
+    'gradients, runs the model and calls backward; or with a GradScaler scaler.step(sam, half="first") and '
+    'scaler.step(sam, half="second"). '
     "A trainer that only calls step() once a batch cannot train with SAM"
 )
 _SCALED = (
@@ -86,9 +87,9 @@ class SAM(torch.optim.Optimizer):
     ``scaler.update()`` after the first backward pass, the same with ``"second"`` after the second. An overflow in the ascent
     leaves the weights where they are, and the descent becomes an ordinary step; one in the descent takes the weights back and no
     step.
-    ``step()`` alone is the descent after an ascent that was asked for by its name. Without one it raises: in a trainer that calls it
-    once a batch it would take the halves on different batches, and might end on ascended weights. Only where all gradients are
-    zero it takes the optimizer's step, because the ascent leads nowhere: so ``torch.distributed.checkpoint`` makes the
+    ``step()`` alone is the descent after an ascent that was asked for by its name. Without one it raises: in a trainer that calls
+    it once a batch it would take the halves on different batches, and might end on ascended weights. Only where all gradients
+    are zero it takes the optimizer's step, because the ascent leads nowhere: so ``torch.distributed.checkpoint`` makes the
     optimizer's state.
 
     The parameter groups and the state are the optimizer's, and so are ``grad_norm``, ``grad_norms()``, ``skipped_steps`` and
@@ -269,8 +270,8 @@ class SAM(torch.optim.Optimizer):
             The loss at the weights the step began with, if there was a closure.
 
         Raises:
-            RuntimeError: There is neither a closure nor a half nor an ascent, and the gradients are not zero; the other half is due;
-                or the closure did nothing.
+            RuntimeError: There is neither a closure nor a half nor an ascent, and the gradients are not zero; the other half is
+                due; or the closure did nothing.
             ValueError: ``half`` is none of the two.
         """
         try:
