@@ -24,14 +24,21 @@ needs_native = pytest.mark.skipif(not availability()["cpu"].usable, reason=str(a
 
 # Each layer imports from those before it and from itself; the longest prefix that fits says where a module belongs.
 LAYERS: list[tuple[str, ...]] = [
-    ("gradfused._version", "gradfused.gpu", "gradfused._cpu", "gradfused._cuda", "gradfused.triton_kernels"),
+    (
+        "gradfused._version",
+        "gradfused.gpu",
+        "gradfused.amp",
+        "gradfused._cpu",
+        "gradfused._cuda",
+        "gradfused.triton_kernels",
+    ),
     ("gradfused.backends.base",),
     ("gradfused.backends.native", "gradfused.backends.rules"),
     ("gradfused.backends.device",),
     ("gradfused.backends.reference", "gradfused.backends.cpu", "gradfused.backends.cuda", "gradfused.backends.triton"),
     ("gradfused.backends",),
     ("gradfused.options", "gradfused.memory", "gradfused.state", "gradfused.rows", "gradfused.table"),
-    ("gradfused.optim", "gradfused.sam", "gradfused.nn"),
+    ("gradfused.optim", "gradfused.halves", "gradfused.sam", "gradfused.nn"),
     ("gradfused",),
     ("gradfused.__main__",),
 ]
