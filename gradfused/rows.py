@@ -132,6 +132,16 @@ def check_gradient(name: str, p: Tensor, g: Tensor) -> None:
         raise ValueError(f"parameter {name} or its gradient is a lazy negation: assign .resolve_neg() of it")
 
 
+def check_source(name: str, p: Tensor, source: Tensor) -> None:
+    """Raise ValueError unless the weights of ``p`` can be read from ``source``: SAM's backup, or the copy in float32."""
+    if source.shape != p.shape or source.device != p.device or source.dtype not in (p.dtype, torch.float32):
+        raise ValueError(
+            f"weights of parameter {name} are kept in a tensor of {source.dtype} and shape {tuple(source.shape)} on "
+            f"{source.device}, expected {p.dtype} and {tuple(p.shape)} on {p.device}: the parameter was replaced since. "
+            "If that was between SAM's halves, replace it after second_step() or restore()"
+        )
+
+
 def with_gradient(groups: Sequence[Group]) -> Iterator[tuple[int, int, str, Tensor]]:
     """(group, number in the optimizer, name, parameter) of each parameter to step; a repeated one counts once."""
     seen: set[int] = set()
@@ -178,6 +188,8 @@ def make_row(
     unit, centre, whole = _unit_shape(p, plan)
     first = not states.has(p, plan.states)
     rounding = plan.rounding if p.dtype in SHORT else "nearest"
+    if source is not None:
+        check_source(name, p, source)
     weights = p if source is None else source
     kept: dict[str, Tensor] = {
         key: states.tensor(name, p, key, initial, plan.state_dtype)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
+import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from typing import Any, overload
 
@@ -12,13 +12,33 @@ import torch
 from torch import Tensor, nn
 from torch._compile import _disable_dynamo
 
-from .backends import Scaling, Settings
+from .amp import LeavesScalingToStep, forget_scale
+from .backends import Scaling
+from .halves import Halves, Options
 from .optim.base import Optimizer
-from .options import INF, finite
-from .rows import GroupPlan, named_parameters
-from .table import StepTable
+from .rows import named_parameters
 
-_TINY = 1e-12
+_ALONE = (
+    "SAM.step() without a closure and without first_step(): a step takes two gradients, and there is but one. Call first_step() "
+    "after a first backward pass and second_step() or step() after another; or step(closure), whose closure zeroes the "
+    'gradients, runs the model and calls backward; or with a GradScaler scaler.step(sam, half="first") and '
+    'scaler.step(sam, half="second"). '
+    "A trainer that only calls step() once a batch cannot train with SAM"
+)
+_SCALED = (
+    "step(closure) in GradScaler.step(): the scaler looks for an overflow before the closure makes the gradients. Call "
+    'scaler.step(sam, half="first") and scaler.step(sam, half="second"), each after a backward pass of its own and before '
+    "scaler.update()"
+)
+_IDLE = (
+    "SAM.step(closure): the closure returned None and left the gradients as they were, so both halves would see the same "
+    "ones. It has to zero the gradients, run the model and call backward. Where a wrapper makes up such a closure, as "
+    "Lightning's manual optimization does, call first_step() and second_step(), or step(half='first') and step(half='second')"
+)
+_BETWEEN = (
+    "SAM.state_dict() between the halves of a step: the model holds the weights of the ascent. Saved with this state dict it "
+    "goes on from here; for anything else it is the wrong model. Call second_step(), or restore(), before saving"
+)
 
 
 @contextmanager
@@ -62,13 +82,23 @@ class SAM(torch.optim.Optimizer):
         sam.second_step()
         sam.zero_grad()
 
-    The parameter groups are the optimizer's: schedulers may be given either. With a GradScaler, ``scaler.step(sam)`` and
-    ``scaler.update()`` after each backward pass take the half that is due. An overflow in the ascent leaves the weights
-    where they are, and the descent becomes an ordinary step; one in the descent takes the weights back and no step.
+    ``step(closure)`` takes both halves. ``step(half="first")`` and ``step(half="second")`` are ``first_step()`` and
+    ``second_step()`` for what can only call ``step``: with a GradScaler, ``scaler.step(sam, half="first")`` and
+    ``scaler.update()`` after the first backward pass, the same with ``"second"`` after the second. An overflow in the ascent
+    leaves the weights where they are, and the descent becomes an ordinary step; one in the descent takes the weights back and no
+    step.
+    ``step()`` alone is the descent after an ascent that was asked for by its name. Without one it raises: in a trainer that calls
+    it once a batch it would take the halves on different batches, and might end on ascended weights. Only where all gradients
+    are zero it takes the optimizer's step, because the ascent leads nowhere: so ``torch.distributed.checkpoint`` makes the
+    optimizer's state.
+
+    The parameter groups and the state are the optimizer's, and so are ``grad_norm``, ``grad_norms()``, ``skipped_steps`` and
+    ``swap_ema()``: they speak of the descent. Schedulers may be given either. Hooks on the optimizer's step are called around the
+    descent, those on SAM's around ``step``.
 
     Args:
-        optimizer: A gradfused optimizer.
-        rho: Length of the ascent; may be assigned to between steps.
+        optimizer: A gradfused optimizer; afterwards ``base_optimizer``.
+        rho: Length of the ascent. It, ``adaptive`` and ``eta`` may be assigned to between steps.
         adaptive: ASAM (Kwon et al. 2021): each weight moves in proportion to its square, so that scale does not matter.
         eta: With ``adaptive``, added to each weight's size.
 
@@ -77,7 +107,7 @@ class SAM(torch.optim.Optimizer):
         ValueError: An option is out of range, or ``eta`` is given without ``adaptive``.
     """
 
-    _step_supports_amp_scaling = True
+    _step_supports_amp_scaling = LeavesScalingToStep()
 
     def __init__(self, optimizer: Optimizer, rho: float = 0.05, adaptive: bool = False, eta: float = 0.0) -> None:
         if not isinstance(optimizer, Optimizer):
@@ -85,209 +115,241 @@ class SAM(torch.optim.Optimizer):
                 f"SAM: expected one of gradfused's optimizers, got {type(optimizer).__name__}: "
                 "its step has to read the weights from a backup; use gradfused.AdamW, say"
             )
-        self.rho, self.adaptive, self.eta = finite("rho", rho), bool(adaptive), finite("eta", eta)
-        if self.eta and not self.adaptive:
-            raise ValueError(
-                f"eta={eta!r} is added to each weight's size in adaptive SAM: expected adaptive=True with it"
-            )
-        self.optimizer = optimizer
-        self._begin()
-        self._complete = False
+        self._halves = Halves(optimizer, Options(rho, adaptive, eta))
         super().__init__(optimizer.param_groups, optimizer.defaults)
-        self._complete = True
+        self._halves.belongs_to(self)
 
-    def _begin(self) -> None:
-        """What is not part of the saved state."""
-        self._state: dict[Tensor, dict[str, Any]] = defaultdict(dict)  # each parameter's backup, kept for the next step
-        self._table: StepTable | None = None
-        self._backups: dict[Tensor, Tensor] = {}  # of the parameters that went up; empty between steps
-        self._ascended = False
+    # ---- its options
+
+    @property
+    def rho(self) -> float:
+        """Length of the ascent."""
+        return self._halves.options.rho
+
+    @rho.setter
+    def rho(self, rho: float) -> None:
+        self._halves.options = replace(self._halves.options, rho=rho)
+
+    @property
+    def adaptive(self) -> bool:
+        """Whether each weight moves in proportion to its square."""
+        return self._halves.options.adaptive
+
+    @adaptive.setter
+    def adaptive(self, adaptive: bool) -> None:
+        self._halves.options = replace(self._halves.options, adaptive=adaptive)
+
+    @property
+    def eta(self) -> float:
+        """Added to each weight's size, if adaptive."""
+        return self._halves.options.eta
+
+    @eta.setter
+    def eta(self, eta: float) -> None:
+        self._halves.options = replace(self._halves.options, eta=eta)
 
     # ---- what is the optimizer's
 
     @property
+    def base_optimizer(self) -> Optimizer:
+        """The optimizer whose step is the descent."""
+        return self._halves.base
+
+    @property
     def param_groups(self) -> list[dict[str, Any]]:
         """The optimizer's."""
-        return self.optimizer.param_groups
+        return self._halves.base.param_groups
 
     @param_groups.setter
     def param_groups(self, groups: list[dict[str, Any]]) -> None:
-        """Torch's constructor sets it; the optimizer has its own."""
+        if self._halves.complete:  # torch's constructor assigns an empty list
+            self._halves.base.param_groups = groups
 
     @property
     def state(self) -> Any:
         """The optimizer's."""
-        return self.optimizer.state
+        return self._halves.base.state
 
     @state.setter
     def state(self, state: Any) -> None:
-        """Torch's constructor sets it; the optimizer has its own."""
+        if self._halves.complete:
+            self._halves.base.state = state
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group to the optimizer."""
-        if self._complete:
-            self.optimizer.add_param_group(param_group)
+        if self._halves.complete:
+            self._halves.base.add_param_group(param_group)
+
+    @property
+    def grad_norm(self) -> Tensor | None:
+        """The optimizer's: norm of the last descent's gradients."""
+        return self._halves.base.grad_norm
+
+    def grad_norms(self) -> dict[str, Tensor]:
+        """The same by parameter."""
+        return self._halves.base.grad_norms()
+
+    @property
+    def skipped_steps(self) -> int:
+        """The optimizer's: descents that ``nonfinite="skip"`` did not take. Waits for the device."""
+        return self._halves.base.skipped_steps
+
+    def swap_ema(self) -> AbstractContextManager[None]:
+        """The optimizer's: within the block, the parameters hold their average. The halves are refused there."""
+        return self._halves.base.swap_ema()
+
+    # ---- what is torch's
+
+    @property
+    def _opt_called(self) -> bool:
+        """Learning-rate schedulers ask it for whether a step was taken, and warn if not."""
+        return self._halves.stepped
+
+    @_opt_called.setter
+    def _opt_called(self, called: bool) -> None:
+        self._halves.stepped = called
+
+    def _itself(self) -> torch.optim.Optimizer | None:
+        """This SAM, also where a wrapper inherits the method."""
+        return self._halves.owner()
 
     # ---- the halves
 
     @property
     def ascended(self) -> bool:
         """Whether the ascent was taken and the descent is due."""
-        return self._ascended
+        return self._halves.ascended
 
     def first_step(self) -> None:
         """Take the ascent: weights with a gradient go up by ``rho`` along it, all of them together.
 
         Raises:
-            RuntimeError: The descent is due.
+            RuntimeError: The descent is due, or the weights are swapped for their average.
             TypeError, ValueError: A gradient, parameter or option cannot be used; nothing has changed.
         """
-        if self._ascended:
+        if self._halves.ascended:
             raise RuntimeError(
                 "first_step() twice: the weights went up already; take second_step(), or restore() to go back"
             )
-        self._ascend()
-        self._ascended = True
+        self._halves.ascend(Scaling.of(self))
 
     def second_step(self) -> None:
         """Take the descent: the optimizer's step on the present gradients, from where the weights were.
 
         Raises:
-            RuntimeError: There was no ascent.
+            RuntimeError: There was no ascent, or the weights are swapped for their average.
             TypeError, ValueError: A gradient, state or option cannot be used; nothing has changed, and the descent is still due.
         """
-        if not self._ascended:
+        if not self._halves.ascended:
             raise RuntimeError("second_step() without first_step(): there was no ascent; call first_step() before it")
-        self._descend()
-        self._backups, self._ascended = {}, False
+        self._halves.descend(Scaling.of(self))
 
     def restore(self) -> None:
-        """Give up a step between its halves: the weights go back to where they were. Without an ascent, nothing happens."""
-        self._take_back(self._backups)
-        self._backups, self._ascended = {}, False
+        """Give up a step between its halves: the weights go back to where they were. Without an ascent, nothing happens.
+
+        Raises:
+            RuntimeError: The weights are swapped for their average.
+            ValueError: A parameter was replaced since the ascent; nothing has changed.
+        """
+        self._halves.restore()
 
     @overload
-    def step(self, closure: None = None) -> None: ...
+    def step(self, closure: None = None, half: str | None = None) -> None: ...
     @overload
-    def step(self, closure: Callable[[], float]) -> float: ...
+    def step(self, closure: Callable[[], float], half: str | None = None) -> float: ...
 
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:
-        """Take a whole step with a closure, or without one the half that is due.
+    def step(self, closure: Callable[[], float] | None = None, half: str | None = None) -> float | None:
+        """Take a whole step with a closure, the named half of one, or the descent if it is due.
 
         Args:
             closure: Zeroes the gradients, evaluates the model, calls backward and returns the loss. It is called twice, before
-                each half. If it, or the descent, raises, the weights are restored.
+                each half. If it, or the descent, raises, the weights are restored. With ``half`` it is called once, before it.
+            half: ``"first"`` for the ascent, ``"second"`` for the descent: as ``first_step()`` and ``second_step()``.
 
         Returns:
             The loss at the weights the step began with, if there was a closure.
 
         Raises:
-            RuntimeError: A closure was given although the descent is due.
+            RuntimeError: There is neither a closure nor a half nor an ascent, and the gradients are not zero; the other half is
+                due; or the closure did nothing.
+            ValueError: ``half`` is none of the two.
         """
-        if closure is None:
-            self.second_step() if self._ascended else self.first_step()
-            return None
-        if self._ascended:
-            raise RuntimeError("step(closure) between the halves of a step: take second_step() or restore() first")
+        try:
+            return self._step(closure, half)
+        except BaseException:
+            forget_scale(self)
+            raise
+
+    def _step(self, closure: Callable[[], float] | None, half: str | None) -> float | None:
+        scaling = Scaling.of(self)
+        if closure is not None and scaling.found_inf is not None:
+            raise RuntimeError(_SCALED)
+        if half is not None:
+            return self._step_half(closure, half)
+        if closure is not None:
+            return self._step_whole(closure)
+        if self._halves.ascended:
+            self.second_step()
+        elif self._halves.no_way_up():
+            self._halves.step_base(scaling, {})
+        else:
+            raise RuntimeError(_ALONE)
+        return None
+
+    def _step_half(self, closure: Callable[[], float] | None, half: str) -> float | None:
+        halves = {"first": self.first_step, "second": self.second_step}
+        if half not in halves:
+            raise ValueError(f"half: expected 'first' or 'second', got {half!r}")
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        halves[half]()
+        return loss
+
+    def _step_whole(self, closure: Callable[[], float]) -> float:
+        if self._halves.ascended:
+            raise RuntimeError(
+                "step(closure) between the halves of a step: take second_step(), step(half='second') or restore() first"
+            )
         with torch.enable_grad():
             loss = closure()
+        changed = self._halves.gradients_seen() if loss is None else None
         self.first_step()
         try:
             with torch.enable_grad():
                 closure()
+            if changed is not None and not changed():
+                raise RuntimeError(_IDLE)
             self.second_step()
         except BaseException:
             self.restore()
             raise
         return loss
 
-    @property
-    def _skips(self) -> bool:
-        """Whether a half whose gradients are not finite is not to be taken."""
-        return any(group["nonfinite"] == "skip" for group in self.param_groups)
-
-    def _plans(self) -> list[GroupPlan]:
-        """The ascent as a step of the rule ``ascend``, on gradients normalised to ``rho`` over all parameters."""
-        settings = Settings(
-            scope="global",
-            perturb=(0.0, finite("rho", self.rho), _TINY, 0.0, INF),
-            decoupled=True,
-            by_weight=self.adaptive,
-            eta=self.eta,
-        )
-
-        def plan(group: dict[str, Any]) -> GroupPlan:
-            mine = replace(settings, zero_grad=group["zero_grad_in_step"])
-            return GroupPlan("ascend", ("backup",), False, "off", group["backend"], mine)
-
-        return [plan(group) for group in self.param_groups]
-
-    def _masters(self) -> dict[Tensor, Tensor]:
-        """Where parameters of 16 bits have their weights in float32."""
-        if all(group["precision"] != "master" for group in self.param_groups):
-            return {}
-        return {p: state["master"] for p, state in self.state.items() if state.get("master") is not None}
-
-    @_disable_dynamo
-    @torch.no_grad()
-    def _ascend(self) -> None:
-        scaling = Scaling.of(self)
-        if scaling.forbids:
-            self.optimizer._zero_gradients()
-            return
-        self.optimizer._follow_weights()
-        plans, masters = self._plans(), self._masters()
-        table = self._table
-        if table is None or not table.still_describes(self.param_groups, self._state, plans, masters):
-            table = self._table = StepTable(self.param_groups, self._state, plans, masters)
-        if not table.params:
-            return
-        table.table.stats(scaling)
-        if self._skips and not bool(torch.isfinite(table.table.sums).all()):
-            self.optimizer._zero_gradients()
-            return
-        table.table.apply(scaling)
-        if table.zero_apart:
-            self.optimizer._zero_gradients()
-        table.keep_state()
-        torch.autograd.graph.increment_version(table.params)
-        self._backups = {p: self._state[p]["backup"] for p in table.params}
-
-    @_disable_dynamo
-    @torch.no_grad()
-    def _descend(self) -> None:
-        base, scaling = self.optimizer, Scaling.of(self)
-        # Whether a step is skipped for its norm is known to the device alone: it must find the weights where they were.
-        late = (
-            any(p.device.type != "cpu" for p in self._backups) if self._table is None else self._table.table.on_device
-        )
-        early = scaling.forbids or (self._skips and late)
-        if early:
-            self._take_back(self._backups)
-        base.grad_scale, base.found_inf = scaling.grad_scale, scaling.found_inf  # type: ignore[attr-defined]
-        base._sources = {} if early else self._backups
-        try:
-            base.step()
-        finally:
-            base._sources = {}
-            del base.grad_scale, base.found_inf  # type: ignore[attr-defined]
-        if not early:
-            self._take_back({p: self._backups[p] for p in self._backups.keys() - base._stepped})
-
-    @torch.no_grad()
-    def _take_back(self, backups: dict[Tensor, Tensor]) -> None:
-        if backups:
-            torch._foreach_copy_(list(backups), list(backups.values()))
-            self.optimizer._note_weights()
-
     # ---- saving and loading
 
     def state_dict(self) -> dict[str, Any]:
-        """The optimizer's state dict with SAM's own part, under ``"sam"``; between the halves that holds the backups."""
-        numbers = {p: i for i, p in enumerate(p for group in self.param_groups for p in group["params"])}
-        backups = {numbers[p]: backup for p, backup in self._backups.items()}
+        """The optimizer's state dict with SAM's own part, under ``"sam"``.
+
+        Between the halves that holds the backups, and a warning is given once: the model's weights are those of the ascent.
+        """
+        for before in self._optimizer_state_dict_pre_hooks.values():
+            before(self)
+        saved = self._halves.base.state_dict() | {"sam": self._own_state()}
+        for after in self._optimizer_state_dict_post_hooks.values():
+            saved = after(self, saved) or saved
+        return saved
+
+    def _own_state(self) -> dict[str, Any]:
+        halves = self._halves
+        if halves.backups and not halves.warned:
+            halves.warned = True
+            warnings.warn(_BETWEEN, UserWarning, stacklevel=3)
+        numbers = {p: i for i, (_, p) in enumerate(named_parameters(self.param_groups))}
+        backups = {numbers[p]: backup for p, backup in halves.backups.items()}
         mine = {"rho": self.rho, "adaptive": self.adaptive, "eta": self.eta}
-        return self.optimizer.state_dict() | {"sam": mine | {"ascended": self._ascended, "backups": backups}}
+        return mine | {"ascended": halves.ascended, "backups": backups}
 
     @_disable_dynamo
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -296,36 +358,37 @@ class SAM(torch.optim.Optimizer):
         Saved between the halves, it belongs to a model saved at the same time: the weights up there are the model's.
 
         Raises:
-            ValueError: The state is another optimizer's, or its shapes are not these parameters'; nothing has changed.
+            TypeError, ValueError: The state is another optimizer's, its shapes are not these parameters', or an option of
+                SAM's cannot be used; nothing has changed.
         """
+        state_dict = dict(state_dict)
+        for before in self._optimizer_load_state_dict_pre_hooks.values():
+            state_dict = before(self, state_dict) or state_dict
         mine = state_dict.get("sam", {})
+        options = Options(*(mine.get(name, getattr(self, name)) for name in ("rho", "adaptive", "eta")))
+        backups = self._checked_backups(mine.get("backups", {}))
+        self._halves.base.load_state_dict({key: value for key, value in state_dict.items() if key != "sam"})
+        copies = {p: torch.empty_like(p, requires_grad=False).copy_(backup) for p, backup in backups.items()}
+        self._halves.options = options
+        self._halves.begin(copies, bool(mine.get("ascended", False)))
+        for after in self._optimizer_load_state_dict_post_hooks.values():
+            after(self)
+
+    def _checked_backups(self, saved: dict[int, Tensor]) -> dict[Tensor, Tensor]:
+        """A state dict's backups by parameter."""
         names = list(named_parameters(self.param_groups))
-        backups = mine.get("backups", {})
-        for number, backup in backups.items():
+        for number, backup in saved.items():
             if number >= len(names) or names[number][1].shape != backup.shape:
                 what = names[number] if number < len(names) else (f"{number}, which there is not", torch.empty(0))
                 raise ValueError(
                     f"backup of parameter {what[0]} has shape {tuple(backup.shape)}, expected {tuple(what[1].shape)}: "
                     "the state dict is of another model"
                 )
-        self.optimizer.load_state_dict({key: value for key, value in state_dict.items() if key != "sam"})
-        self._begin()
-        for name in ("rho", "adaptive", "eta"):
-            setattr(self, name, mine.get(name, getattr(self, name)))
-        for number, backup in backups.items():
-            p = names[number][1]
-            self._state[p]["backup"] = torch.empty_like(p, requires_grad=False).copy_(backup)
-            self._backups[p] = self._state[p]["backup"]
-        self._ascended = bool(mine.get("ascended", False))
+        return {names[number][1]: backup for number, backup in saved.items()}
 
     def __getstate__(self) -> dict[str, Any]:
-        names = ("optimizer", "rho", "adaptive", "eta", "defaults", "_backups", "_ascended")
-        return {name: getattr(self, name) for name in names}
+        return {"defaults": self.defaults, "_halves": self._halves}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.optimizer = state["optimizer"]
-        self._begin()
-        self._complete = True
         super().__setstate__(state)
-        for p, backup in self._backups.items():
-            self._state[p]["backup"] = backup
+        self._halves.belongs_to(self)

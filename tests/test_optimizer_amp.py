@@ -46,10 +46,6 @@ def make(variant, model, library=gradfused, **more):
     return getattr(library, name)(model.parameters(), **(options | more))
 
 
-def test_torch_hands_over_the_unscaling():
-    assert gradfused.SGD(small_model().parameters())._step_supports_amp_scaling is True
-
-
 @every_backend
 @pytest.mark.parametrize("unscale", [False, True])
 @every_rule

@@ -47,43 +47,49 @@ def test_step_with_a_closure_takes_both_halves() -> None:
     first = float(loss_of(model, 0).detach())
     assert sam.step(closure_of(model, sam)) == pytest.approx(first)
     closure_of(other, halves)()
-    halves.step()
+    halves.step(half="first")
     assert halves.ascended
     closure_of(other, halves)()
-    halves.step()
+    halves.step(half="second")
     assert not halves.ascended
     for p, q in zip(model.parameters(), other.parameters(), strict=True):
         assert torch.equal(p, q)
+
+
+def both(sam: SAM) -> None:
+    """A step whose halves see the same gradients."""
+    sam.first_step()
+    sam.second_step()
 
 
 def short(precision: str | None) -> tuple[Parameter, SAM]:
     """A bfloat16 parameter of one element, after two steps."""
     p = Parameter(torch.ones(1, dtype=torch.bfloat16))
     sam = SAM(gradfused.AdamW([p], lr=0.01, backend="cpu", precision=precision), RHO)
-    for _ in range(4):
+    for _ in range(2):
         p.grad = torch.ones_like(p)
-        sam.step()
+        both(sam)
     return p, sam
 
 
 @pytest.mark.parametrize("precision", [None, "master"])
 def test_a_steady_step_keeps_the_tables_of_both_halves(precision: str | None) -> None:
     p, sam = short(precision)
-    tables = sam._table, sam.optimizer._seen
-    for _ in range(4):
+    tables = sam._halves._table, sam.base_optimizer._seen
+    for _ in range(2):
         p.grad = torch.ones_like(p)
-        sam.step()
-        assert sam._table is tables[0]
-        assert sam.optimizer._seen is tables[1]
+        both(sam)
+        assert sam._halves._table is tables[0]
+        assert sam.base_optimizer._seen is tables[1]
 
 
 def test_another_master_of_the_same_value_is_noticed() -> None:
     p, sam = short("master")
-    table, state = sam._table, sam.state[p]
+    table, state = sam._halves._table, sam.state[p]
     state["master"] = state["master"].clone()
     p.grad = torch.ones_like(p)
     sam.first_step()
-    assert sam._table is not table
+    assert sam._halves._table is not table
 
 
 @pytest.mark.parametrize("at", [1, 2])
@@ -113,10 +119,10 @@ def test_a_gradient_that_cannot_be_used_in_the_descent_changes_nothing() -> None
     weight = next(model.parameters())
     good = weight.grad
     weight.grad = torch.ones_like(weight).to_sparse()
-    before = snapshot(sam.optimizer)[2]
+    before = snapshot(sam.base_optimizer)[2]
     with pytest.raises(TypeError, match="sparse"):
         sam.second_step()
-    assert_identical(snapshot(sam.optimizer)[2], before)
+    assert_identical(snapshot(sam.base_optimizer)[2], before)
     assert sam.ascended
     weight.grad = good
     sam.second_step()
@@ -136,13 +142,13 @@ def test_halves_come_in_turn() -> None:
 
 def test_groups_and_schedulers_are_the_optimizers() -> None:
     model, sam = made()
-    assert sam.param_groups is sam.optimizer.param_groups
+    assert sam.param_groups is sam.base_optimizer.param_groups
     scheduler = torch.optim.lr_scheduler.StepLR(sam, step_size=1, gamma=0.1)
     sam.step(closure_of(model, sam))
     scheduler.step()
-    assert sam.optimizer.param_groups[0]["lr"] == pytest.approx(0.001)
+    assert sam.base_optimizer.param_groups[0]["lr"] == pytest.approx(0.001)
     sam.add_param_group({"params": [Parameter(torch.ones(2))], "lr": 0.5})
-    assert [g["lr"] for g in sam.optimizer.param_groups] == pytest.approx([0.001, 0.5])
+    assert [g["lr"] for g in sam.base_optimizer.param_groups] == pytest.approx([0.001, 0.5])
     sam.zero_grad()
     assert all(p.grad is None for p in model.parameters())
 
@@ -225,11 +231,12 @@ def test_grad_scaler(unscaled: bool) -> None:
         scaler.scale(loss_of(model, index // 2)).backward()
         if unscaled:
             scaler.unscale_(sam)
-        scaler.step(sam)
+        half = "second" if index % 2 else "first"
+        scaler.step(sam, half=half)
         scaler.update()
         plain.zero_grad()
         loss_of(other, index // 2).backward()
-        plain.step()
+        plain.step(half=half)
     for p, q in zip(model.parameters(), other.parameters(), strict=True):
         assert torch.equal(p, q)
 
@@ -245,7 +252,7 @@ def test_overflow_in_either_half(overflow: str, backend: str) -> None:
     def half(value: float) -> None:
         p.grad = torch.full((3,), 4.0 * value)
         scaler.scale(torch.ones(()))
-        scaler.step(sam)
+        scaler.step(sam, half="second" if sam.ascended else "first")
         scaler.update()
 
     half(math.inf if overflow == "ascent" else 1.0)
@@ -267,7 +274,7 @@ def test_nonfinite_gradients_are_skipped_where_the_recipe_says_so(where: str, ba
     p.grad = torch.full((3,), math.inf if where == "descent" else 1.0)
     sam.second_step()
     assert torch.equal(p.detach(), torch.full((3,), 1.0 if where == "descent" else 0.5))
-    assert sam.optimizer.skipped_steps == (where == "descent")
+    assert sam.base_optimizer.skipped_steps == (where == "descent")
 
 
 # ---- saving
@@ -280,7 +287,8 @@ def test_state_dict_between_the_halves() -> None:
     closure_of(model, sam, 1)()
     sam.first_step()
     file = io.BytesIO()
-    torch.save({"model": model.state_dict(), "sam": sam.state_dict()}, file)
+    with pytest.warns(UserWarning, match=r"Call second_step\(\), or restore\(\), before saving"):
+        torch.save({"model": model.state_dict(), "sam": sam.state_dict()}, file)
     file.seek(0)
     saved = torch.load(file, weights_only=True)
     other, resumed = made()
@@ -309,7 +317,8 @@ def test_a_backup_of_another_model_is_refused() -> None:
     model, sam = made()
     closure_of(model, sam)()
     sam.first_step()
-    saved = sam.state_dict()
+    with pytest.warns(UserWarning, match="between the halves"):
+        saved = sam.state_dict()
     saved["sam"]["backups"][0] = torch.ones(99)
     _, fresh = made()
     with pytest.raises(ValueError, match=r"backup of parameter 0 of group 0 has shape \(99,\)"):
@@ -336,9 +345,8 @@ def test_a_loaded_state_is_used_from_the_next_ascent_on() -> None:
     """Master copies that were replaced may not be read any more."""
     run = Run(CASES["sgd-momentum"], {"precision": "master"}, ((4, 3), (5,)), dtype=torch.bfloat16)
     sam = SAM(run.optimizer, RHO)
-    for _ in range(2):
-        run.fill()
-        sam.step()
+    run.fill()
+    both(sam)
     sam.load_state_dict(copy.deepcopy(sam.state_dict()))
     for state in sam.state.values():
         state["master"].fill_(2.0)

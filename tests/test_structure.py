@@ -27,6 +27,7 @@ LAYERS: list[tuple[str, ...]] = [
     (
         "gradfused._version",
         "gradfused.gpu",
+        "gradfused.amp",
         "gradfused.memory",
         "gradfused._cpu",
         "gradfused._cuda",
@@ -45,7 +46,7 @@ LAYERS: list[tuple[str, ...]] = [
         "gradfused.plans",
         "gradfused.table",
     ),
-    ("gradfused.optim", "gradfused.sam", "gradfused.nn"),
+    ("gradfused.optim", "gradfused.halves", "gradfused.sam", "gradfused.nn"),
     ("gradfused",),
     ("gradfused.__main__",),
 ]

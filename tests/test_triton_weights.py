@@ -152,8 +152,7 @@ def test_ascent_and_descent(adaptive: bool, dtype: torch.dtype, backend: str) ->
         take(ascent(made.params, backups, backend, settings))
         yield copies("up", made.params)
         yield copies("backup", [backups[p]["backup"] for p in made.params])
-        made.optimizer._sources = {p: backups[p]["backup"] for p in made.params}
-        made.optimizer.step()
+        made.optimizer._take_step({p: backups[p]["backup"] for p in made.params}, Scaling())
         yield made.outcome()
 
     moved = [dict(part) for part in outcome(backend)]

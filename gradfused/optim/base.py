@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -14,6 +15,7 @@ from torch._compile import _disable_dynamo
 from torch.nn.parameter import is_lazy
 
 from .. import gpu, options
+from ..amp import LeavesScalingToStep, forget_scale
 from ..backends import Scaling, Settings
 from ..memory import check_disjoint, has_values
 from ..plans import Plans
@@ -40,8 +42,7 @@ class Optimizer(torch.optim.Optimizer):
     Subclasses say what their rule is called, which state it keeps and which numbers it takes.
     """
 
-    # GradScaler: unscaling and the overflow check happen inside the step.
-    _step_supports_amp_scaling = True
+    _step_supports_amp_scaling = LeavesScalingToStep()
 
     def __init__(self, params: Params, defaults: dict[str, Any], recipe: dict[str, Any]) -> None:
         refuse_unknown(recipe, options.DEFAULTS, type(self).__name__)
@@ -53,12 +54,14 @@ class Optimizer(torch.optim.Optimizer):
 
     def _begin(self) -> None:
         """What is not part of the saved state."""
+        self._itself = weakref.ref(
+            self
+        )  # in a wrapper that inherits this class, or copied these attributes, another one
         self._tables: list[StepTable] = []  # the last one used comes first
         self._captured: list[StepTable] = []  # by CUDA graphs, which may be replayed for as long as this lives
         self._seen: StepTable | None = None  # the last step's
         self._plans = Plans()
         self._skipped: int | Tensor = 0
-        self._sources: dict[Tensor, Tensor] = {}  # where SAM keeps the weights between its two halves
         self._stepped: list[Tensor] = []  # parameters that the last step moved
         self._versions: dict[Tensor, int] = {}  # of parameters whose state holds more of their values than they do
         self._averaged = False  # swap_ema() is under way
@@ -160,27 +163,35 @@ class Optimizer(torch.optim.Optimizer):
             RuntimeError: The backend that was asked for cannot run; nothing has changed.
         """
         loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        self._take_step()
+        try:
+            if closure is not None:
+                with torch.enable_grad():
+                    loss = closure()
+            self._take_step({}, Scaling.of(self))
+        except BaseException:
+            forget_scale(self)
+            raise
         return loss
 
     @_disable_dynamo
-    def _take_step(self) -> None:
-        """Takes the step unless the host knows reasons not to."""
+    def _take_step(self, sources: dict[Tensor, Tensor], scaling: Scaling) -> None:
+        """Takes the step unless the host knows reasons not to.
+
+        Args:
+            sources: Where SAM keeps the weights of some parameters between its two halves.
+            scaling: What GradScaler says.
+        """
         self._stepped = []
         if self._averaged:
             raise RuntimeError(
                 "step() inside swap_ema(): the weights are the averaged ones, and would be lost; leave the block first"
             )
-        scaling = Scaling.of(self)
         if scaling.found_inf is not None and not gpu.holds(scaling.found_inf) and scaling.forbids:
             self._zero_gradients()
             return
-        if not self._sources:
+        if not sources:
             self._follow_weights()
-        table = self._table_for(self._current_plans())
+        table = self._table_for(self._current_plans(), sources)
         if not table.params:
             self._seen = table
             return
@@ -231,11 +242,11 @@ class Optimizer(torch.optim.Optimizer):
         if table.take_back_state():
             self._tables.clear()
 
-    def _table_for(self, plans: list[GroupPlan]) -> StepTable:
+    def _table_for(self, plans: list[GroupPlan], sources: dict[Tensor, Tensor]) -> StepTable:
         """The table that describes this step: the last one's, or one of a few kept for models whose gradients come and go."""
         capturing = gpu.capturing()
         for i, table in enumerate(self._tables):
-            if table.still_describes(self.param_groups, self.state, plans, self._sources):
+            if table.still_describes(self.param_groups, self.state, plans, sources):
                 del self._tables[i]
                 if capturing:  # the graph's from now on: it replays with the addresses that are in it
                     self._captured.append(table)
@@ -247,7 +258,7 @@ class Optimizer(torch.optim.Optimizer):
                 "capturing step() in a CUDA graph: no table describes it, and building one cannot be captured. Take a "
                 "step with these parameters, gradients and options before the capture, and one between two captures"
             )
-        table = StepTable(self.param_groups, self.state, plans, self._sources)
+        table = StepTable(self.param_groups, self.state, plans, sources)
         for old in self._tables[_TABLES_KEPT - 1 :]:
             self._keep_count(old)
         self._tables = [table, *self._tables[: _TABLES_KEPT - 1]]
@@ -276,6 +287,7 @@ class Optimizer(torch.optim.Optimizer):
         Raises:
             RuntimeError: No group has ``ema``, the block is nested, or ``step()`` is called within it.
         """
+        self = self._itself() or self  # not the wrapper whose class inherits this method
         if all(group["ema"] is None for group in self.param_groups):
             raise RuntimeError("swap_ema(): no parameter group keeps an average; give the optimizer ema=0.999, say")
         if self._averaged:

@@ -1,0 +1,248 @@
+"""The two halves of SAM's step, and what the first hands to the second."""
+
+from __future__ import annotations
+
+import weakref
+from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._compile import _disable_dynamo
+from torch.utils.weak import TensorWeakRef
+
+from .backends import Scaling, Settings
+from .optim.base import Optimizer
+from .options import INF, finite
+from .rows import GroupPlan, check_source, named_parameters
+from .table import StepTable
+
+_TINY = 1e-12
+
+
+@dataclass(frozen=True)
+class Options:
+    """How far the ascent goes: the options of `SAM`, checked whenever one of them changes."""
+
+    rho: float
+    adaptive: bool
+    eta: float
+
+    def __post_init__(self) -> None:
+        for name in ("rho", "eta"):
+            object.__setattr__(self, name, finite(name, getattr(self, name)))
+        if type(self.adaptive).__name__ not in ("bool", "bool_"):  # Python's and NumPy's
+            raise TypeError(f"adaptive: expected True or False, got {self.adaptive!r}")
+        object.__setattr__(self, "adaptive", bool(self.adaptive))
+        if self.eta and not self.adaptive:
+            raise ValueError(
+                f"eta={self.eta!r} is added to each weight's size in adaptive SAM: expected adaptive=True with it, "
+                "or eta=0"
+            )
+
+
+class Halves:
+    """The ascent, the descent, and everything of SAM's that changes.
+
+    SAM keeps it all in this one object: trainers wrap an optimizer in objects that copy its attributes, or whose class inherits
+    from its class, so that what a method assigns to ``self`` stays with the wrapper. This object is the same for all of them.
+
+    Attributes:
+        base: The optimizer whose step is the descent.
+        options: How far the ascent goes.
+        owner: The SAM that it belongs to.
+        complete: The owner is constructed.
+        ascended: The ascent was taken and the descent is due.
+        backups: The weights before the ascent, of the parameters that it moved; empty between steps.
+        stepped: A descent was taken, or ``step()`` called: what learning-rate schedulers ask.
+        warned: The warning about a state dict between the halves was given.
+    """
+
+    def __init__(self, base: Optimizer, options: Options) -> None:
+        self.base, self.options = base, options
+        self.owner: Callable[[], torch.optim.Optimizer | None] = lambda: None
+        self.complete = self.stepped = self.warned = False
+        self.begin()
+
+    def begin(self, backups: dict[Tensor, Tensor] | None = None, ascended: bool = False) -> None:
+        """Start anew, at the beginning of a step or, with ``ascended``, between its halves."""
+        self.ascended, self.backups = ascended, backups or {}
+        self._state: dict[Tensor, dict[str, Any]] = defaultdict(dict)  # each parameter's backup, kept for the next step
+        self._table: StepTable | None = None
+        for p, backup in self.backups.items():
+            self._state[p]["backup"] = backup
+
+    def belongs_to(self, owner: torch.optim.Optimizer) -> None:
+        """Its SAM is constructed, or was read from a file."""
+        self.owner, self.complete = weakref.ref(owner), True
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in ("base", "options", "backups", "ascended")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        Halves.__init__(self, state["base"], state["options"])
+        self.begin(state["backups"], state["ascended"])
+
+    # ---- the ascent
+
+    @property
+    def _groups(self) -> list[dict[str, Any]]:
+        return self.base.param_groups
+
+    @property
+    def _skips(self) -> bool:
+        """Whether a half whose gradients are not finite is not to be taken."""
+        return any(group["nonfinite"] == "skip" for group in self._groups)
+
+    def _plans(self) -> list[GroupPlan]:
+        """The ascent as a step of the rule ``ascend``, on gradients normalised to ``rho`` over all parameters."""
+        settings = Settings(
+            scope="global",
+            perturb=(0.0, self.options.rho, _TINY, 0.0, INF),
+            decoupled=True,
+            by_weight=self.options.adaptive,
+            eta=self.options.eta,
+        )
+
+        def plan(group: dict[str, Any]) -> GroupPlan:
+            mine = replace(settings, zero_grad=group["zero_grad_in_step"])
+            return GroupPlan("ascend", ("backup",), False, "off", group["backend"], mine)
+
+        return [plan(group) for group in self._groups]
+
+    def _masters(self) -> dict[Tensor, Tensor]:
+        """Where parameters of 16 bits have their weights in float32."""
+        if all(group["precision"] != "master" for group in self._groups):
+            return {}
+        return {p: state["master"] for p, state in self.base.state.items() if state.get("master") is not None}
+
+    def _refuse_averages(self, what: str) -> None:
+        if self.base._averaged:
+            raise RuntimeError(
+                f"{what} inside swap_ema(): the weights are the averaged ones, and would be lost; leave the block first"
+            )
+
+    def _drop_backups(self) -> None:
+        """Free the backups of parameters that left the groups, or whose shape, dtype or device is another one now."""
+        alive = {p for group in self._groups for p in group["params"]}
+        for p in list(self._state):
+            if p not in alive or not _fits(p, self._state[p]["backup"]):
+                del self._state[p]
+
+    def _current_table(self) -> StepTable:
+        """The table that describes this ascent: the last one's, or a new one."""
+        plans, masters = self._plans(), self._masters()
+        table = self._table
+        if table is None or not table.still_describes(self._groups, self._state, plans, masters):
+            self._table = table = None
+            self._drop_backups()
+            self._table = table = StepTable(self._groups, self._state, plans, masters)
+        return table
+
+    def ascend(self, scaling: Scaling) -> None:
+        """Move the weights up, unless the scaler or the recipe forbids it. The descent is due then in any case."""
+        self._refuse_averages("first_step()")
+        self._ascend(scaling)
+        self.ascended = True
+
+    @_disable_dynamo
+    @torch.no_grad()
+    def _ascend(self, scaling: Scaling) -> None:
+        if scaling.forbids:
+            self.base._zero_gradients()
+            return
+        self.base._follow_weights()
+        table = self._current_table()
+        if not table.params:
+            return
+        table.table.stats(scaling)
+        if self._skips and not bool(torch.isfinite(table.table.sums).all()):
+            self.base._zero_gradients()
+            return
+        table.table.apply(scaling)
+        if table.zero_apart:
+            self.base._zero_gradients()
+        table.keep_state()
+        torch.autograd.graph.increment_version(table.params)
+        self.backups = {p: self._state[p]["backup"] for p in table.params}
+
+    # ---- the descent
+
+    @_disable_dynamo
+    def descend(self, scaling: Scaling) -> None:
+        """Take the optimizer's step from where the weights were."""
+        self._refuse_averages("second_step()")
+        # Whether a step is skipped for its norm is known to the device alone: it must find the weights where they were.
+        late = any(p.device.type != "cpu" for p in self.backups) if self._table is None else self._table.table.on_device
+        early = scaling.forbids or (self._skips and late)
+        if early:
+            self._take_back(self.backups)
+        self.step_base(scaling, {} if early else self.backups)
+        if not early:
+            self._take_back({p: self.backups[p] for p in self.backups.keys() - self.base._stepped})
+        self.backups, self.ascended = {}, False
+
+    def step_base(self, scaling: Scaling, sources: dict[Tensor, Tensor]) -> None:
+        """The optimizer's step, hooks and profiler included, with the weights read from ``sources`` where these have them."""
+
+        def step(base: Optimizer, closure: Callable[[], float] | None = None) -> None:
+            if closure is not None:  # a hook may bring one
+                with torch.enable_grad():
+                    closure()
+            base._take_step(sources, scaling)
+
+        self.stepped = self.base._opt_called = True  # type: ignore[attr-defined]
+        torch.optim.Optimizer.profile_hook_step(step)(self.base)
+
+    def restore(self) -> None:
+        """The weights go back to where they were, if there was an ascent."""
+        self._refuse_averages("restore()")
+        for name, p in named_parameters(self._groups):
+            if p in self.backups:
+                check_source(name, p, self.backups[p])
+        self._take_back(self.backups)
+        self.backups, self.ascended = {}, False
+
+    @torch.no_grad()
+    def _take_back(self, backups: dict[Tensor, Tensor]) -> None:
+        if backups:
+            torch._foreach_copy_(list(backups), list(backups.values()))
+            self.base._note_weights()
+
+    # ---- what the gradients say
+
+    def no_way_up(self) -> bool:
+        """Whether every gradient is zero, or there is none: the ascent would leave the weights where they are."""
+        grads = (p.grad for group in self._groups for p in group["params"] if p.grad is not None)
+        return not any(map(_points_somewhere, grads))
+
+    def gradients_seen(self) -> Callable[[], bool]:
+        """A function that says whether any gradient was written, made or removed since now. Keeps none alive."""
+        params = [p for group in self._groups for p in group["params"]]
+        seen = [_Seen(p.grad) for p in params]
+        return lambda: any(was.differs(p.grad) for was, p in zip(seen, params, strict=True))
+
+
+class _Seen:
+    """A gradient as it was, or that there was none."""
+
+    def __init__(self, grad: Tensor | None) -> None:
+        self._grad = None if grad is None else (TensorWeakRef(grad), grad._version)
+
+    def differs(self, now: Tensor | None) -> bool:
+        if self._grad is None or now is None:
+            return self._grad is not None or now is not None
+        before, version = self._grad
+        return before() is not now or now._version != version
+
+
+def _points_somewhere(grad: Tensor) -> bool:
+    """Whether a gradient has an element other than zero; one that is not dense may have."""
+    grad = getattr(grad, "_local_tensor", grad)
+    return grad.layout != torch.strided or bool(grad.count_nonzero())
+
+
+def _fits(p: Tensor, backup: Tensor) -> bool:
+    return backup.shape == p.shape and backup.dtype == p.dtype and backup.device == p.device
