@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 import torch
@@ -66,29 +67,16 @@ EXCEPTIONS = (
         "nothing was raised",
         "foreach and fused are accepted and ignored, so that both together mean nothing either.",
     ),
-    Exception_("Tensor lr must be 1-element", ALL, AssertionError, "TypeError was raised", "To be mended."),
-    Exception_(
-        "lr as Tensor doesn't work with foreach & not capturable",
-        ("Adam", "AdamW"),
-        AssertionError,
-        "expected ValueError",
-        "To be mended.",
-    ),
-    Exception_(
-        "betas must be either both floats or both Tensors",
-        ("Adam", "AdamW"),
-        AssertionError,
-        "expected ValueError",
-        "To be mended.",
-    ),
-    Exception_(
-        r"betas\[0\] as a Tensor is not supported for capturable=False and foreach=True",
-        ("Adam", "AdamW"),
-        AssertionError,
-        "expected ValueError",
-        "To be mended.",
-    ),
 )
+
+
+def table() -> str:
+    """The exceptions as docs/reliability.md has them."""
+    lines = ["| check | optimizers | what ours does, and why |", "|---|---|---|"]
+    for e in EXCEPTIONS:
+        names = "all" if e.optimizers == ALL else ", ".join(e.optimizers)
+        lines.append(f"| `{e.check}` | {names} | {e.reason} |")
+    return "\n".join(lines)
 
 
 def exception_of(check: str, optimizer: str) -> Exception_ | None:
@@ -148,6 +136,11 @@ def test_torchs_error_inputs(optimizer: str, error: object) -> None:
 def test_every_exception_is_of_a_check_that_runs() -> None:
     known = {*CHECKS, *(p.values[1].optimizer_error_input.desc for p in ERRORS)}  # type: ignore[union-attr]
     assert {e.check for e in EXCEPTIONS} <= known
+
+
+def test_the_documents_list_every_exception() -> None:
+    text = (Path(__file__).parent.parent / "docs/reliability.md").read_text()
+    assert text.split("<!-- exceptions -->")[1].split("<!-- end of exceptions -->")[0].strip() == table()
 
 
 def test_every_optimizer_that_torch_has_too_is_checked() -> None:
