@@ -115,9 +115,9 @@ class Life(RuleBasedStateMachine):
         self.skipped = 0
         self.saves: list[Save] = []
         self.gone: list[weakref.ref[Tensor]] = []
-        options = dict(self.case.options) | ({"eps": 1e-3} if case.startswith(("ad", "na", "ra", "la")) else {})
-        if self.case.optimizer in ("LARS", "Lion"):
-            options.pop("eps", None)
+        # A small eps lets a rule blow a rounding error up to a whole step where the gradient is nearly 0.
+        eps = {"RMSprop": 0.05, "LARS": None, "Lion": None, "SGD": None}.get(self.case.optimizer, 1e-3)
+        options = dict(self.case.options) | ({} if eps is None else {"eps": eps})
         params = [self.parameter(shape) for shape in shapes]
         self.cls = getattr(gradfused, self.case.optimizer)
         self.optimizer: Any = self.cls(params, **options, backend=self.backend)
