@@ -1,7 +1,8 @@
 """Runs the kernel tests over native modules built with AddressSanitizer and UBSan.
 
 The CPU's kernels run all their tests, CUDA's, under the emulator, some of every kind. The build goes to build/sanitize and
-leaves the usual one alone. Arguments go to pytest.
+leaves the usual one alone. Every test marked ``kernels`` is among them: the random lives of optimizers, a third of them, and
+tests of several threads too. Arguments go to pytest.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ BUILD = ROOT / "build" / "sanitize"
 PACKAGES = BUILD / "lib"
 INSIDE = "GRADFUSED_SANITIZE_INSIDE"
 # A fiber's switch is slow under AddressSanitizer.
-CUDA_TESTS = "dtypes_in_layouts or steady_step or misaligned or ratios_are_one or average_of_wider"
+CUDA_TESTS = "dtypes_in_layouts or steady_step or misaligned or ratios_are_one or average_of_wider or every_life"
 
 
 def build() -> None:
