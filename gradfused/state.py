@@ -92,9 +92,14 @@ class States:
         number = initial if value is None else float(value)
         return self._set(p, key, torch.tensor(number, dtype=_scalar_dtype(), device=device))
 
+    @property
+    def created(self) -> bool:
+        """Whether there is anything to take back."""
+        return bool(self._undo)
+
     def take_back(self) -> bool:
         """Leave the state as it was found. True if anything had been created."""
-        created = bool(self._undo)
+        created = self.created
         for p, key, value in reversed(self._undo):
             if value is None:
                 del self._state[p][key]

@@ -90,6 +90,11 @@ class StepTable:
             self._plans = list(plans)
         return self.table.refresh(groups, state)
 
+    @property
+    def created_state(self) -> bool:
+        """Whether it created state that may still be taken back."""
+        return self._states.created
+
     def keep_state(self) -> None:
         """The step was taken: created state stays."""
         self._states.keep()

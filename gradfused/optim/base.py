@@ -202,19 +202,34 @@ class Optimizer(torch.optim.Optimizer):
             self._forget(table)
             return
         self._seen = table
-        if table.measures:
-            table.table.stats(scaling)
-        if table.table.apply(scaling):
-            table.keep_state()
-            self._stepped = table.params
-            torch.autograd.graph.increment_version(table.params)
-            self._versions.update((p, p._version) for p in table.finer)
-            uncertain = table.table.on_device and (scaling.found_inf is not None or table.may_skip)
-            if uncertain or table.zero_apart:
-                self._zero_gradients()
+        uncertain = table.table.on_device and (scaling.found_inf is not None or table.may_skip)
+        if not self._run(table, scaling, uncertain):
+            if not table.table.on_device:
+                self._skipped += 1
+            self._forget(table)
             return
-        self._skipped += 1
-        self._forget(table)
+        table.keep_state()
+        self._stepped = table.params
+        torch.autograd.graph.increment_version(table.params)
+        self._versions.update((p, p._version) for p in table.finer)
+        if uncertain or table.zero_apart:
+            self._zero_gradients()
+
+    def _run(self, table: StepTable, scaling: Scaling, uncertain: bool) -> bool:
+        """Have the backend take a step. False if it was skipped, as far as the host knows.
+
+        The host asks a device, and waits for it, only where state was created for a step that may have been skipped: new state has to
+        go then, so that the next step is known as the first one, by checkpoints and copies too.
+        """
+        try:
+            if table.measures:
+                table.table.stats(scaling)
+            if not table.table.apply(scaling):
+                return False
+            return not (uncertain and table.created_state and table.table.skipped_its_first(scaling))
+        except Exception:
+            self._take_back_state(table)
+            raise
 
     @torch.no_grad()
     def _follow_weights(self) -> None:
@@ -242,7 +257,12 @@ class Optimizer(torch.optim.Optimizer):
     def _forget(self, table: StepTable) -> None:
         """The step was not taken: state that it created goes, and the tables that know it."""
         self._zero_gradients()
+        self._take_back_state(table)
+
+    def _take_back_state(self, table: StepTable) -> None:
         if table.take_back_state():
+            for known in self._tables:
+                self._keep_count(known)
             self._tables.clear()
 
     def _table_for(self, plans: list[GroupPlan]) -> StepTable:
