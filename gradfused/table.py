@@ -12,7 +12,7 @@ from torch import Tensor
 from .backends import BackendTable, Settings, choose
 from .memory import check_disjoint, share_memory
 from .rows import Group, GroupPlan, check_gradient, check_parameter, make_row, with_gradient, written
-from .state import State, States
+from .state import WIDE_COUNT, State, States
 
 
 class StepTable:
@@ -46,7 +46,9 @@ class StepTable:
         make = _backend(plans, [t for _, _, _, p in found for t in (p, p.grad) if t is not None])
         self._states = States(state)
         self._sources = dict(sources or {})
+        self._steps_left = WIDE_COUNT  # float32 counts that were below it do not stop before this is 0
         try:
+            self._states.widen_counts([p for _, _, _, p in found])
             rows = [
                 make_row(name, p, plans[g], g, number, self._states, make, self._sources.get(p))
                 for g, number, name, p in found
@@ -81,7 +83,7 @@ class StepTable:
         sources: Mapping[Tensor, Tensor] | None = None,
     ) -> bool:
         """Whether the next step can use this table; new numbers and moved gradients are taken over."""
-        if not _same_tensors(sources or {}, self._sources):
+        if self._steps_left == 0 or not _same_tensors(sources or {}, self._sources):
             return False
         if plans != self._plans:
             if [plan.structure for plan in plans] != [plan.structure for plan in self._plans]:
@@ -97,6 +99,7 @@ class StepTable:
 
     def keep_state(self) -> None:
         """The step was taken: created state stays."""
+        self._steps_left -= 1
         self._states.keep()
 
     def take_back_state(self) -> bool:

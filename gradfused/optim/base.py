@@ -201,9 +201,10 @@ class Optimizer(torch.optim.Optimizer):
         if not table.table.on_device and scaling.forbids:
             self._forget(table)
             return
-        self._seen = table
         uncertain = table.table.on_device and (scaling.found_inf is not None or table.may_skip)
-        if not self._run(table, scaling, uncertain):
+        taken = self._run(table, scaling, uncertain)
+        self._seen = table
+        if not taken:
             if not table.table.on_device:
                 self._skipped += 1
             self._forget(table)
@@ -388,7 +389,7 @@ class Optimizer(torch.optim.Optimizer):
             asked = options.STATE_DTYPES.get(group["state_dtype"])
             for p, number in zip(group["params"], numbers, strict=False):
                 for key, value in saved["state"].get(number, {}).items():
-                    if not isinstance(value, Tensor) or not value.is_floating_point() or key == "step":
+                    if not isinstance(value, Tensor) or not value.is_floating_point():
                         continue
                     cast = self.state[p][key]
                     dtype = state_dtype(key, p, asked) or value.dtype
