@@ -143,6 +143,14 @@ def with_noise(g: Tensor, row: Row, settings: Settings, taken: float) -> Tensor:
 # ---- stage 7: the rules, in rules.py; and how weights are kept
 
 
+def uniform_bits(random: Tensor, bits: int, like: Tensor) -> Tensor:
+    """The upper ``bits`` of 32-bit words as numbers in [0, 1), placed as ``like``.
+
+    Placed last: torch 2.13 shifts a DTensor's integers by nothing.
+    """
+    return placed_as((random >> (32 - bits)).float() * 2.0**-bits, like)
+
+
 def stochastically_rounded(x: Tensor, dtype: torch.dtype, seed: int, parameter: int, step: int) -> Tensor:
     """``x`` rounded to one of its two neighbours in ``dtype``, the nearer the likelier, by 32 random bits an element.
 
@@ -151,15 +159,15 @@ def stochastically_rounded(x: Tensor, dtype: torch.dtype, seed: int, parameter: 
     numel = x.numel()
     quads = torch.arange((numel + 3) // 4, dtype=torch.int64, device=x.device) | -(2**63)
     random = torch.stack(philox(seed, quads, parameter, step), dim=1).flatten()[:numel].view(x.shape)
-    random, x = placed_as(random, x), x.float()
+    x = x.float()
     a, largest = x.abs(), torch.finfo(dtype).max
     exponent = torch.frexp(a)[1]
     if dtype == torch.bfloat16:
         ulp = torch.ldexp(torch.ones_like(a), (exponent - 8).clamp(min=-133))
-        fraction = (random >> 16).float() * 2.0**-16
+        fraction = uniform_bits(random, 16, x)
     else:
         ulp = torch.ldexp(torch.ones_like(a), (exponent - 11).clamp(min=-24))
-        fraction = torch.where(a < 2.0**-14, (random >> 8).float() * 2.0**-24, (random >> 19).float() * 2.0**-13)
+        fraction = torch.where(a < 2.0**-14, uniform_bits(random, 24, x), uniform_bits(random, 13, x))
     ratio = a.double() / ulp.double()
     rounded = (torch.floor(ratio + fraction.double()) * ulp.double()).clamp(max=largest).float()
     return torch.where(torch.isfinite(x), torch.copysign(rounded, x), x).to(dtype)
