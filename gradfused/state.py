@@ -14,8 +14,8 @@ SHORT = (torch.float16, torch.bfloat16)
 #: State of one element; state that any rule may have.
 SCALARS = frozenset(("step", "mu_product"))
 RIDERS = frozenset(("master", "kahan_comp", "ema"))
-#: A count of steps in float32 stops at 2**24, where adding 1 rounds to nothing. From half of that on it is kept in float64, looked at
-#: whenever a table is made, so a table may serve for the other half.
+#: A count of steps in float32 stops at 2**24, where adding 1 rounds to nothing. From half of that on it is kept in float64,
+#: looked at whenever a table is made, so a table may serve for the other half.
 WIDE_COUNT = 2**23
 
 

@@ -3,8 +3,8 @@
 It computes in float32, or in float64 for float64 parameters, on any device and layout. Give it float64 copies of parameters and
 gradients and it is exact to float64.
 
-A step is worked out for all parameters before any of it is written, so one that fails half way, because a tensor subclass lacks an
-operator say, has changed nothing. That takes memory for a second copy of everything that the step writes.
+A step is worked out for all parameters before any of it is written, so one that fails half way, because a tensor subclass
+lacks an operator say, has changed nothing. That takes memory for a second copy of everything that the step writes.
 """
 
 from __future__ import annotations

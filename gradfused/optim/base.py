@@ -219,8 +219,8 @@ class Optimizer(torch.optim.Optimizer):
     def _run(self, table: StepTable, scaling: Scaling, uncertain: bool) -> bool:
         """Have the backend take a step. False if it was skipped, as far as the host knows.
 
-        The host asks a device, and waits for it, only where state was created for a step that may have been skipped: new state has to
-        go then, so that the next step is known as the first one, by checkpoints and copies too.
+        The host asks a device, and waits for it, only where state was created for a step that may have been skipped: new
+        state has to go then, so that the next step is known as the first one, by checkpoints and copies too.
         """
         try:
             if table.measures:
