@@ -57,19 +57,19 @@ class StepTable:
             zeroed = [r.grad for r in rows if plans[r.group].settings.zero_grad]
             self.zero_apart = bool(zeroed) and share_memory(zeroed)
             self.table = make(rows, self._settings(plans))
+            self.table.watch(rows, groups, state)
+            self._names = [row.name.strip("'") for row in rows]
+            self._measured = [i for i, row in enumerate(rows) if plans[row.group].measures]
+            # On the sums' device already, so that looking at a norm does not wait for it.
+            self._measured_at = torch.tensor(self._measured, dtype=torch.int64, device=self.table.sums.device)
         except BaseException:
             self._states.take_back()
             raise
-        self.table.watch(rows, groups, state)
         self._plans = list(plans)
         self.params = [row.param for row in rows]
         self.finer = [row.param for row in rows if row.rounding in ("master", "kahan")]
         self.may_skip = any(plan.settings.skip_nonfinite for plan in plans)
-        self._names = [row.name.strip("'") for row in rows]
         self.measures = self.table.needs_stats
-        self._measured = [i for i, row in enumerate(rows) if plans[row.group].measures]
-        # On the sums' device already, so that looking at a norm does not wait for it.
-        self._measured_at = torch.tensor(self._measured, dtype=torch.int64, device=self.table.sums.device)
 
     def _settings(self, plans: Sequence[GroupPlan]) -> list[Settings]:
         """What the backend is told: not to zero what it has yet to read elsewhere."""

@@ -230,6 +230,7 @@ class Optimizer(torch.optim.Optimizer):
             return not (uncertain and table.created_state and table.table.skipped_its_first(scaling))
         except Exception:
             self._take_back_state(table)
+            self._note_weights()  # they may have been written, and written back
             raise
 
     @torch.no_grad()
