@@ -14,11 +14,15 @@ SHORT = (torch.float16, torch.bfloat16)
 #: State of one element; state that any rule may have.
 SCALARS = frozenset(("step", "mu_product"))
 RIDERS = frozenset(("master", "kahan_comp", "ema", "step"))
+#: A count of steps in float32 stops at 2**24, where adding 1 rounds to nothing. From half of that on it is kept in float64,
+#: looked at whenever a table is made, so a table may serve for the other half.
+WIDE_COUNT = 2**23
 
 
-def _scalar_dtype() -> torch.dtype:
-    """torch counts steps in float32, or in float64 where that is the default."""
-    return torch.float64 if torch.get_default_dtype() == torch.float64 else torch.float32
+def _scalar_dtype(key: str, number: float) -> torch.dtype:
+    """torch counts steps in float32, or in float64 where that is the default; large counts are float64 here."""
+    wide = torch.get_default_dtype() == torch.float64 or (key == "step" and number >= WIDE_COUNT)
+    return torch.float64 if wide else torch.float32
 
 
 def state_dtype(key: str, p: Tensor, asked: torch.dtype | None) -> torch.dtype | None:
@@ -90,11 +94,29 @@ class States:
                 f"state '{key}' of parameter {name}: expected a number or a one-element tensor, got {value!r}"
             )
         number = initial if value is None else float(value)
-        return self._set(p, key, torch.tensor(number, dtype=_scalar_dtype(), device=device))
+        return self._set(p, key, torch.tensor(number, dtype=_scalar_dtype(key, number), device=device))
+
+    def widen_counts(self, params: Iterable[Tensor]) -> None:
+        """Keep counts of steps that come near where float32 stops in float64 from now on. Waits once for each device."""
+        counts: dict[torch.device, list[tuple[Tensor, Tensor]]] = {}
+        for p in params:
+            count = self._get(p, "step")
+            if isinstance(count, Tensor) and count.dtype == torch.float32 and count.numel() == 1:
+                counts.setdefault(count.device, []).append((p, count))
+        for found in counts.values():
+            numbers = torch.stack([count.detach().reshape(()) for _, count in found]).tolist()
+            for (p, count), number in zip(found, numbers, strict=True):
+                if number >= WIDE_COUNT:
+                    self._set(p, "step", count.double())
+
+    @property
+    def created(self) -> bool:
+        """Whether there is anything to take back."""
+        return bool(self._undo)
 
     def take_back(self) -> bool:
         """Leave the state as it was found. True if anything had been created."""
-        created = bool(self._undo)
+        created = self.created
         for p, key, value in reversed(self._undo):
             if value is None:
                 del self._state[p][key]

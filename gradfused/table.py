@@ -12,7 +12,7 @@ from torch import Tensor
 from .backends import BackendTable, Settings, choose
 from .memory import check_disjoint, share_memory
 from .rows import Group, GroupPlan, check_gradient, check_parameter, make_row, with_gradient, written
-from .state import State, States
+from .state import WIDE_COUNT, State, States
 
 
 class StepTable:
@@ -46,7 +46,9 @@ class StepTable:
         make = _backend(plans, [t for _, _, _, p in found for t in (p, p.grad) if t is not None])
         self._states = States(state)
         self._sources = dict(sources or {})
+        self._steps_left = WIDE_COUNT  # float32 counts that were below it do not stop before this is 0
         try:
+            self._states.widen_counts([p for _, _, _, p in found])
             rows = [
                 make_row(name, p, plans[g], g, number, self._states, make, self._sources.get(p))
                 for g, number, name, p in found
@@ -55,19 +57,19 @@ class StepTable:
             zeroed = [r.grad for r in rows if plans[r.group].settings.zero_grad]
             self.zero_apart = bool(zeroed) and share_memory(zeroed)
             self.table = make(rows, self._settings(plans))
+            self.table.watch(rows, groups, state)
+            self._names = [row.name.strip("'") for row in rows]
+            self._measured = [i for i, row in enumerate(rows) if plans[row.group].measures]
+            # On the sums' device already, so that looking at a norm does not wait for it.
+            self._measured_at = torch.tensor(self._measured, dtype=torch.int64, device=self.table.sums.device)
         except BaseException:
             self._states.take_back()
             raise
-        self.table.watch(rows, groups, state)
         self._plans = list(plans)
         self.params = [row.param for row in rows]
         self.finer = [row.param for row in rows if row.rounding in ("master", "kahan")]
         self.may_skip = any(plan.settings.skip_nonfinite for plan in plans)
-        self._names = [row.name.strip("'") for row in rows]
         self.measures = self.table.needs_stats
-        self._measured = [i for i, row in enumerate(rows) if plans[row.group].measures]
-        # On the sums' device already, so that looking at a norm does not wait for it.
-        self._measured_at = torch.tensor(self._measured, dtype=torch.int64, device=self.table.sums.device)
 
     def _settings(self, plans: Sequence[GroupPlan]) -> list[Settings]:
         """What the backend is told: not to zero what it has yet to read elsewhere."""
@@ -81,7 +83,7 @@ class StepTable:
         sources: Mapping[Tensor, Tensor] | None = None,
     ) -> bool:
         """Whether the next step can use this table; new numbers and moved gradients are taken over."""
-        if not _same_tensors(sources or {}, self._sources):
+        if self._steps_left == 0 or not _same_tensors(sources or {}, self._sources):
             return False
         if plans != self._plans:
             if [plan.structure for plan in plans] != [plan.structure for plan in self._plans]:
@@ -90,8 +92,14 @@ class StepTable:
             self._plans = list(plans)
         return self.table.refresh(groups, state)
 
+    @property
+    def created_state(self) -> bool:
+        """Whether it created state that may still be taken back."""
+        return self._states.created
+
     def keep_state(self) -> None:
         """The step was taken: created state stays."""
+        self._steps_left -= 1
         self._states.keep()
 
     def take_back_state(self) -> bool:

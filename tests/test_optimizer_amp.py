@@ -13,6 +13,7 @@ from twins import (
     every_rule,
     loss_of,
     parameters,
+    refuses,
     small_model,
     states,
     train,
@@ -166,6 +167,59 @@ def test_low_precision_gradients_are_unscaled_without_rounding(dtype):
         o.grad_scale = torch.tensor(2.0**20)
         o.step()
     torch.testing.assert_close(p32.detach().float(), p.detach(), rtol=4e-3, atol=0)
+
+
+# What GradScaler or a user may leave in optimizer.found_inf and optimizer.grad_scale.
+ABSENT = [None, 0, 0.0, False, torch.tensor(0.0), torch.zeros(1), torch.zeros((), dtype=torch.float64)]
+PRESENT = [1, 2.0, True, torch.tensor(1.0), torch.ones(1), torch.full((1, 1), 2.0), torch.ones((), dtype=torch.int64)]
+
+
+@every_backend
+@pytest.mark.parametrize("found_inf", [*ABSENT, *PRESENT], ids=repr)
+@pytest.mark.parametrize("grad_scale", [None, 4, 4.0, torch.tensor(4.0), torch.full((1,), 4.0, dtype=torch.float64)])
+def test_every_form_of_what_a_scaler_says(found_inf, grad_scale, backend):
+    model, twin_model = small_model(), small_model()
+    opt, twin = make("sgd_momentum", model, backend=backend), make("sgd_momentum", twin_model, torch.optim)
+    loss_of(model, 0).backward()
+    loss_of(twin_model, 0).backward()
+    for p in model.parameters() if grad_scale is not None else ():
+        p.grad.mul_(4.0)
+    opt.found_inf, opt.grad_scale = found_inf, grad_scale
+    opt.step()
+    if not any(found_inf is x for x in PRESENT):
+        twin.step()
+    assert_same(opt, twin)
+
+
+@every_backend
+@pytest.mark.parametrize("name", ["found_inf", "grad_scale"])
+@pytest.mark.parametrize("wrong", [torch.zeros(2), torch.zeros(0), "0"], ids=repr)
+def test_what_no_scaler_says_is_refused(wrong, name, backend):
+    model = small_model()
+    opt = make("sgd_momentum", model, backend=backend)
+    loss_of(model, 0).backward()
+    setattr(opt, name, wrong)
+    with refuses(opt, ValueError, f"optimizer.{name}: expected None, a number or a tensor of one element"):
+        opt.step()
+
+
+@every_backend
+@pytest.mark.parametrize("unscale", [False, True])
+def test_a_scaled_step_without_gradients(unscale, backend):
+    """The scaler has nothing to say then, and says it with a plain 0. torch's fused optimizers take that."""
+    model, twin_model = small_model(), small_model()
+    opt, twin = make("adamw", model, backend=backend), make("adamw", twin_model, torch.optim, fused=True)
+    amp, other = scaler(), scaler()
+    for o, a in ((opt, amp), (twin, other)):
+        a.scale(torch.ones(()))
+        if unscale:
+            a.unscale_(o)
+        a.step(o)
+    assert not any(states(opt))
+    amp, other = scaler(), scaler()
+    scaled_step(model, opt, amp, 0, unscale=unscale)
+    scaled_step(twin_model, twin, other, 0, unscale=unscale)
+    assert_same(opt, twin)
 
 
 # ---- nonfinite="skip"

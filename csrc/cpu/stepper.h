@@ -175,7 +175,7 @@ template <class R, class T> class Stepper {
 
   const float* draw(const Block& b) {
     float* noise = reinterpret_cast<float*>(buffer<T>(scratch_, kNoise));
-    noise_run(at_.hyper.seed, b.begin, b.count, at_.row.parameter, uint32_t(at_.now.count.step - 1), noise);
+    noise_run(at_.hyper.seed, b.begin, b.count, at_.row.parameter, math::step_word(at_.now.count.step), noise);
     return noise;
   }
 

@@ -21,7 +21,7 @@ template <class T> void round_randomly(const Place& at, const Block& b, T* x) {
   uint32_t words[4 * kQuads];
   for (int64_t done = 0; done < b.count;) {
     const int64_t begin = b.begin + done, skip = begin % 4, most = 4 * kQuads - skip, n = smaller(most, b.count - done);
-    random_quads(at.hyper.seed, uint64_t(begin / 4), at.row.parameter, uint32_t(at.now.count.step - 1), words);
+    random_quads(at.hyper.seed, uint64_t(begin / 4), at.row.parameter, math::step_word(at.now.count.step), words);
     for (int64_t i = 0; i < n; ++i) {
       const float v = float(x[done + i]);
       x[done + i] =

@@ -33,7 +33,7 @@ template <bool kFull> __device__ void set_row(const Job& job, Now& now, int inde
   const double factor = scoped ? math::perturb_factor(h.perturb, sqrt(squares)) : 1.0;
   now.seed = h.seed;
   now.parameter = row.parameter;
-  now.taken = uint32_t(count.step - 1);
+  now.taken = math::step_word(count.step);
   // Powers are slow: most rows are of the last one's group and age.
   const bool known = now.group == row.group && now.step == count.step && now.product == count.product && now.first == row.first &&
                      now.wide == wide && !trusted;

@@ -26,6 +26,9 @@ template <class W, class Product = Multiply> GRADFUSED_MATH void philox(uint64_t
   }
 }
 
+// The counter's word for the step after this one's number, from 1: steps taken before, modulo 2^32, after which draws repeat.
+GRADFUSED_MATH uint32_t step_word(double step) { return uint32_t(int64_t(step - 1)); }
+
 // 23 random bits in the open interval (0, 1), exact in float32: no log(0), and the tail reaches 5.8 sigma.
 GRADFUSED_MATH float uniform(uint32_t x) { return (float(int32_t(x >> 9)) + 0.5f) * 1.1920928955078125e-7f; }
 

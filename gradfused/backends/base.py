@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from numbers import Real
 from typing import Any
 
 import torch
@@ -102,6 +103,19 @@ class Row:
         return self.param if self.source is None else self.source
 
 
+def _one_number(name: str, value: object) -> Tensor | None:
+    """What GradScaler or a user set as an attribute of the optimizer, as a tensor; None where it was not set.
+
+    GradScaler leaves the plain number 0 as ``found_inf`` where no parameter had a gradient.
+    """
+    if value is None or (isinstance(value, Tensor) and value.numel() == 1):
+        return value
+    if isinstance(value, Real):
+        return torch.tensor(float(value), dtype=torch.float32, device="cpu")
+    got = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else repr(value)
+    raise ValueError(f"optimizer.{name}: expected None, a number or a tensor of one element, got {got}")
+
+
 @dataclass(frozen=True, slots=True)
 class Scaling:
     """What GradScaler tells a step, as one-element tensors.
@@ -116,8 +130,12 @@ class Scaling:
 
     @classmethod
     def of(cls, optimizer: object) -> Scaling:
-        """What it told an optimizer: it sets these attributes for the time of a step."""
-        return cls(getattr(optimizer, "grad_scale", None), getattr(optimizer, "found_inf", None))
+        """What it told an optimizer: it sets these attributes for the time of a step.
+
+        Raises:
+            ValueError: One of them is neither a number nor a tensor of one element.
+        """
+        return cls(*(_one_number(name, getattr(optimizer, name, None)) for name in ("grad_scale", "found_inf")))
 
     @property
     def unscale(self) -> float:
@@ -162,8 +180,12 @@ class BackendTable(ABC):
 
     @property
     def skipped(self) -> Tensor | None:
-        """How many steps the device skipped, 0-dim; None where the host knows."""
+        """How many steps the device skipped for what the norms saw, 0-dim; None where the host knows."""
         return None
+
+    def skipped_its_first(self, scaling: Scaling) -> bool:
+        """After one step of a new table, whether its device did not take that step. Waits for the device."""
+        return scaling.forbids or (self.skipped is not None and bool(self.skipped))
 
     def configure(self, settings: Sequence[Settings]) -> None:
         """Take over new numbers. What decides the shape of the table may not have changed."""

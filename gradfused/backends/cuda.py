@@ -67,7 +67,8 @@ class _Part(Part):
     def module() -> ModuleType:
         return native()
 
-    def make(self, groups: int) -> Any:
+    @staticmethod
+    def make(groups: int) -> Any:
         return native().Table(groups)
 
     def _arguments(self, scaling: Scaling) -> tuple[int, int, int, int]:

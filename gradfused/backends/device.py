@@ -48,9 +48,10 @@ class Part(ABC):
     def module() -> ModuleType:
         """The compiled module whose table this is."""
 
+    @staticmethod
     @abstractmethod
-    def make(self, groups: int) -> Any:
-        """An empty native table."""
+    def make(groups: int) -> Any:
+        """A native table without rows."""
 
     @abstractmethod
     def stats(self, scaling: Scaling) -> None:
@@ -133,7 +134,9 @@ class DeviceTable(BackendTable):
         self._watch = natives.watch(self.part.module(), rows, groups, state)
 
     def refresh(self, groups: list[dict[str, Any]], state: dict[Any, Any]) -> bool:
-        return self._watch is not None and all(self._watch.refresh(groups, state, p.native) for p in self._parts)
+        # A step without gradients has no part, and still has to be asked whether there are any now.
+        tables = [part.native for part in self._parts] or [self.part.make(0)]
+        return self._watch is not None and all(self._watch.refresh(groups, state, table) for table in tables)
 
     @property
     def needs_stats(self) -> bool:

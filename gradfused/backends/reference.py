@@ -2,6 +2,9 @@
 
 It computes in float32, or in float64 for float64 parameters, on any device and layout. Give it float64 copies of parameters and
 gradients and it is exact to float64.
+
+A step is worked out for all parameters before any of it is written, so one that fails half way, because a tensor subclass
+lacks an operator say, has changed nothing. That takes memory for a second copy of everything that the step writes.
 """
 
 from __future__ import annotations
@@ -115,14 +118,38 @@ def normal_noise(shape: torch.Size, seed: int, parameter: int, step: int, device
     return torch.stack(pairs, dim=1).flatten()[:numel].view(shape)
 
 
+def placed_as(x: Tensor, like: Tensor) -> Tensor:
+    """``x``, which every rank has whole, spread over the ranks as ``like`` is if that is a DTensor."""
+    mesh = getattr(like, "device_mesh", None)
+    if mesh is None:
+        return x
+    from torch.distributed.tensor import DTensor, Replicate
+
+    whole = DTensor.from_local(x, mesh, [Replicate()] * mesh.ndim, run_check=False)
+    return whole.redistribute(mesh, like.placements)  # type: ignore[attr-defined]
+
+
+def gathered(x: Tensor) -> Tensor:
+    """A plain tensor: of a DTensor what all ranks have of it together."""
+    return x.full_tensor() if hasattr(x, "full_tensor") else x
+
+
 def with_noise(g: Tensor, row: Row, settings: Settings, taken: float) -> Tensor:
     """g + sigma_t xi with sigma_t^2 = noise / (1 + t)^decay (Neelakantan et al. 2015); t counts steps taken."""
     sigma = math.sqrt(settings.noise / (1.0 + taken) ** settings.noise_decay)
     xi = normal_noise(g.shape, settings.seed, row.number, int(taken), g.device)
-    return g + sigma * xi.to(g.dtype)
+    return g + placed_as(sigma * xi.to(g.dtype), g)
 
 
 # ---- stage 7: the rules, in rules.py; and how weights are kept
+
+
+def uniform_bits(random: Tensor, bits: int, like: Tensor) -> Tensor:
+    """The upper ``bits`` of 32-bit words as numbers in [0, 1), placed as ``like``.
+
+    Placed last: torch 2.13 shifts a DTensor's integers by nothing.
+    """
+    return placed_as((random >> (32 - bits)).float() * 2.0**-bits, like)
 
 
 def stochastically_rounded(x: Tensor, dtype: torch.dtype, seed: int, parameter: int, step: int) -> Tensor:
@@ -138,13 +165,37 @@ def stochastically_rounded(x: Tensor, dtype: torch.dtype, seed: int, parameter: 
     exponent = torch.frexp(a)[1]
     if dtype == torch.bfloat16:
         ulp = torch.ldexp(torch.ones_like(a), (exponent - 8).clamp(min=-133))
-        fraction = (random >> 16).float() * 2.0**-16
+        fraction = uniform_bits(random, 16, x)
     else:
         ulp = torch.ldexp(torch.ones_like(a), (exponent - 11).clamp(min=-24))
-        fraction = torch.where(a < 2.0**-14, (random >> 8).float() * 2.0**-24, (random >> 19).float() * 2.0**-13)
+        fraction = torch.where(a < 2.0**-14, uniform_bits(random, 24, x), uniform_bits(random, 13, x))
     ratio = a.double() / ulp.double()
     rounded = (torch.floor(ratio + fraction.double()) * ulp.double()).clamp(max=largest).float()
     return torch.where(torch.isfinite(x), torch.copysign(rounded, x), x).to(dtype)
+
+
+class Writes:
+    """What a step is to write: all of it is written, or nothing."""
+
+    def __init__(self) -> None:
+        self._due: list[tuple[Tensor, Tensor]] = []
+
+    def add(self, to: Tensor, value: Tensor) -> None:
+        """Have ``value`` written to a tensor."""
+        self._due.append((to, value.to(to.dtype)))
+
+    def commit(self) -> None:
+        """Write everything. If that raises, the tensors hold again what they held."""
+        begun = 0
+        try:
+            for i, (to, value) in enumerate(self._due):
+                self._due[i] = (to, to.clone())  # in place of the value, which nothing needs any more
+                begun = i + 1
+                to.copy_(value)
+        except BaseException:
+            for to, before in reversed(self._due[:begun]):
+                to.copy_(before)
+            raise
 
 
 class Table(BackendTable):
@@ -167,7 +218,7 @@ class Table(BackendTable):
         for i, row in enumerate(self.rows):
             settings = self.settings[row.group]
             if row.param.numel() and (settings.scope in WIDE_SCOPES or settings.skip_nonfinite):
-                self.sums[i] = unscaled(row, settings, unscale).double().square().sum()
+                self.sums[i] = gathered(unscaled(row, settings, unscale).double().square().sum())
 
     def _norm(self, index: int) -> Tensor | None:
         """The norm of the scope that a row belongs to, if that is wider than a unit."""
@@ -199,16 +250,20 @@ class Table(BackendTable):
     def _apply_rows(self, unscale: float) -> None:
         norms = [self._norm(i) for i in range(len(self.rows))]
         settings = [s if s.lr_tensor is None else replace(s, lr=float(s.lr_tensor)) for s in self.settings]
+        writes = Writes()
         for i, row in enumerate(self.rows):
-            self._apply_row(i, row, settings[row.group], unscale, norms[i])
+            self._apply_row(i, row, settings[row.group], unscale, norms[i], writes)
+        writes.commit()
 
-    def _apply_row(self, index: int, row: Row, s: Settings, unscale: float, norm: Tensor | None) -> None:
+    def _apply_row(
+        self, index: int, row: Row, s: Settings, unscale: float, norm: Tensor | None, writes: Writes
+    ) -> None:
         dtype = compute_dtype(row.param)
         now = Count.of(row, s)
         if row.step is not None:
-            row.step.fill_(now.step)
+            writes.add(row.step, torch.full_like(row.step, now.step))
         if row.product is not None:
-            row.product.fill_(now.product)
+            writes.add(row.product, torch.full_like(row.product, now.product))
         if row.param.numel() == 0:
             return
         p = row.weights.to(dtype)
@@ -218,7 +273,7 @@ class Table(BackendTable):
 
         g = unscaled(row, s, unscale)
         if s.scope == "unit":
-            self.sums[index] = g.double().square().sum()
+            self.sums[index] = gathered(g.double().square().sum())
         g = perturbed(g, row, s, norm)
         if s.noise > 0:
             g = with_noise(g, row, s, now.step - 1.0)
@@ -233,22 +288,22 @@ class Table(BackendTable):
 
         direction, shrink, step_size = RULES[row.rule](g, p, state, s, now, late)
         for key, value in state.items():  # before the weights, which a backup may be a view of
-            row.state[key].copy_(value)
-        self._keep(row, s, now, p * shrink - step_size * direction)
+            writes.add(row.state[key], value)
+        self._keep(row, s, now, p * shrink - step_size * direction, writes)
 
     @staticmethod
-    def _keep(row: Row, s: Settings, now: Count, p: Tensor) -> None:
-        """Write the step's weights, and what rides on that."""
+    def _keep(row: Row, s: Settings, now: Count, p: Tensor, writes: Writes) -> None:
+        """The step's weights, and what rides on that."""
+        kept = p.to(row.param.dtype)
+        if row.rounding == "stochastic" and row.param.dtype in SHORT:
+            kept = stochastically_rounded(p, row.param.dtype, s.seed, row.number, int(now.step) - 1)
         if row.ema is not None:
             average = row.ema.to(p.dtype)
-            row.ema.copy_(average + (p - average) * (1.0 - s.ema))
-        if row.rounding == "stochastic" and row.param.dtype in SHORT:
-            row.param.copy_(stochastically_rounded(p, row.param.dtype, s.seed, row.number, int(now.step) - 1))
-        else:
-            row.param.copy_(p)
+            writes.add(row.ema, average + (p - average) * (1.0 - s.ema))
+        writes.add(row.param, kept)
         if row.rounding == "master" and row.source is not None:
-            row.source.copy_(p)
+            writes.add(row.source, p)
         if row.rest is not None:
-            row.rest.copy_(p - row.param.to(p.dtype))
+            writes.add(row.rest, p - kept.to(p.dtype))
         if s.zero_grad:
-            row.grad.zero_()
+            writes.add(row.grad, torch.zeros_like(row.grad))

@@ -246,7 +246,8 @@ class _Part(Part):
     def module() -> ModuleType:
         return cpu.native()
 
-    def make(self, groups: int) -> Any:
+    @staticmethod
+    def make(groups: int) -> Any:
         return cpu.native().Plan(groups)
 
     def _choose(self) -> tuple[dict[str, int], dict[str, int]]:

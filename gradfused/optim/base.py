@@ -198,20 +198,37 @@ class Optimizer(torch.optim.Optimizer):
         if not table.table.on_device and scaling.forbids:
             self._forget(table)
             return
+        uncertain = table.table.on_device and (scaling.found_inf is not None or table.may_skip)
+        taken = self._run(table, scaling, uncertain)
         self._seen = table
-        if table.measures:
-            table.table.stats(scaling)
-        if table.table.apply(scaling):
-            table.keep_state()
-            self._stepped = table.params
-            torch.autograd.graph.increment_version(table.params)
-            self._versions.update((p, p._version) for p in table.finer)
-            uncertain = table.table.on_device and (scaling.found_inf is not None or table.may_skip)
-            if uncertain or table.zero_apart:
-                self._zero_gradients()
+        if not taken:
+            if not table.table.on_device:
+                self._skipped += 1
+            self._forget(table)
             return
-        self._skipped += 1
-        self._forget(table)
+        table.keep_state()
+        self._stepped = table.params
+        torch.autograd.graph.increment_version(table.params)
+        self._versions.update((p, p._version) for p in table.finer)
+        if uncertain or table.zero_apart:
+            self._zero_gradients()
+
+    def _run(self, table: StepTable, scaling: Scaling, uncertain: bool) -> bool:
+        """Have the backend take a step. False if it was skipped, as far as the host knows.
+
+        The host asks a device, and waits for it, only where state was created for a step that may have been skipped: new
+        state has to go then, so that the next step is known as the first one, by checkpoints and copies too.
+        """
+        try:
+            if table.measures:
+                table.table.stats(scaling)
+            if not table.table.apply(scaling):
+                return False
+            return not (uncertain and table.created_state and table.table.skipped_its_first(scaling))
+        except Exception:
+            self._take_back_state(table)
+            self._note_weights()  # they may have been written, and written back
+            raise
 
     @torch.no_grad()
     def _follow_weights(self) -> None:
@@ -239,7 +256,12 @@ class Optimizer(torch.optim.Optimizer):
     def _forget(self, table: StepTable) -> None:
         """The step was not taken: state that it created goes, and the tables that know it."""
         self._zero_gradients()
+        self._take_back_state(table)
+
+    def _take_back_state(self, table: StepTable) -> None:
         if table.take_back_state():
+            for known in self._tables:
+                self._keep_count(known)
             self._tables.clear()
 
     def _table_for(self, plans: list[GroupPlan], sources: dict[Tensor, Tensor]) -> StepTable:
@@ -367,7 +389,7 @@ class Optimizer(torch.optim.Optimizer):
             asked = options.STATE_DTYPES.get(options.choice("state_dtype", group["state_dtype"]))
             for p, number in zip(group["params"], numbers, strict=False):
                 for key, value in saved["state"].get(number, {}).items():
-                    if not isinstance(value, Tensor) or not value.is_floating_point() or key == "step":
+                    if not isinstance(value, Tensor) or not value.is_floating_point():
                         continue
                     cast = self.state[p][key]
                     dtype = state_dtype(key, p, asked) or value.dtype
