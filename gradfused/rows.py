@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .backends import BackendTable, Row, Settings
-from .state import FLOATING, SCALARS, SHORT, State, States
+from .state import FLOATING, RIDERS, SCALARS, SHORT, State, States
 
 Group = dict[str, Any]
 
@@ -31,6 +31,7 @@ class GroupPlan:
         rounding: How weights of 16 bits are kept.
         state_dtype: Of new state tensors; None: the parameter's.
         ema: Whether an average of the weights is kept.
+        copied: Whether the sources are copies of 16-bit weights in float32, to be read, and not weights themselves.
     """
 
     rule: str
@@ -44,6 +45,7 @@ class GroupPlan:
     rounding: str = "nearest"
     state_dtype: torch.dtype | None = None
     ema: bool = False
+    copied: bool = False
 
     @property
     def measures(self) -> bool:
@@ -64,6 +66,7 @@ class GroupPlan:
             self.rounding,
             self.state_dtype,
             self.ema,
+            self.copied,
             s.centralize_at,
             s.scope,
             s.agc,
@@ -166,19 +169,22 @@ def make_row(
         number: Its own number in the optimizer.
         states: The optimizer's state.
         make: The backend's table.
-        source: Where its weights are to be read in its place.
+        source: Where its weights are to be read in its place, or a copy of them.
     """
     unit, centre, whole = _unit_shape(p, plan)
     first = not states.has(p, plan.states)
     rounding = plan.rounding if p.dtype in SHORT else "nearest"
+    source, master = (None, source) if plan.copied else (source, None)
     weights = p if source is None else source
+    # Steps that float32 weights feel come of moments that float16 has no numbers for.
+    asked = plan.state_dtype or (torch.float32 if rounding == "master" else None)
     kept: dict[str, Tensor] = {
-        key: states.tensor(name, p, key, initial, plan.state_dtype)
+        key: states.tensor(name, p, key, initial, asked)
         for key, initial in zip(plan.states, plan.initial or (0.0,) * len(plan.states), strict=True)
     }
     state = dict(kept)
     if rounding == "master":
-        source = kept["master"] = states.tensor(name, p, "master", weights)
+        master = kept["master"] = states.tensor(name, p, "master", weights)
     if rounding == "kahan":
         kept["kahan_comp"] = states.tensor(name, p, "kahan_comp")
     if plan.ema:
@@ -187,6 +193,7 @@ def make_row(
         kept["step"] = states.scalar(name, p, "step", make.step_device(p))
     if plan.product:
         kept["mu_product"] = states.scalar(name, p, "mu_product", make.step_device(p), 1.0)
+    states.drop(p, RIDERS.difference(kept))
     assert p.grad is not None
     return Row(
         name=name,
@@ -195,6 +202,7 @@ def make_row(
         grad=p.grad,
         state=state,
         source=source,
+        master=master,
         rest=kept.get("kahan_comp"),
         ema=kept.get("ema"),
         rounding=rounding,

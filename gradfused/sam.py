@@ -16,6 +16,7 @@ from .backends import Scaling, Settings
 from .optim.base import Optimizer
 from .options import INF, finite
 from .rows import GroupPlan, named_parameters
+from .state import SHORT
 from .table import StepTable
 
 _TINY = 1e-12
@@ -218,24 +219,23 @@ class SAM(torch.optim.Optimizer):
 
         def plan(group: dict[str, Any]) -> GroupPlan:
             mine = replace(settings, zero_grad=group["zero_grad_in_step"])
-            return GroupPlan("ascend", ("backup",), False, "off", group["backend"], mine)
+            return GroupPlan("ascend", ("backup",), False, "off", group["backend"], mine, copied=True)
 
         return [plan(group) for group in self.param_groups]
 
     def _masters(self) -> dict[Tensor, Tensor]:
-        """Where parameters of 16 bits have their weights in float32."""
-        if all(group["precision"] != "master" for group in self.param_groups):
-            return {}
-        return {p: state["master"] for p, state in self.state.items() if state.get("master") is not None}
+        """Copies in float32 of parameters of 16 bits."""
+        params = (p for group in self.param_groups if group["precision"] == "master" for p in group["params"])
+        return {p: self.state[p]["master"] for p in params if p.dtype in SHORT and "master" in self.state.get(p, {})}
 
     @_disable_dynamo
     @torch.no_grad()
     def _ascend(self) -> None:
+        self.optimizer._refuse_averaged("first_step()")
         scaling = Scaling.of(self)
         if scaling.forbids:
             self.optimizer._zero_gradients()
             return
-        self.optimizer._follow_weights()
         plans, masters = self._plans(), self._masters()
         table = self._table
         if table is None or not table.still_describes(self.param_groups, self._state, plans, masters):
@@ -278,7 +278,6 @@ class SAM(torch.optim.Optimizer):
     def _take_back(self, backups: dict[Tensor, Tensor]) -> None:
         if backups:
             torch._foreach_copy_(list(backups), list(backups.values()))
-            self.optimizer._note_weights()
 
     # ---- saving and loading
 

@@ -1,4 +1,4 @@
-"""Optimizer state: what dtype each kind has, finding it, creating it, and taking back what was created."""
+"""Optimizer state: what dtype each kind has, finding it, creating and dropping it, and taking that back."""
 
 from __future__ import annotations
 
@@ -56,8 +56,8 @@ class States:
         value = self._get(p, key)
         if value is None:
             dtype = state_dtype(key, p, asked)
-            made = torch.empty_like(p, dtype=dtype, memory_format=torch.preserve_format, requires_grad=False)
-            with torch.no_grad():
+            with torch.inference_mode(False), torch.no_grad():  # an inference tensor could not be written to elsewhere
+                made = torch.empty_like(p, dtype=dtype, memory_format=torch.preserve_format, requires_grad=False)
                 made.copy_(initial) if isinstance(initial, Tensor) else made.fill_(initial)
             return self._set(p, key, made)
         if (
@@ -90,7 +90,16 @@ class States:
                 f"state '{key}' of parameter {name}: expected a number or a one-element tensor, got {value!r}"
             )
         number = initial if value is None else float(value)
-        return self._set(p, key, torch.tensor(number, dtype=_scalar_dtype(), device=device))
+        with torch.inference_mode(False):
+            return self._set(p, key, torch.tensor(number, dtype=_scalar_dtype(), device=device))
+
+    def drop(self, p: Tensor, keys: Iterable[str]) -> None:
+        """State that is of no use any more: what it is of goes on without it."""
+        for key in keys:
+            value = self._get(p, key)
+            if value is not None:
+                self._undo.append((p, key, value))
+                del self._state[p][key]
 
     def take_back(self) -> bool:
         """Leave the state as it was found. True if anything had been created."""

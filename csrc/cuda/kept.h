@@ -1,0 +1,62 @@
+// The weights before a step: read from where they are kept, in all the digits that belong to them.
+#pragma once
+
+#include "cuda/gradient.h"
+
+namespace gradfused::cuda {
+namespace {
+
+// Beside the parameter. The bits are among those of what there is to do with each element: cuda/row.h.
+constexpr uint32_t kCopied = 1u << 2;  // in a copy in float32
+constexpr uint32_t kKahan = 1u << 3;   // in what rounding took off
+
+__device__ __forceinline__ uint32_t kept_in(const Row& row) {
+  return (row.master.data ? kCopied : 0u) | (row.rounding == Rounding::kahan ? kKahan : 0u);
+}
+
+template <class A> struct Kept {
+  using T = typename A::Compute;
+  static constexpr int width = A::width;
+
+  // As they came from memory: nothing waits for them until they are widened.
+  struct Loaded {
+    typename A::Raw own, rest;
+    typename A::RiderRaw copy;
+  };
+
+  typename A::Handle own{}, rest{};
+  typename A::Rider master{};
+
+  __device__ __forceinline__ void open(const Row& row, int64_t at) {
+    const Operand& kept = kept_weights(row);
+    own = A::handle(kept, kept.data, at);
+    rest = A::handle(row.rest, row.rest.data, at);
+    master = A::rider(row.master, at);
+  }
+
+  __device__ __forceinline__ Loaded load(int i, uint32_t todo) const {
+    Loaded v{};
+    v.own = A::load_raw(own, i);
+    if (todo & kKahan) v.rest = A::load_raw(rest, i);
+    if (todo & kCopied) v.copy = A::load_rider(master, i);
+    return v;
+  }
+
+  __device__ __forceinline__ void widen(const Loaded& v, uint32_t todo, T* to) const {
+#pragma unroll
+    for (int k = 0; k < width; ++k) to[k] = A::get(v.own, k);
+    if (todo & kCopied) {
+      T copy[width];
+      A::widen(master, v.copy, copy);
+#pragma unroll
+      for (int k = 0; k < width; ++k) to[k] = math::believed_copy(copy[k], A::rounded(own, copy[k]), to[k]);
+    }
+    if (!(todo & kKahan)) return;
+    const float half = A::half_unit(own);
+#pragma unroll
+    for (int k = 0; k < width; ++k) to[k] = to[k] + math::believed_rest(A::get(v.rest, k), to[k], half);
+  }
+};
+
+}  // namespace
+}  // namespace gradfused::cuda
