@@ -114,6 +114,18 @@ def test_variants_share_their_state():
     assert not torch.equal(before, workload.state["exp_avg"].flat)
 
 
+@pytest.mark.parametrize("recipe", ["ema", "kahan"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_variants_share_what_rides_on_short_weights(recipe, dtype):
+    """An average is of float32 beside 16-bit weights."""
+    case = tiny_case(recipe, dtype=dtype)
+    workload = workload_of(case)
+    (key,) = case.recipe.state
+    before = workload.state[key].flat.clone()
+    PEERS[OURS].build(case, workload, NoiseSource())()
+    assert not torch.equal(before, workload.state[key].flat)
+
+
 def test_roof_keeps_values_and_counts_its_streams():
     case = tiny_case()
     workload = workload_of(case)

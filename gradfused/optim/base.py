@@ -281,8 +281,8 @@ class Optimizer(torch.optim.Optimizer):
             _overwrite(averages)
             yield
         finally:
-            _overwrite(kept)
             self._averaged = False
+            _overwrite(kept)
 
     def _refuse_averaged(self, what: str) -> None:
         """Raise RuntimeError while the weights are put aside for their average."""
