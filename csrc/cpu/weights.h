@@ -32,10 +32,14 @@ template <class T> void round_randomly(const Place& at, const Block& b, T* x) {
   }
 }
 
-// p <- `copy` where that rounds to it, p being of dtype S.
-template <class S, class T> void believe_copy(const T* copy, int64_t n, T* p) {
+// p <- `copy` where that rounds to it.
+template <class T> void believe_bfloat16(const T* __restrict copy, int64_t n, T* __restrict p) {
+  for (int64_t i = 0; i < n; ++i) p[i] = math::believed_copy(copy[i], T(math::held_bfloat16(float(copy[i]))), p[i]);
+}
+
+template <class T> void believe_half(const T* copy, int64_t n, T* p) {
   constexpr int64_t kRunLength = 64;
-  S narrow[kRunLength];
+  Half narrow[kRunLength];
   T rounded[kRunLength];
   for (int64_t done = 0; done < n; done += kRunLength) {
     const int64_t count = smaller(kRunLength, n - done);
@@ -55,7 +59,7 @@ template <class T> T* open_weights(const Place& at, const Block& b, char* scratc
   load(kept, b.begin, b.count, own);
   if (row.master.data) {
     const T* const copy = open(row.master, b.begin, b.count, buffer<T>(scratch, kGrad));
-    row.param.dtype == DType::bfloat16 ? believe_copy<BFloat16>(copy, b.count, own) : believe_copy<Half>(copy, b.count, own);
+    row.param.dtype == DType::bfloat16 ? believe_bfloat16(copy, b.count, own) : believe_half(copy, b.count, own);
   }
   if (kahan) {
     const T* const rest = open(row.rest, b.begin, b.count, buffer<T>(scratch, kGrad));
