@@ -241,10 +241,10 @@ def writings() -> Iterator[tuple[str, Callable[[Training], None]]]:
 def test_written_saved_and_stepped(precision: str | None, event: str, dtype: str, backend: str) -> None:
     """Weights are written before something is saved and after it, before the first step and after two."""
     every = dict(writings())
-    if backend == "cuda":
+    if not (backend == "cpu" and dtype == "bfloat16"):  # what differs by backend and dtype is the element at hand
         every = {name: every[name] for name in ("none", "assign_data", "load_model")}
     for first, (before, after) in itertools.product((0, 2), itertools.product(every, repeat=2)):
-        if "none" not in (before, after) and before != after:
+        if "none" not in (before, after):
             continue
         t = Training(dtype, backend, precision, ema=0.5).step(first)
         every[before](t)
@@ -276,7 +276,7 @@ def phases() -> list[tuple[tuple[str | None, float | None], ...]]:
 @backends
 def test_options_switched_and_back(event: str, dtype: str, backend: str) -> None:
     """What no option asks for is forgotten with the next step: a copy or an average that comes back starts anew."""
-    for three in phases()[:: 3 if backend == "cuda" else 1]:
+    for three in phases()[:: 1 if backend == "cpu" and dtype == "bfloat16" else 5]:
         t = Training(dtype, backend, *three[0])
         for options in three:
             t.choose(*options)
@@ -325,10 +325,9 @@ def test_sam_descends_from_the_weights_that_were_written(
     precision: str | None, event: str, dtype: str, backend: str
 ) -> None:
     """The ascent begins at the weights that are there, and leaves no trace in the descent."""
-    if event == "swap_ema" and backend == "cuda":
-        pytest.skip("the same as on the CPU")
     every = dict(writings())
-    for first, writing in itertools.product((0, 2), ("none", "copy_in_place", "assign_data", "noise")):
+    writing_ways = ("none", "copy_in_place", "assign_data") if backend == "cpu" else ("assign_data",)
+    for first, writing in itertools.product((0, 2), writing_ways):
         t = Training(dtype, backend, precision, ema=0.5).step(first)
         EVENTS[event](t)
         every[writing](t)

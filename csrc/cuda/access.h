@@ -155,7 +155,8 @@ template <class S, class T> struct Plain {
     return math::half_unit(std::is_same_v<S, BFloat16> ? DType::bfloat16 : DType::float16);
   }
 
-  static constexpr bool may_round_randomly = may_widen;
+  // Whether weights that are accessed in this way may be of 16 bits: others are as precise as they are.
+  static constexpr bool may_be_short = may_widen;
   static __device__ __forceinline__ T rounded_randomly(Handle, T x, uint32_t random) {
     if constexpr (std::is_same_v<S, BFloat16>) return math::random_bfloat16(x, random);
     if constexpr (std::is_same_v<S, Half>) return math::random_half(x, random);
@@ -230,7 +231,7 @@ template <class T> struct Any {
   }
   static __device__ __forceinline__ float half_unit(const Handle& x) { return math::half_unit(x.shape->dtype); }
 
-  static constexpr bool may_round_randomly = sizeof(T) == sizeof(float);
+  static constexpr bool may_be_short = sizeof(T) == sizeof(float);
   static __device__ __forceinline__ T rounded_randomly(const Handle& x, T v, uint32_t random) {
     return x.shape->dtype == DType::bfloat16 ? T(math::random_bfloat16(float(v), random)) : T(math::random_half(float(v), random));
   }

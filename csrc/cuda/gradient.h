@@ -113,8 +113,8 @@ template <class A> struct Gradient {
     return total;
   }
 
-  // Of 16-bit weights' float32 copies a load is two: more than these had no room in the registers.
-  static constexpr int kRidersAhead = sizeof(typename A::RiderRaw) > 16 ? 2 : 4;
+  // Of 16-bit weights with float32 copies a load is three: more than these have no room in the registers.
+  static constexpr int kRidersAhead = sizeof(typename A::RiderRaw) > 16 ? 1 : 4;
 
   // This thread's part of the sum of squares of the weights of the same elements, and what those are kept in.
   template <class W> __device__ __forceinline__ double own_squares_of(const W& weights, uint32_t kept_in) const {
@@ -142,7 +142,7 @@ template <class A> struct Gradient {
       for (int k = 0; k < width; ++k) x[k] = math::centred(T(math::widen(v.g.at[k])), unscale, T(0)) * math::reach(x[k], eta);
       total += sum_squares<width>(x);
     };
-    for_each_loaded<kRidersAhead / 2>([&](int i) { return Both{A::load(from, i), weights.load(i, kept_in)}; }, add);
+    for_each_loaded<(kRidersAhead + 1) / 2>([&](int i) { return Both{A::load(from, i), weights.load(i, kept_in)}; }, add);
     return total;
   }
 };

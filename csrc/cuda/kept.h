@@ -20,41 +20,44 @@ template <class A> struct Kept {
 
   // As they came from memory: nothing waits for them until they are widened.
   struct Loaded {
-    typename A::Raw own, rest;
-    typename A::RiderRaw copy;
+    typename A::Raw own;
+    typename A::RiderRaw more;
   };
 
-  typename A::Handle own{}, rest{};
-  typename A::Rider master{};
+  typename A::Handle own{};
+  typename A::Rider more{};  // the copy or the remainder: no row has both
 
   __device__ __forceinline__ void open(const Row& row, int64_t at) {
     const Operand& kept = kept_weights(row);
     own = A::handle(kept, kept.data, at);
-    rest = A::handle(row.rest, row.rest.data, at);
-    master = A::rider(row.master, at);
+    more = A::rider(row.master.data ? row.master : row.rest, at);
   }
 
   __device__ __forceinline__ Loaded load(int i, uint32_t todo) const {
     Loaded v{};
     v.own = A::load_raw(own, i);
-    if (todo & kKahan) v.rest = A::load_raw(rest, i);
-    if (todo & kCopied) v.copy = A::load_rider(master, i);
+    if constexpr (A::may_be_short) {
+      if (todo & (kCopied | kKahan)) v.more = A::load_rider(more, i);
+    }
     return v;
   }
 
   __device__ __forceinline__ void widen(const Loaded& v, uint32_t todo, T* to) const {
 #pragma unroll
     for (int k = 0; k < width; ++k) to[k] = A::get(v.own, k);
-    if (todo & kCopied) {
-      T copy[width];
-      A::widen(master, v.copy, copy);
+    if constexpr (A::may_be_short) {
+      if (!(todo & (kCopied | kKahan))) return;
+      T finer[width];
+      A::widen(more, v.more, finer);
+      if (todo & kCopied) {
 #pragma unroll
-      for (int k = 0; k < width; ++k) to[k] = math::believed_copy(copy[k], A::rounded(own, copy[k]), to[k]);
+        for (int k = 0; k < width; ++k) to[k] = math::believed_copy(finer[k], A::rounded(own, finer[k]), to[k]);
+      } else {
+        const float half = A::half_unit(own);
+#pragma unroll
+        for (int k = 0; k < width; ++k) to[k] = to[k] + math::believed_rest(finer[k], to[k], half);
+      }
     }
-    if (!(todo & kKahan)) return;
-    const float half = A::half_unit(own);
-#pragma unroll
-    for (int k = 0; k < width; ++k) to[k] = to[k] + math::believed_rest(A::get(v.rest, k), to[k], half);
   }
 };
 

@@ -49,7 +49,7 @@ template <int kCount> __device__ __forceinline__ void draw_bits(const Now& now, 
 template <class A> struct Weights : Kept<A> {
   using T = typename A::Compute;
   using Raw = typename A::Raw;
-  using Kept<A>::master, Kept<A>::rest;
+  using Kept<A>::more;
   static constexpr int width = A::width;
 
   struct Loaded : Kept<A>::Loaded {
@@ -85,20 +85,21 @@ template <class A> struct Weights : Kept<A> {
       for (int k = 0; k < width; ++k) average[k] = average[k] + (w[k] - average[k]) * fresh;
       A::store_rider(ema, i, average);
     }
-    if (todo & kMaster) A::store_rider(master, i, w);
-    if constexpr (A::may_round_randomly) {
+    if constexpr (A::may_be_short) {
+      if (todo & kMaster) A::store_rider(more, i, w);
       if (todo & kStochastic) round_randomly(i, w);
     }
     Raw p{};
 #pragma unroll
     for (int k = 0; k < width; ++k) A::set(p, k, w[k]);
     A::store_raw(param, i, p);
-    if (!(todo & kKahan)) return;
-    p = A::stored(param, i, p);
-    Raw off{};
+    if constexpr (A::may_be_short) {
+      if (!(todo & kKahan)) return;
+      p = A::stored(param, i, p);
 #pragma unroll
-    for (int k = 0; k < width; ++k) A::set(off, k, w[k] - A::get(p, k));
-    A::store_raw(rest, i, off);
+      for (int k = 0; k < width; ++k) w[k] = w[k] - A::get(p, k);
+      A::store_rider(more, i, w);
+    }
   }
 
   __device__ __forceinline__ void round_randomly(int i, T* w) const {
