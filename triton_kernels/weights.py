@@ -75,11 +75,21 @@ def held(ACCESS: tl.constexpr, row, x):
 
 
 @triton.jit
-def believed_rest(row, rest, weight):
+def half_unit(ACCESS: tl.constexpr, row):
+    """Half a unit in the last place of a weight of 1."""
+    if ACCESS == at.DType_bfloat16:
+        return 0.00390625  # 2^-8
+    elif ACCESS == at.DType_float16:
+        return 0.00048828125  # 2^-11
+    else:
+        is_bfloat16 = read(row + (at.row_param + at.operand_dtype), tl.int8) == at.DType_bfloat16
+        return tl.where(is_bfloat16, 0.00390625, 0.00048828125)
+
+
+@triton.jit
+def believed_rest(rest, weight, half):
     """As in csrc/math/believed.h: what rounding took off, where it is within half a unit in the last place of the weight."""
     power = (weight.to(tl.uint32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)
-    is_bfloat16 = read(row + (at.row_param + at.operand_dtype), tl.int8) == at.DType_bfloat16
-    half = tl.where(is_bfloat16, 0.00390625, 0.00048828125)  # 2^-8, 2^-11
     return tl.where((tl.abs(rest) <= power * half) & (tl.abs(rest) < float("inf")), rest, 0.0)
 
 
@@ -96,7 +106,7 @@ def load_kept(ACCESS: tl.constexpr, RIDERS: tl.constexpr, row, kept, start, loca
     if SHORT and KAHAN & RIDERS:
         if rest != 0:
             taken_off = load_mixed(ACCESS, True, row + at.row_rest, rest, rest_dtype, start, local, mask, T)
-            p += believed_rest(row, taken_off, p)
+            p += believed_rest(taken_off, p, half_unit(ACCESS, row))
     return p
 
 
