@@ -176,7 +176,7 @@ def make_row(
     rounding = plan.rounding if p.dtype in SHORT else "nearest"
     source, master = (None, source) if plan.copied else (source, None)
     weights = p if source is None else source
-    # Steps that float32 weights feel come of moments that float16 has no numbers for.
+    # Beside a float32 copy new state is of float32 too: squares of small gradients are zero in float16.
     asked = plan.state_dtype or (torch.float32 if rounding == "master" else None)
     kept: dict[str, Tensor] = {
         key: states.tensor(name, p, key, initial, asked)
