@@ -359,6 +359,36 @@ def test_sam_ascends_from_the_copy(backend: str) -> None:
     assert optimizer.state[p]["master"].tolist() == [1 + 3 * 2.0**-9] * 8 + [3 + 2.0**-9] * 8
 
 
+# ---- norms
+
+
+@pytest.mark.parametrize("length", [64, 70_000])  # a unit that is measured in its step, and one of several chunks
+@pytest.mark.parametrize("precision", ["kahan", "master"])
+@pytest.mark.parametrize("backend", [CPU, EMULATED_CUDA, TRITON])
+def test_norms_are_of_the_weights_that_were_written(precision: str, length: int, backend: str) -> None:
+    """Adaptive clipping and adaptive SAM, with copies and remainders of weights a thousand times as large."""
+
+    def outcome(backend: str) -> list[Tensor]:
+        weights = torch.linspace(1, 2, length).bfloat16()
+        found = []
+        for adaptive in (False, True):
+            p = nn.Parameter(weights.clone())
+            agc = {} if adaptive else {"perturb": "agc", "radius": 0.01, "norm_scope": "unit"}
+            optimizer = gradfused.SGD([p], lr=1.0, precision=precision, backend=backend, **agc)  # type: ignore[arg-type]
+            kept = {"master": 1000 * weights.float()} if precision == "master" else {"kahan_comp": 1000 * weights}
+            optimizer.state[p].update(kept)
+            p.grad = torch.linspace(-1, 1, length).bfloat16()
+            if adaptive:
+                gradfused.SAM(optimizer, rho=1.0, adaptive=True).first_step()
+            else:
+                optimizer.step()
+            found.append(p.detach().float())
+        return found
+
+    for ours, theirs in zip(outcome(backend), outcome("reference"), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=2.0**-8, atol=0)
+
+
 # ---- numbers of every kind
 
 
