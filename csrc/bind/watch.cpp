@@ -19,8 +19,8 @@ Watch::Watch(py::object tensor, py::object exchange, py::list groups, py::dict s
 }
 
 void Watch::add(py::object param, py::dict state, py::list keys) {
-  Watched row{param, Seen(tensors_(param.ptr())), Seen(tensors_(tensors_.grad(param.ptr()).ptr())), state,
-              PyDict_GET_SIZE(state.ptr()), {}};
+  Watched row{param, Seen(tensors_(param.ptr())),  Seen(tensors_(tensors_.grad(param.ptr()).ptr())),
+              state, PyDict_GET_SIZE(state.ptr()), {}};
   for (py::handle key : keys) {
     const py::object tensor = state[key];
     row.kept.push_back({py::reinterpret_borrow<py::object>(key), tensor, Seen(tensors_(tensor.ptr()))});
