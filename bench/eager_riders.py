@@ -58,6 +58,16 @@ class EagerSAM:
         self.kept = []
 
 
+def average(workload: Tensors, fresh: float) -> None:
+    """Moves the averages towards the weights; in two operations where these are of 16 bits, which lerp does not mix."""
+    params = list(workload.params)
+    if workload.averages[0].dtype == params[0].dtype:
+        torch._foreach_lerp_(workload.averages, params, fresh)
+    else:
+        torch._foreach_mul_(workload.averages, 1.0 - fresh)
+        torch._foreach_add_(workload.averages, params, alpha=fresh)
+
+
 def around(recipe: Recipe, workload: Tensors, step: Step, *, foreach: bool) -> Step:
     """A step with the recipe's SAM before it and its average after it."""
     if recipe.sam is not None:
@@ -75,7 +85,7 @@ def around(recipe: Recipe, workload: Tensors, step: Step, *, foreach: bool) -> S
         @torch.no_grad()
         def step_and_average() -> None:
             alone()
-            torch._foreach_lerp_(workload.averages, list(workload.params), fresh)
+            average(workload, fresh)
 
         step = step_and_average
     return step

@@ -127,7 +127,8 @@ class Rule:
     def bytes_per_element(self, recipe: Recipe, itemsize: int) -> int:
         """DESIGN 3's byte budget: the floor, what the recipe adds, and what a trust ratio reads before the step."""
         weighing = 2 + len(self.state) * (self.class_name == "LAMB") if self.weighs else 0
-        return (self.streams + recipe.extra_streams + weighing) * itemsize
+        wider = 2 * max(0, 4 - itemsize) if recipe.ema is not None else 0  # averages of 16-bit weights are of float32
+        return (self.streams + recipe.extra_streams + weighing) * itemsize + wider
 
 
 MOMENTS = ("exp_avg", "exp_avg_sq")

@@ -28,14 +28,14 @@ class Roof:
 
 
 def roof_of(case: Case, workload: Workload) -> Roof:
-    """The roof for a case's update rule, without the norm's extra read of the gradient.
+    """The roof for a case's update rule, without the norm's extra read of the gradient and the recipe's own state.
 
     On a CPU it is gradfused's own loop over the workload, all streams in one sweep, or else one in-place
     torch kernel a written tensor, which moves more and is credited with it. On CUDA it is a copy.
     """
     if case.device.type == "cuda":
         return copy_on(case.device)
-    written = [workload.weights.flat, *(slab.flat for slab in workload.state.values())]
+    written = [workload.weights.flat, *(workload.state[key].flat for key in case.rule.state)]
     read = workload.grads.flat
     if not has_native_loop(case):
         return Roof(lambda: sweep_with_torch(written, read), 3 * len(written) * read.nbytes)

@@ -113,7 +113,7 @@ class Workload:
     Args:
         shapes: Of the parameters.
         rule: Says which state there is.
-        dtype: Of every tensor.
+        dtype: Of every tensor but the averages of 16-bit weights, which are of float32.
         device: Of every tensor.
         recipe: May add state.
     """
@@ -128,7 +128,9 @@ class Workload:
     ) -> None:
         self.rule, self.recipe = rule, recipe
         self.weights, self.grads = Slab(shapes, dtype, device), Slab(shapes, dtype, device)
-        self.state = {key: Slab(shapes, dtype, device) for key in (*rule.state, *recipe.state)}
+        short = dtype in (torch.float16, torch.bfloat16)
+        kept = {key: torch.float32 if short and key == "ema" else dtype for key in (*rule.state, *recipe.state)}
+        self.state = {key: Slab(shapes, kept[key], device) for key in kept}
         self.params = [torch.nn.Parameter(tensor) for tensor in self.weights.tensors]
         for param, grad in zip(self.params, self.grads.tensors, strict=True):
             param.grad = grad

@@ -18,7 +18,7 @@ class Rows {
     adopt(row.param);
     adopt(row.grad);
     for (Operand& s : row.state) adopt(s);
-    for (Operand* x : {&row.source, &row.rest, &row.ema}) adopt(*x);
+    for (Operand* x : {&row.source, &row.master, &row.rest, &row.ema}) adopt(*x);
     rows_.push_back(row);
   }
 

@@ -77,7 +77,8 @@ struct Operand {
 // A parameter with a gradient, and its optimizer state. Elements are numbered in iteration order, units lie one after another in it.
 struct Row {
   Operand param, grad, state[kMaxStates];
-  Operand source;  // where the weights are read, if not from param: a backup, or the copy in float32, which is written too
+  Operand source;  // where the weights are read, if not from param: SAM's backup
+  Operand master;  // a copy of 16-bit weights in float32, believed where it rounds to them; written with Rounding::master alone
   Operand rest;    // what rounding took off (Rounding::kahan)
   Operand ema;     // moving average of the weights, if any
   Rounding rounding = Rounding::nearest;

@@ -32,6 +32,7 @@ class Rows:
         grad: _Operand,
         state: Sequence[_Operand],
         source: _Operand | None,
+        master: _Operand | None,
         rest: _Operand | None,
         ema: _Operand | None,
         rounding: str,

@@ -15,8 +15,9 @@ from torch.utils.weak import TensorWeakRef
 
 from .backends import Scaling, Settings
 from .optim.base import Optimizer
-from .options import INF, finite
+from .options import INF, choice, finite
 from .rows import GroupPlan, check_source, named_parameters
+from .state import SHORT
 from .table import StepTable
 
 _TINY = 1e-12
@@ -108,21 +109,15 @@ class Halves:
 
         def plan(group: dict[str, Any]) -> GroupPlan:
             mine = replace(settings, zero_grad=group["zero_grad_in_step"])
-            return GroupPlan("ascend", ("backup",), False, "off", group["backend"], mine)
+            return GroupPlan("ascend", ("backup",), False, "off", group["backend"], mine, copied=True)
 
         return [plan(group) for group in self._groups]
 
     def _masters(self) -> dict[Tensor, Tensor]:
-        """Where parameters of 16 bits have their weights in float32."""
-        if all(group["precision"] != "master" for group in self._groups):
-            return {}
-        return {p: state["master"] for p, state in self.base.state.items() if state.get("master") is not None}
-
-    def _refuse_averages(self, what: str) -> None:
-        if self.base._averaged:
-            raise RuntimeError(
-                f"{what} inside swap_ema(): the weights are the averaged ones, and would be lost; leave the block first"
-            )
+        """Copies in float32 of parameters of 16 bits."""
+        groups = (g for g in self._groups if choice("precision", g["precision"]) == "master")
+        params = (p for group in groups for p in group["params"] if p.dtype in SHORT)
+        return {p: self.base.state[p]["master"] for p in params if "master" in self.base.state.get(p, {})}
 
     def _drop_backups(self) -> None:
         """Free the backups of parameters that left the groups, or whose shape, dtype or device is another one now."""
@@ -143,7 +138,7 @@ class Halves:
 
     def ascend(self, scaling: Scaling) -> None:
         """Move the weights up, unless the scaler or the recipe forbids it. The descent is due then in any case."""
-        self._refuse_averages("first_step()")
+        self.base._refuse_averaged("first_step()")
         self._ascend(scaling)
         self.ascended = True
 
@@ -153,7 +148,6 @@ class Halves:
         if scaling.forbids:
             self.base._zero_gradients()
             return
-        self.base._follow_weights()
         table = self._current_table()
         if not table.params:
             return
@@ -173,7 +167,7 @@ class Halves:
     @_disable_dynamo
     def descend(self, scaling: Scaling) -> None:
         """Take the optimizer's step from where the weights were."""
-        self._refuse_averages("second_step()")
+        self.base._refuse_averaged("second_step()")
         # Whether a step is skipped for its norm is known to the device alone: it must find the weights where they were.
         late = any(p.device.type != "cpu" for p in self.backups) if self._table is None else self._table.table.on_device
         early = scaling.forbids or (self._skips and late)
@@ -198,7 +192,7 @@ class Halves:
 
     def restore(self) -> None:
         """The weights go back to where they were, if there was an ascent."""
-        self._refuse_averages("restore()")
+        self.base._refuse_averaged("restore()")
         for name, p in named_parameters(self._groups):
             if p in self.backups:
                 check_source(name, p, self.backups[p])
@@ -209,7 +203,6 @@ class Halves:
     def _take_back(self, backups: dict[Tensor, Tensor]) -> None:
         if backups:
             torch._foreach_copy_(list(backups), list(backups.values()))
-            self.base._note_weights()
 
     # ---- what the gradients say
 

@@ -42,10 +42,13 @@ class Recipe(TypedDict, total=False):
         precision: How float16 and bfloat16 weights are kept: None (default), rounded to nearest; ``"kahan"``, with a second
             tensor for what rounding took off; ``"stochastic"``, rounded at random, without bias; ``"master"``, with a
             float32 copy that the steps are taken on. Other dtypes are as precise as they are. Weights that are written between
-            steps, by loading a model say, are noticed, and stepped from; through ``.data`` they are not.
-        state_dtype: ``"bfloat16"`` or ``"float32"``: dtype of the optimizer's new state. Default None: the parameter's.
+            steps, by loading a model say, are what the next step begins with, element by element: a copy counts where it
+            rounds to the weight that is there, and what rounding took off where it is within half a unit in the last place of
+            it. Switched off, either is forgotten with the next step.
+        state_dtype: ``"bfloat16"`` or ``"float32"``: dtype of the optimizer's new state. Default None: float32 with
+            ``precision="master"``, else the parameter's.
         ema: Keep an exponential moving average of the weights, of which a step keeps this share (0.999, say), for
-            ``swap_ema()``. Default None.
+            ``swap_ema()``. Switched off, it is forgotten with the next step. Default None.
         zero_grad_in_step: Leave the gradients at zero after the step. Default False.
         backend: ``"auto"`` (default), ``"cuda"``, ``"cpu"``, ``"triton"`` or ``"reference"``.
     """

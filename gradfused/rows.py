@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.parameter import is_lazy
 
 from .backends import BackendTable, Row, Settings
-from .state import FLOATING, SCALARS, SHORT, State, States
+from .state import COPIES, FLOATING, SCALARS, SHORT, State, States
 
 Group = dict[str, Any]
 
@@ -32,6 +32,7 @@ class GroupPlan:
         rounding: How weights of 16 bits are kept.
         state_dtype: Of new state tensors; None: the parameter's.
         ema: Whether an average of the weights is kept.
+        copied: Whether the sources are copies of 16-bit weights in float32, to be read, and not weights themselves.
     """
 
     rule: str
@@ -45,6 +46,7 @@ class GroupPlan:
     rounding: str = "nearest"
     state_dtype: torch.dtype | None = None
     ema: bool = False
+    copied: bool = False
 
     @property
     def measures(self) -> bool:
@@ -65,6 +67,7 @@ class GroupPlan:
             self.rounding,
             self.state_dtype,
             self.ema,
+            self.copied,
             s.centralize_at,
             s.scope,
             s.agc,
@@ -183,21 +186,24 @@ def make_row(
         number: Its own number in the optimizer.
         states: The optimizer's state.
         make: The backend's table.
-        source: Where its weights are to be read in its place.
+        source: Where its weights are to be read in its place, or a copy of them.
     """
     unit, centre, whole = _unit_shape(p, plan)
     first = not states.has(p, plan.states)
     rounding = plan.rounding if p.dtype in SHORT else "nearest"
     if source is not None:
         check_source(name, p, source)
+    source, master = (None, source) if plan.copied else (source, None)
     weights = p if source is None else source
+    # Beside a float32 copy new state is of float32 too: squares of small gradients are zero in float16.
+    asked = plan.state_dtype or (torch.float32 if rounding == "master" else None)
     kept: dict[str, Tensor] = {
-        key: states.tensor(name, p, key, initial, plan.state_dtype)
+        key: states.tensor(name, p, key, initial, asked)
         for key, initial in zip(plan.states, plan.initial or (0.0,) * len(plan.states), strict=True)
     }
     state = dict(kept)
     if rounding == "master":
-        source = kept["master"] = states.tensor(name, p, "master", weights)
+        master = kept["master"] = states.tensor(name, p, "master", weights)
     if rounding == "kahan":
         kept["kahan_comp"] = states.tensor(name, p, "kahan_comp")
     if plan.ema:
@@ -206,6 +212,7 @@ def make_row(
         kept["step"] = states.scalar(name, p, "step", make.step_device(p))
     if plan.product:
         kept["mu_product"] = states.scalar(name, p, "mu_product", make.step_device(p), 1.0)
+    states.drop(p, COPIES.difference(kept))
     assert p.grad is not None
     return Row(
         name=name,
@@ -214,6 +221,7 @@ def make_row(
         grad=p.grad,
         state=state,
         source=source,
+        master=master,
         rest=kept.get("kahan_comp"),
         ema=kept.get("ema"),
         rounding=rounding,

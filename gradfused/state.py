@@ -1,4 +1,4 @@
-"""Optimizer state: what dtype each kind has, finding it, creating it, and taking back what was created."""
+"""Optimizer state: what dtype each kind has, finding it, creating and dropping it, and taking that back."""
 
 from __future__ import annotations
 
@@ -13,7 +13,9 @@ FLOATING = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 SHORT = (torch.float16, torch.bfloat16)
 #: State of one element; state that any rule may have.
 SCALARS = frozenset(("step", "mu_product"))
-RIDERS = frozenset(("master", "kahan_comp", "ema", "step"))
+#: What is kept of the weights beside them, and forgotten when its option is switched off.
+COPIES = frozenset(("master", "kahan_comp", "ema"))
+RIDERS = COPIES | {"step"}
 #: A count of steps in float32 stops at 2**24, where adding 1 rounds to nothing. From half of that on it is kept in float64,
 #: looked at whenever a table is made, so a table may serve for the other half.
 WIDE_COUNT = 2**23
@@ -60,8 +62,8 @@ class States:
         value = self._get(p, key)
         if value is None:
             dtype = state_dtype(key, p, asked)
-            made = torch.empty_like(p, dtype=dtype, memory_format=torch.preserve_format, requires_grad=False)
-            with torch.no_grad():
+            with torch.inference_mode(False), torch.no_grad():  # an inference tensor could not be written to elsewhere
+                made = torch.empty_like(p, dtype=dtype, memory_format=torch.preserve_format, requires_grad=False)
                 made.copy_(initial) if isinstance(initial, Tensor) else made.fill_(initial)
             return self._set(p, key, made)
         if (
@@ -94,7 +96,16 @@ class States:
                 f"state '{key}' of parameter {name}: expected a number or a one-element tensor, got {value!r}"
             )
         number = initial if value is None else float(value)
-        return self._set(p, key, torch.tensor(number, dtype=_scalar_dtype(key, number), device=device))
+        with torch.inference_mode(False):
+            return self._set(p, key, torch.tensor(number, dtype=_scalar_dtype(key, number), device=device))
+
+    def drop(self, p: Tensor, keys: Iterable[str]) -> None:
+        """State that is of no use any more: what it is of goes on without it."""
+        for key in keys:
+            value = self._get(p, key)
+            if value is not None:
+                self._undo.append((p, key, value))
+                del self._state[p][key]
 
     def widen_counts(self, params: Iterable[Tensor]) -> None:
         """Keep counts of steps that come near where float32 stops in float64 from now on. Waits once for each device."""

@@ -22,13 +22,12 @@ class StepTable:
 
     Args:
         groups: The optimizer's parameter groups.
-        state: Its state; what is missing is created.
+        state: Its state; what is missing is created, and copies of weights that no option asks for are dropped.
         plans: The groups' options.
-        sources: Where the weights of some parameters are to be read in their place.
+        sources: Where the weights of some parameters are to be read in their place, or copies of them: ``GroupPlan.copied``.
 
     Attributes:
         params: Parameters with a gradient, which it steps.
-        finer: Parameters whose state holds more of their values than they do.
         zero_apart: Gradients that are to be left at zero share memory, which takes a pass of its own.
     """
 
@@ -67,7 +66,6 @@ class StepTable:
             raise
         self._plans = list(plans)
         self.params = [row.param for row in rows]
-        self.finer = [row.param for row in rows if row.rounding in ("master", "kahan")]
         self.may_skip = any(plan.settings.skip_nonfinite for plan in plans)
         self.measures = self.table.needs_stats
 

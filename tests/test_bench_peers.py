@@ -62,6 +62,11 @@ def test_byte_budget_is_the_designs(rule, recipe, expected):
     assert RULES[rule].bytes_per_element(RECIPES[recipe], itemsize=2) == expected // 2
 
 
+@pytest.mark.parametrize(("itemsize", "expected"), [(4, 36), (2, 14 + 8)])
+def test_averages_take_the_bytes_of_float32(itemsize, expected):
+    assert RULES["adamw"].bytes_per_element(RECIPES["ema"], itemsize) == expected
+
+
 def test_clip_recipe_centralises_as_well():
     assert RECIPES["clip"].options["centralize"] is True
     assert RECIPES["clip"].options["clip_norm"] == 1.0
@@ -112,6 +117,21 @@ def test_variants_share_their_state():
     before = workload.state["exp_avg"].flat.clone()
     PEERS[OURS].build(case, workload, NoiseSource())()
     assert not torch.equal(before, workload.state["exp_avg"].flat)
+
+
+@pytest.mark.parametrize("recipe", ["ema", "kahan"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_variants_share_what_rides_on_short_weights(recipe, dtype):
+    """An average is of float32 beside 16-bit weights."""
+    case = tiny_case(recipe, dtype=dtype)
+    workload = workload_of(case)
+    (key,) = case.recipe.state
+    before = workload.state[key].flat.clone()
+    assert before.dtype == (torch.float32 if key == "ema" else dtype)
+    for name in (OURS, *TORCH_PEERS[:1] * (key == "ema")):
+        workload.state[key].flat.copy_(before)
+        PEERS[name].build(case, workload, NoiseSource())()
+        assert not torch.equal(before, workload.state[key].flat)
 
 
 def test_roof_keeps_values_and_counts_its_streams():

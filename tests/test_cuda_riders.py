@@ -17,6 +17,7 @@ from torch.nn import Parameter
 
 from gradfused.backends import Scaling, Settings, cuda
 from gradfused.rows import GroupPlan
+from gradfused.state import SHORT
 from gradfused.table import StepTable
 
 pytestmark = [pytest.mark.kernels, pytest.mark.parametrize("backend", [EMULATED_CUDA])]
@@ -195,7 +196,7 @@ class Ascent:
         self.state: dict[Any, dict[str, Any]] = {p: {} for p in self.params}
         self.sources = {p: p.detach().float() * 1.001 for p in self.params} if sources else None
         settings = Settings(scope="global", perturb=(0.0, 0.05, 1e-12, 0.0, math.inf), decoupled=True, **options)
-        plan = GroupPlan("ascend", ("backup",), False, "off", backend, settings)
+        plan = GroupPlan("ascend", ("backup",), False, "off", backend, settings, copied=dtype in SHORT)
         self.table = StepTable([{"params": self.params}], self.state, [plan], self.sources)  # type: ignore[arg-type]
 
     def climb(self, scaling: Scaling | None = None) -> dict[str, Tensor]:

@@ -270,7 +270,7 @@ def test_families_do_not_mix(backend: str) -> None:
         operand = (p.data_ptr(), "float32", [], [])
         table.add(
             rule=rule, param=operand, grad=operand, state=[operand] * states, numel=4, length=4, group=0, parameter=0,
-            centre=False, whole=False, first=True, step=None, product=None, source=None, rest=None, ema=None,
+            centre=False, whole=False, first=True, step=None, product=None, source=None, master=None, rest=None, ema=None,
             rounding="nearest",
         )  # fmt: skip
     with pytest.raises(ValueError, match="two families"):

@@ -348,12 +348,14 @@ def test_a_loaded_state_is_used_from_the_next_ascent_on() -> None:
     run.fill()
     both(sam)
     sam.load_state_dict(copy.deepcopy(sam.state_dict()))
-    for state in sam.state.values():
-        state["master"].fill_(2.0)
-    run.fill()
+    for p in run.params:  # copies that belong to the weights: with half a unit in the last place they would round up
+        p.data.fill_(2.0)
+        sam.state[p]["master"].fill_(2.0 + 0.75 * 2.0**-7)
+        p.grad = torch.ones_like(p)
+    sam.rho = 0.5 * 2.0**-7 * math.sqrt(17)  # half of half a unit for each of 17 weights
     sam.first_step()
     for p in run.params:
-        assert float((p.detach().float() - 2).abs().max()) <= RHO + 0.01
+        assert torch.equal(p.detach(), torch.full_like(p, 2.0 + 2.0**-6))
 
 
 # ---- statistics of the second forward

@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 
 from . import layout as at
-from .access import ACCESSES, ANY, ANY_WIDE, load, load_mixed, read, read_bool
+from .access import ACCESSES, ANY, ANY_WIDE, load, read, read_bool
 
 LONGEST = (16, 128, 1024)
 LONGEST_0, LONGEST_1, LONGEST_2 = (tl.constexpr(n) for n in LONGEST)
@@ -131,18 +131,15 @@ def sum_tiles(
 
 @triton.jit
 def square_tiles(
-    ACCESS: tl.constexpr, MIXED: tl.constexpr, operand, data, dtype, unscale, mean,
+    ACCESS: tl.constexpr, operand, data, unscale, mean,
     start, stride, inside, length, WIDTH: tl.constexpr, T: tl.constexpr,
 ):  # fmt: skip
-    """Each unit's sum of squares around ``mean``, (units, 1) in float64: no gradient in float32 is too large for it.
-
-    MIXED and ``dtype`` are as in load_mixed.
-    """
+    """Each unit's sum of squares around ``mean``, (units, 1) in float64: no gradient in float32 is too large for it."""
     total = tl.zeros([inside.shape[0], WIDTH], tl.float64)
     for k in range(0, length, WIDTH):
         column = k + tl.arange(0, WIDTH)[None, :]
         mask = inside & (column < length)
-        x = load_mixed(ACCESS, MIXED, operand, data, dtype, start, stride + column, mask, T)
+        x = load(ACCESS, operand, data, start, stride + column, mask, T)
         x = tl.where(mask, x * unscale - mean, 0.0).to(tl.float64)
         total += x * x
     return tl.sum(total, axis=1)[:, None]

@@ -27,23 +27,22 @@ from .chunk import (
     write,
 )
 from .rules import reach
-from .weights import SOURCE, kept_of, load_kept
+from .weights import kept_of, load_kept, square_kept
 
 
 @triton.jit
 def square_reached(
-    ACCESS: tl.constexpr, RIDERS: tl.constexpr, row, hyper, grad, unscale,
+    ACCESS: tl.constexpr, RIDERS: tl.constexpr, row, hyper, kept, grad, unscale,
     start, stride, inside, length, WIDTH: tl.constexpr, T: tl.constexpr,
 ):  # fmt: skip
     """square_tiles of the gradient times what each weight may move by: adaptive SAM's."""
-    kept = kept_of(row, RIDERS)
     eta = read(hyper + at.hyper_eta, tl.float64).to(T)
     total = tl.zeros([inside.shape[0], WIDTH], tl.float64)
     for k in range(0, length, WIDTH):
         column = k + tl.arange(0, WIDTH)[None, :]
         mask = inside & (column < length)
         g = load(ACCESS, row + at.row_grad, grad, start, stride + column, mask, T)
-        p = load_kept(ACCESS, RIDERS, kept, start, stride + column, mask, T)
+        p = load_kept(ACCESS, RIDERS, row, kept, start, stride + column, mask, T)
         x = tl.where(mask, g * reach(p, eta) * unscale, 0.0).to(tl.float64)
         total += x * x
     return tl.sum(total, axis=1)[:, None]
@@ -64,6 +63,7 @@ def measure(
     begin, units, length = units_of(ACCESS, TILE, chunk, row)
     unscale = unscale64.to(T)
     centre = centred_at_gradient(row, hyper)
+    kept = kept_of(row, RIDERS)
     stride = ranks * length
     squares = tl.zeros([HEIGHT, 1], tl.float64)
     sum = tl.zeros([HEIGHT, 1], tl.float64)
@@ -79,20 +79,15 @@ def measure(
             by_weight = read_bool(hyper + at.hyper_by_weight)
         if by_weight:
             squares += square_reached(
-                ACCESS, RIDERS, row, hyper, grad, unscale, start, stride, inside, length, WIDTH, T
+                ACCESS, RIDERS, row, hyper, kept, grad, unscale, start, stride, inside, length, WIDTH, T
             )
         else:
             squares += square_tiles(
-                ACCESS, False, row + at.row_grad, grad, 0, unscale, mean, start, stride, inside, length, WIDTH, T
+                ACCESS, row + at.row_grad, grad, unscale, mean, start, stride, inside, length, WIDTH, T
             )
         if AGC:
             if read_bool(hyper + at.hyper_agc):
-                operand, data, dtype = kept_of(row, RIDERS)
-                zero = tl.full([], 0.0, T)
-                one = tl.full([], 1.0, T)
-                weights += square_tiles(
-                    ACCESS, SOURCE & RIDERS, operand, data, dtype, one, zero, start, stride, inside, length, WIDTH, T
-                )
+                weights += square_kept(ACCESS, RIDERS, row, kept, start, stride, inside, length, WIDTH, T)
     slot = read(job + at.job_sums, tl.int64) + index * at.Sums
     write(slot + at.sums_sum, tl.sum(tl.sum(sum, axis=1), axis=0), tl.float64)  # of the one unit, if it is a piece
     write(slot + at.sums_squares, tl.sum(tl.sum(squares, axis=1), axis=0), tl.float64)

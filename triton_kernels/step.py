@@ -22,7 +22,7 @@ from .counts import lr_of, next_product, steps_taken, trust_of
 from .noise import draw, draw_quads
 from .rules import coefficients, direction
 from .transforms import agc_factor, noise_sigma, perturb_factor, transformed
-from .weights import SOURCE, kept_of, load_weights, riders_of, store_weights
+from .weights import kept_of, load_kept, riders_of, square_kept, store_weights
 
 # What a launch is for: the step; sums of what is centred late, where its mean takes several chunks; or norms for trust ratios, of
 # rows that are weighed before what is rehearsed or after it.
@@ -92,7 +92,7 @@ def noise_tile(
 
 @triton.jit
 def load_tile(
-    ACCESS: tl.constexpr, NOISE: tl.constexpr, RIDERS: tl.constexpr, row, grad, kept, riders, seed, parameter, step,
+    ACCESS: tl.constexpr, NOISE: tl.constexpr, RIDERS: tl.constexpr, row, grad, kept, seed, parameter, step,
     start, stride, inside, length, k, WIDTH: tl.constexpr, T: tl.constexpr,
 ):  # fmt: skip
     """(places, mask, gradient, weights, noise) of a tile, column ``k`` of the units first."""
@@ -101,7 +101,7 @@ def load_tile(
     local = stride + column
     mask = inside & (column < length)
     g = load(ACCESS, row + at.row_grad, grad, start, local, mask, T)
-    p = load_weights(ACCESS, RIDERS, row, kept, riders, start, local, mask, T)
+    p = load_kept(ACCESS, RIDERS, row, kept, start, local, mask, T)
     z = tl.zeros([HEIGHT, WIDTH], T)
     if NOISE:
         z = noise_tile(ACCESS, seed, parameter, step, start, length, k, HEIGHT, WIDTH, T)
@@ -219,16 +219,10 @@ def step_chunk(
                     weights = known_of(job, row, begin, rank, length, inside, at.unit_weight_squares)
                 else:
                     squares = square_tiles(
-                        ACCESS, False, row + at.row_grad, grad, 0, unscale, mean,
-                        start, stride, inside, length, WIDTH, T,
-                    )  # fmt: skip
+                        ACCESS, row + at.row_grad, grad, unscale, mean, start, stride, inside, length, WIDTH, T
+                    )
                     if agc:
-                        one = tl.full([], 1.0, T)
-                        zero = tl.full([], 0.0, T)
-                        weights = square_tiles(
-                            ACCESS, SOURCE & RIDERS, kept[0], kept[1], kept[2], one, zero,
-                            start, stride, inside, length, WIDTH, T,
-                        )  # fmt: skip
+                        weights = square_kept(ACCESS, RIDERS, row, kept, start, stride, inside, length, WIDTH, T)
                 norm = tl.sqrt(squares)
                 if agc:
                     radius = read(hyper + at.hyper_radius, tl.float64)
@@ -248,7 +242,7 @@ def step_chunk(
                     sum = tl.zeros([HEIGHT, WIDTH], tl.float64)
                     for k in range(0, length, WIDTH):
                         local, mask, g, p, z = load_tile(
-                            ACCESS, NOISE, RIDERS, row, grad, kept, riders, seed, parameter, number,
+                            ACCESS, NOISE, RIDERS, row, grad, kept, seed, parameter, number,
                             start, stride, inside, length, k, WIDTH, T,
                         )  # fmt: skip
                         x = transformed(g, z, p, unscale, mean, factor, hi, sigma, sign, decay, NOISE)
@@ -264,7 +258,7 @@ def step_chunk(
         if PHASE != REHEARSE:
             for k in range(0, length, WIDTH):
                 local, mask, g, p, z = load_tile(
-                    ACCESS, NOISE, RIDERS, row, grad, kept, riders, seed, parameter, number,
+                    ACCESS, NOISE, RIDERS, row, grad, kept, seed, parameter, number,
                     start, stride, inside, length, k, WIDTH, T,
                 )  # fmt: skip
                 if PHASE == STEP or BY_UPDATE:

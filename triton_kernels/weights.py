@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 from . import layout as at
-from .access import ANY, load_mixed, read, read_bool, rounded_as, store, store_mixed
+from .access import ANY, load, load_mixed, read, read_bool, rounded_as, store, store_mixed
 from .chunk import elements_of, quads_of
 from .rounding import rounded_randomly, words, words_of_quads
 
@@ -35,42 +35,27 @@ def data_of(row, FIELD: tl.constexpr, WANTED: tl.constexpr):
 
 @triton.jit
 def kept_of(row, RIDERS: tl.constexpr):
-    """(operand, address, dtype) of where the weights are kept before the step."""
+    """What load_kept is to know of a row: operand and address of the weights; address and dtype of their copy and remainder."""
     operand = row + at.row_param
     if SOURCE & RIDERS:
         has_source = data_of(row, at.row_source, True) != 0
         operand = tl.where(has_source, row + at.row_source, operand)
-    return operand, read(operand + at.operand_data, tl.int64), read(operand + at.operand_dtype, tl.int8)
+    copy = data_of(row, at.row_master, MASTER & RIDERS)
+    copy_dtype = read(row + (at.row_master + at.operand_dtype), tl.int8)
+    rest = data_of(row, at.row_rest, KAHAN & RIDERS)
+    rest_dtype = read(row + (at.row_rest + at.operand_dtype), tl.int8)
+    return operand, read(operand + at.operand_data, tl.int64), copy, copy_dtype, rest, rest_dtype
 
 
 @triton.jit
 def riders_of(row, hyper, RIDERS: tl.constexpr, T: tl.constexpr):
-    """What load_weights and store_weights are to know of a row."""
+    """What store_weights is to know of a row besides."""
     rounding = read(row + at.row_rounding, tl.int8)
-    rest = data_of(row, at.row_rest, KAHAN & RIDERS)
-    rest_dtype = read(row + (at.row_rest + at.operand_dtype), tl.int8)
     average = data_of(row, at.row_ema, EMA & RIDERS)
     average_dtype = read(row + (at.row_ema + at.operand_dtype), tl.int8)
     fresh = (1.0 - read(hyper + at.hyper_ema, tl.float64)).to(T)
     zeroes = read_bool(hyper + at.hyper_zero_grad)
-    return rounding, rest, rest_dtype, average, average_dtype, fresh, zeroes
-
-
-@triton.jit
-def load_kept(ACCESS: tl.constexpr, RIDERS: tl.constexpr, kept, start, local, mask, T: tl.constexpr):
-    """The weights without what rounding took off."""
-    operand, data, dtype = kept
-    return load_mixed(ACCESS, SOURCE & RIDERS, operand, data, dtype, start, local, mask, T)
-
-
-@triton.jit
-def load_weights(ACCESS: tl.constexpr, RIDERS: tl.constexpr, row, kept, riders, start, local, mask, T: tl.constexpr):
-    rounding, rest, rest_dtype = riders[0], riders[1], riders[2]
-    p = load_kept(ACCESS, RIDERS, kept, start, local, mask, T)
-    if KAHAN & RIDERS:
-        if rounding == at.Rounding_kahan:
-            p += load_mixed(ACCESS, True, row + at.row_rest, rest, rest_dtype, start, local, mask, T)
-    return p
+    return rounding, average, average_dtype, fresh, zeroes
 
 
 @triton.jit
@@ -87,6 +72,57 @@ def held(ACCESS: tl.constexpr, row, x):
         else:
             y = rounded_as(tl.float16, x)
         return y
+
+
+@triton.jit
+def half_unit(ACCESS: tl.constexpr, row):
+    """Half a unit in the last place of a weight of 1."""
+    if ACCESS == at.DType_bfloat16:
+        return 0.00390625  # 2^-8
+    elif ACCESS == at.DType_float16:
+        return 0.00048828125  # 2^-11
+    else:
+        is_bfloat16 = read(row + (at.row_param + at.operand_dtype), tl.int8) == at.DType_bfloat16
+        return tl.where(is_bfloat16, 0.00390625, 0.00048828125)
+
+
+@triton.jit
+def believed_rest(rest, weight, half):
+    """As in csrc/math/believed.h: what rounding took off, where it is within half a unit in the last place of the weight."""
+    power = (weight.to(tl.uint32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)
+    return tl.where((tl.abs(rest) <= power * half) & (tl.abs(rest) < float("inf")), rest, 0.0)
+
+
+@triton.jit
+def load_kept(ACCESS: tl.constexpr, RIDERS: tl.constexpr, row, kept, start, local, mask, T: tl.constexpr):
+    """The weights before the step, in all the digits that are kept and belong to them."""
+    operand, data, copy, copy_dtype, rest, rest_dtype = kept
+    SHORT: tl.constexpr = (ACCESS == at.DType_float16 or ACCESS == at.DType_bfloat16) or ACCESS == ANY
+    p = load(ACCESS, operand, data, start, local, mask, T)
+    if SHORT and MASTER & RIDERS:
+        if copy != 0:
+            finer = load_mixed(ACCESS, True, row + at.row_master, copy, copy_dtype, start, local, mask, T)
+            p = tl.where(held(ACCESS, row, finer) == p, finer, p)
+    if SHORT and KAHAN & RIDERS:
+        if rest != 0:
+            taken_off = load_mixed(ACCESS, True, row + at.row_rest, rest, rest_dtype, start, local, mask, T)
+            p += believed_rest(taken_off, p, half_unit(ACCESS, row))
+    return p
+
+
+@triton.jit
+def square_kept(
+    ACCESS: tl.constexpr, RIDERS: tl.constexpr, row, kept, start, stride, inside, length,
+    WIDTH: tl.constexpr, T: tl.constexpr,
+):  # fmt: skip
+    """Each unit's sum of squares of the weights, (units, 1) in float64."""
+    total = tl.zeros([inside.shape[0], WIDTH], tl.float64)
+    for k in range(0, length, WIDTH):
+        column = k + tl.arange(0, WIDTH)[None, :]
+        mask = inside & (column < length)
+        x = tl.where(mask, load_kept(ACCESS, RIDERS, row, kept, start, stride + column, mask, T), 0.0).to(tl.float64)
+        total += x * x
+    return tl.sum(total, axis=1)[:, None]
 
 
 @triton.jit
@@ -113,7 +149,7 @@ def store_weights(
     start, length, k, local, mask, HEIGHT: tl.constexpr, WIDTH: tl.constexpr, T: tl.constexpr,
 ):  # fmt: skip
     """Takes the step's weights ``p`` to where they are kept."""
-    rounding, rest, rest_dtype, average, average_dtype, fresh, zeroes = riders
+    rounding, average, average_dtype, fresh, zeroes = riders
     SHORT: tl.constexpr = (ACCESS == at.DType_float16 or ACCESS == at.DType_bfloat16) or ACCESS == ANY
     if EMA & RIDERS:
         if average != 0:
@@ -122,8 +158,7 @@ def store_weights(
             store_mixed(ACCESS, row + at.row_ema, average, average_dtype, start, local, e, mask)
     if SHORT and MASTER & RIDERS:
         if rounding == at.Rounding_master:
-            operand, data, dtype = kept
-            store_mixed(ACCESS, operand, data, dtype, start, local, p, mask)
+            store_mixed(ACCESS, row + at.row_master, kept[2], kept[3], start, local, p, mask)
     if SHORT and STOCHASTIC & RIDERS:
         if rounding == at.Rounding_stochastic:
             p = rounded(ACCESS, row, p, seed, parameter, step, start, length, k, HEIGHT, WIDTH)
@@ -131,7 +166,7 @@ def store_weights(
     if SHORT and KAHAN & RIDERS:
         if rounding == at.Rounding_kahan:
             taken_off = p - held(ACCESS, row, p)
-            store_mixed(ACCESS, row + at.row_rest, rest, rest_dtype, start, local, taken_off, mask)
+            store_mixed(ACCESS, row + at.row_rest, kept[4], kept[5], start, local, taken_off, mask)
     if ZERO & RIDERS:
         if zeroes:
             store(ACCESS, row + at.row_grad, grad, start, local, tl.zeros_like(p), mask)

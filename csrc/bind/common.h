@@ -78,9 +78,10 @@ inline void set_scalar(const ScalarSpec& spec, char*& at, DType& dtype) {
 }
 
 inline void add_row(Rows& rows, const std::string& rule, const OperandSpec& param, const OperandSpec& grad,
-                    const std::vector<OperandSpec>& state, const std::optional<OperandSpec>& source, const std::optional<OperandSpec>& rest,
-                    const std::optional<OperandSpec>& ema, const std::string& rounding, int64_t numel, int64_t length, int32_t group,
-                    uint32_t parameter, bool centre, bool whole, bool first, const ScalarSpec& step, const ScalarSpec& product) {
+                    const std::vector<OperandSpec>& state, const std::optional<OperandSpec>& source,
+                    const std::optional<OperandSpec>& master, const std::optional<OperandSpec>& rest, const std::optional<OperandSpec>& ema,
+                    const std::string& rounding, int64_t numel, int64_t length, int32_t group, uint32_t parameter, bool centre, bool whole,
+                    bool first, const ScalarSpec& step, const ScalarSpec& product) {
   Row row;
   row.rule = rule_named(rule);
   row.param = operand(param);
@@ -88,6 +89,7 @@ inline void add_row(Rows& rows, const std::string& rule, const OperandSpec& para
   if (state.size() > size_t(kMaxStates)) throw std::invalid_argument("too many state tensors");
   for (size_t k = 0; k < state.size(); ++k) row.state[k] = operand(state[k]);
   row.source = optional_operand(source);
+  row.master = optional_operand(master);
   row.rest = optional_operand(rest);
   row.ema = optional_operand(ema);
   row.rounding = rounding_named(rounding);
@@ -147,7 +149,7 @@ inline void define(py::module_& m) {
   py::class_<Rows>(m, "Rows", py::module_local())
       .def("hyper", &Rows::hyper, py::return_value_policy::reference_internal)
       .def("add", &add_row, py::kw_only(), py::arg("rule"), py::arg("param"), py::arg("grad"), py::arg("state"), py::arg("source"),
-           py::arg("rest"), py::arg("ema"), py::arg("rounding"), py::arg("numel"), py::arg("length"), py::arg("group"),
+           py::arg("master"), py::arg("rest"), py::arg("ema"), py::arg("rounding"), py::arg("numel"), py::arg("length"), py::arg("group"),
            py::arg("parameter"), py::arg("centre"), py::arg("whole"), py::arg("first"), py::arg("step"), py::arg("product"))
       .def("__len__", &Rows::size);
 

@@ -48,6 +48,7 @@ inline std::map<std::string, int64_t> layout() {
   GRADFUSED_IN(row, DeviceRow, row, Row, grad)
   GRADFUSED_IN(row, DeviceRow, row, Row, state)
   GRADFUSED_IN(row, DeviceRow, row, Row, source)
+  GRADFUSED_IN(row, DeviceRow, row, Row, master)
   GRADFUSED_IN(row, DeviceRow, row, Row, rest)
   GRADFUSED_IN(row, DeviceRow, row, Row, ema)
   GRADFUSED_IN(row, DeviceRow, row, Row, rounding)

@@ -19,7 +19,8 @@ Watch::Watch(py::object tensor, py::object exchange, py::list groups, py::dict s
 }
 
 void Watch::add(py::object param, py::dict state, py::list keys) {
-  Watched row{param, Seen(tensors_(param.ptr())), Seen(tensors_(tensors_.grad(param.ptr()).ptr())), state, {}};
+  Watched row{param, Seen(tensors_(param.ptr())),  Seen(tensors_(tensors_.grad(param.ptr()).ptr())),
+              state, PyDict_GET_SIZE(state.ptr()), {}};
   for (py::handle key : keys) {
     const py::object tensor = state[key];
     row.kept.push_back({py::reinterpret_borrow<py::object>(key), tensor, Seen(tensors_(tensor.ptr()))});
@@ -53,6 +54,7 @@ bool Watch::same_states(const py::dict& state) const {
 }
 
 bool Watch::same_state(const Watched& row) const {
+  if (PyDict_GET_SIZE(row.state.ptr()) != row.keys) return false;
   for (const Kept& k : row.kept) {
     PyObject* const tensor = PyDict_GetItemWithError(row.state.ptr(), k.key.ptr());
     if (tensor != k.tensor.ptr() || !k.seen.still(tensors_(tensor))) return false;

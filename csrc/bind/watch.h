@@ -45,6 +45,7 @@ class Watch {
     pybind11::object param;
     Seen seen, grad;  // the gradient itself is not kept alive
     pybind11::dict state;
+    Py_ssize_t keys;  // how many the state has: one that is of no use any more is to go
     std::vector<Kept> kept;
   };
 

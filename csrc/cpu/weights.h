@@ -3,6 +3,7 @@
 
 #include "cpu/block.h"
 #include "cpu/noise_run.h"
+#include "math/believed.h"
 #include "math/rounding.h"
 
 namespace gradfused::cpu {
@@ -10,10 +11,10 @@ namespace {
 
 // Whether the weights of a row are more than an array that is read and written.
 inline bool is_ridden(const Row& row, const Hyper& h) {
-  return row.source.data || row.ema.data || row.rounding != Rounding::nearest || h.zero_grad;
+  return row.source.data || row.master.data || row.ema.data || row.rounding != Rounding::nearest || h.zero_grad;
 }
 
-// Where the weights are kept before the step.
+// Where the weights are before the step, as the parameter's dtype has them.
 inline const Operand& kept_weights(const Row& row) { return row.source.data ? row.source : row.param; }
 
 // x <- values that its 16-bit format can hold, each to one of its two neighbours there, the nearer the likelier.
@@ -31,18 +32,39 @@ template <class T> void round_randomly(const Place& at, const Block& b, T* x) {
   }
 }
 
-// The weights in `scratch` or in place.
-template <class T> T* open_weights(const Place& at, const Block& b, char* scratch) {
+// p <- `copy` where that rounds to it.
+template <class T> void believe_bfloat16(const T* __restrict copy, int64_t n, T* __restrict p) {
+  for (int64_t i = 0; i < n; ++i) p[i] = math::believed_copy(copy[i], T(math::held_bfloat16(float(copy[i]))), p[i]);
+}
+
+template <class T> void believe_half(const T* copy, int64_t n, T* p) {
+  constexpr int64_t kRunLength = 64;
+  Half narrow[kRunLength];
+  T rounded[kRunLength];
+  for (int64_t done = 0; done < n; done += kRunLength) {
+    const int64_t count = smaller(kRunLength, n - done);
+    narrow_run(copy + done, narrow, count);
+    widen_run(narrow, rounded, count);
+    for (int64_t i = done; i < done + count; ++i) p[i] = math::believed_copy(copy[i], rounded[i - done], p[i]);
+  }
+}
+
+// The weights in `scratch` or in place, and there, unless `written`, as they are. The buffer of the transformed gradient is free by then.
+template <class T> T* open_weights(const Place& at, const Block& b, char* scratch, bool written = true) {
   const Row& row = at.row;
   T* const own = buffer<T>(scratch, kParam);
   const Operand& kept = kept_weights(row);
-  if (!row.source.data || row.rounding == Rounding::master) {
-    if (row.rounding != Rounding::kahan) return open(kept, b.begin, b.count, own);
-  }
+  const bool kahan = row.rounding == Rounding::kahan;
+  if (!row.master.data && !kahan && !(row.source.data && written)) return open(kept, b.begin, b.count, own);
   load(kept, b.begin, b.count, own);
-  if (row.rounding == Rounding::kahan) {
+  if (row.master.data) {
+    const T* const copy = open(row.master, b.begin, b.count, buffer<T>(scratch, kGrad));
+    row.param.dtype == DType::bfloat16 ? believe_bfloat16(copy, b.count, own) : believe_half(copy, b.count, own);
+  }
+  if (kahan) {
     const T* const rest = open(row.rest, b.begin, b.count, buffer<T>(scratch, kGrad));
-    for (int64_t i = 0; i < b.count; ++i) own[i] = own[i] + rest[i];
+    const float half = math::half_unit(row.param.dtype);
+    for (int64_t i = 0; i < b.count; ++i) own[i] = own[i] + math::believed_rest(rest[i], own[i], half);
   }
   return own;
 }
@@ -57,7 +79,7 @@ template <class T> void close_weights(const Place& at, const Block& b, char* scr
     close(row.ema, b.begin, b.count, average);
   }
   if (row.rounding == Rounding::stochastic) round_randomly(at, b, p);
-  if (row.rounding == Rounding::master) close(row.source, b.begin, b.count, p);
+  if (row.rounding == Rounding::master) store(row.master, b.begin, b.count, p);
   if (row.source.data && row.rounding != Rounding::kahan && !at.job.cached) {
     store_around(row.param, b.begin, b.count, p);
   } else if (row.source.data || row.rounding != Rounding::nearest) {

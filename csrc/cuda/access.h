@@ -5,6 +5,7 @@
 
 #include "cuda/device.h"
 #include "cuda/job.h"
+#include "math/believed.h"
 #include "math/rounding.h"
 
 namespace gradfused::cuda {
@@ -144,7 +145,18 @@ template <class S, class T> struct Plain {
     store_16_bytes(x.data + int64_t(i) * int64_t(sizeof(S)), math::bits<uint4>(v));
   }
 
-  static constexpr bool may_round_randomly = may_widen;
+  // x as the operand holds it.
+  static __device__ __forceinline__ T rounded(Handle, T x) {
+    S stored;
+    math::put(x, stored);
+    return T(math::widen(stored));
+  }
+  static __device__ __forceinline__ float half_unit(Handle) {
+    return math::half_unit(std::is_same_v<S, BFloat16> ? DType::bfloat16 : DType::float16);
+  }
+
+  // Whether weights that are accessed in this way may be of 16 bits: others are as precise as they are.
+  static constexpr bool may_be_short = may_widen;
   static __device__ __forceinline__ T rounded_randomly(Handle, T x, uint32_t random) {
     if constexpr (std::is_same_v<S, BFloat16>) return math::random_bfloat16(x, random);
     if constexpr (std::is_same_v<S, Half>) return math::random_half(x, random);
@@ -214,13 +226,18 @@ template <class T> struct Any {
   static __device__ __forceinline__ void widen(const Rider&, const RiderRaw& v, T* to) { to[0] = v.at[0]; }
   static __device__ __forceinline__ void store_rider(const Rider& x, int i, const T* from) { store(x, i, {from[0]}); }
 
-  static constexpr bool may_round_randomly = sizeof(T) == sizeof(float);
+  static __device__ __forceinline__ T rounded(const Handle& x, T v) {
+    return x.shape->dtype == DType::bfloat16 ? Plain<BFloat16, T>::rounded(nullptr, v) : Plain<Half, T>::rounded(nullptr, v);
+  }
+  static __device__ __forceinline__ float half_unit(const Handle& x) { return math::half_unit(x.shape->dtype); }
+
+  static constexpr bool may_be_short = sizeof(T) == sizeof(float);
   static __device__ __forceinline__ T rounded_randomly(const Handle& x, T v, uint32_t random) {
     return x.shape->dtype == DType::bfloat16 ? T(math::random_bfloat16(float(v), random)) : T(math::random_half(float(v), random));
   }
 };
 
-// Where a row's weights are kept before the step.
+// Where a row's weights are before the step, as the parameter's dtype has them.
 __device__ __forceinline__ const Operand& kept_weights(const Row& row) { return row.source.data ? row.source : row.param; }
 
 // Runs f with the access that suits a chunk: one uniform branch a chunk. Operands of mixed dtypes go an element at a time, but for what may

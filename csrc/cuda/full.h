@@ -97,7 +97,7 @@ template <class A> class FullStepper {
       weights = known ? known->weight_squares : 0;
     } else {
       squares = sum_group(g_.own_squares(mean_), g_.lanes);
-      if (h_.agc) weights = sum_group(g_.own_squares_of(A::rider(kept_weights(row_), weights_.begin)), g_.lanes);
+      if (h_.agc) weights = sum_group(g_.own_squares_of(static_cast<const Kept<A>&>(weights_), at_.now.todo), g_.lanes);
     }
     factor_ = T(h_.agc ? math::agc_factor(h_.radius, sqrt(weights), sqrt(squares)) : math::perturb_factor(h_.perturb, sqrt(squares)));
     return squares;

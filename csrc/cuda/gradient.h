@@ -113,36 +113,36 @@ template <class A> struct Gradient {
     return total;
   }
 
-  // Of 16-bit weights' float32 copies a load is two: more than these had no room in the registers.
-  static constexpr int kRidersAhead = sizeof(typename A::RiderRaw) > 16 ? 2 : 4;
+  // Of 16-bit weights with float32 copies a load is three: more than these have no room in the registers.
+  static constexpr int kRidersAhead = sizeof(typename A::RiderRaw) > 16 ? 1 : 4;
 
-  // This thread's part of the sum of squares of the weights of the same elements.
-  __device__ __forceinline__ double own_squares_of(const typename A::Rider& weights) const {
+  // This thread's part of the sum of squares of the weights of the same elements, and what those are kept in.
+  template <class W> __device__ __forceinline__ double own_squares_of(const W& weights, uint32_t kept_in) const {
     double total = 0;
-    const auto add = [&](int, const typename A::RiderRaw& v) {
+    const auto add = [&](int, const typename W::Loaded& v) {
       T x[width];
-      A::widen(weights, v, x);
+      weights.widen(v, kept_in, x);
       total += sum_squares<width>(x);
     };
-    for_each_loaded<kRidersAhead>([&](int i) { return A::load_rider(weights, i); }, add);
+    for_each_loaded<kRidersAhead>([&](int i) { return weights.load(i, kept_in); }, add);
     return total;
   }
 
   // This thread's part of the sum of squares of the gradient times what each weight may move by.
-  __device__ __forceinline__ double own_squares_reached(const typename A::Rider& weights, T eta) const {
+  template <class W> __device__ __forceinline__ double own_squares_reached(const W& weights, uint32_t kept_in, T eta) const {
     struct Both {
       Pack g;
-      typename A::RiderRaw w;
+      typename W::Loaded w;
     };
     double total = 0;
     const auto add = [&](int, const Both& v) {
       T x[width];
-      A::widen(weights, v.w, x);
+      weights.widen(v.w, kept_in, x);
 #pragma unroll
       for (int k = 0; k < width; ++k) x[k] = math::centred(T(math::widen(v.g.at[k])), unscale, T(0)) * math::reach(x[k], eta);
       total += sum_squares<width>(x);
     };
-    for_each_loaded<kRidersAhead / 2>([&](int i) { return Both{A::load(from, i), A::load_rider(weights, i)}; }, add);
+    for_each_loaded<(kRidersAhead + 1) / 2>([&](int i) { return Both{A::load(from, i), weights.load(i, kept_in)}; }, add);
     return total;
   }
 };

@@ -1,17 +1,17 @@
 // What a block knows of the row that it works on.
 #pragma once
 
-#include "cuda/gradient.h"
+#include "cuda/kept.h"
 
 namespace gradfused::cuda {
 namespace {
 
-// What there is to do with each element: first what depends on the row, then what depends on the walk.
+// What there is to do with each element: first what depends on the row, then what depends on the walk. Bits 2 and 3 are those of
+// cuda/kept.h.
 enum Todo : uint32_t {
   kNoise = 1u << 0,
-  kDecay = 1u << 1,  // coupled
-  kKahan = 1u << 3,
-  kMaster = 1u << 4,
+  kDecay = 1u << 1,   // coupled
+  kMaster = 1u << 4,  // the copy in float32 is written
   kStochastic = 1u << 5,
   kEma = 1u << 6,
   kZeroGrad = 1u << 7,
@@ -110,11 +110,10 @@ template <class T> __device__ void set_transform(Now& now, const Hyper& h, doubl
 
 // What a row's options and weights ask of each element.
 __device__ uint32_t todo_of(const Row& row, const Hyper& h) {
-  uint32_t todo = 0;
+  uint32_t todo = kept_in(row);
   const auto ask = [&](bool asked, uint32_t what) { todo |= asked ? what : 0; };
   ask(h.noise > 0, kNoise);
   ask(!h.decoupled && h.weight_decay != 0, kDecay);
-  ask(row.rounding == Rounding::kahan, kKahan);
   ask(row.rounding == Rounding::master, kMaster);
   ask(row.rounding == Rounding::stochastic, kStochastic);
   ask(row.ema.data, kEma);

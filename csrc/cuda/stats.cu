@@ -1,6 +1,6 @@
 // The first launch of a step whose recipe has a wide norm: centred sums of squares of every row, and means of units that lie in several
 // chunks. Reads each gradient once.
-#include "cuda/gradient.h"
+#include "cuda/kept.h"
 #include "cuda/launch.h"
 
 namespace gradfused::cuda {
@@ -14,10 +14,13 @@ template <class A> __device__ __forceinline__ void measure_piece(const Job& job,
   g.open(c.begin, c.count);
   const Hyper& h = job.hypers[r.row.group].hyper;
   const double sum = centre ? g.sum() : 0.0;
-  const double squares = sum_block(h.by_weight ? g.own_squares_reached(A::rider(kept_weights(r.row), c.begin), T(h.eta))
-                                               : g.own_squares(T(sum / double(c.count))));
-  const double weights = r.split && h.agc ? sum_block(g.own_squares_of(A::rider(kept_weights(r.row), c.begin))) : 0.0;
-  if (threadIdx.x == 0) job.sums[index] = {sum, squares, weights};
+  const bool weighed = r.split && h.agc;
+  Kept<A> weights;
+  if (h.by_weight || weighed) weights.open(r.row, c.begin);
+  const uint32_t in = kept_in(r.row);
+  const double squares = sum_block(h.by_weight ? g.own_squares_reached(weights, in, T(h.eta)) : g.own_squares(T(sum / double(c.count))));
+  const double weight_squares = weighed ? sum_block(g.own_squares_of(weights, in)) : 0.0;
+  if (threadIdx.x == 0) job.sums[index] = {sum, squares, weight_squares};
 }
 
 template <class A> __device__ __forceinline__ void measure_units(const Job& job, const DeviceRow& r, int index, char* tile) {

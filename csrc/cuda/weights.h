@@ -1,7 +1,7 @@
 // The weights of a unit or piece: read from where they are kept, and written back in the way that is asked for, with what rides on that.
 #pragma once
 
-#include "cuda/row.h"
+#include "cuda/kept.h"
 #include "math/noise.h"
 
 namespace gradfused::cuda {
@@ -46,45 +46,34 @@ template <int kCount> __device__ __forceinline__ void draw_bits(const Now& now, 
   }
 }
 
-template <class A> struct Weights {
+template <class A> struct Weights : Kept<A> {
   using T = typename A::Compute;
   using Raw = typename A::Raw;
+  using Kept<A>::more;
   static constexpr int width = A::width;
 
-  // As they came from memory: nothing waits for them until they are widened.
-  struct Loaded {
-    typename A::RiderRaw kept, ema;
-    Raw rest;
+  struct Loaded : Kept<A>::Loaded {
+    typename A::RiderRaw ema;
   };
 
   const Now& now;
   int64_t begin = 0;
-  typename A::Handle param{}, rest{};
-  typename A::Rider kept{}, ema{};
+  typename A::Handle param{};
+  typename A::Rider ema{};
 
   __device__ __forceinline__ explicit Weights(const Now& row) : now(row) {}
 
   __device__ __forceinline__ void open(const Row& row, int64_t at) {
     begin = at;
+    Kept<A>::open(row, at);
     param = A::handle(row.param, row.param.data, at);
-    kept = A::rider(kept_weights(row), at);
-    rest = A::handle(row.rest, row.rest.data, at);
     ema = A::rider(row.ema, at);
   }
 
   __device__ __forceinline__ Loaded load(int i, uint32_t todo) const {
-    Loaded v{};
-    v.kept = A::load_rider(kept, i);
-    if (todo & kKahan) v.rest = A::load_raw(rest, i);
+    Loaded v{Kept<A>::load(i, todo), {}};
     if ((todo & (kEma | kStep)) == (kEma | kStep)) v.ema = A::load_rider(ema, i);
     return v;
-  }
-
-  __device__ __forceinline__ void widen(const Loaded& v, uint32_t todo, T* to) const {
-    A::widen(kept, v.kept, to);
-    if (!(todo & kKahan)) return;
-#pragma unroll
-    for (int k = 0; k < width; ++k) to[k] = to[k] + A::get(v.rest, k);
   }
 
   // Takes the step's weights `w` to where they are kept.
@@ -96,20 +85,21 @@ template <class A> struct Weights {
       for (int k = 0; k < width; ++k) average[k] = average[k] + (w[k] - average[k]) * fresh;
       A::store_rider(ema, i, average);
     }
-    if (todo & kMaster) A::store_rider(kept, i, w);
-    if constexpr (A::may_round_randomly) {
+    if constexpr (A::may_be_short) {
+      if (todo & kMaster) A::store_rider(more, i, w);
       if (todo & kStochastic) round_randomly(i, w);
     }
     Raw p{};
 #pragma unroll
     for (int k = 0; k < width; ++k) A::set(p, k, w[k]);
     A::store_raw(param, i, p);
-    if (!(todo & kKahan)) return;
-    p = A::stored(param, i, p);
-    Raw off{};
+    if constexpr (A::may_be_short) {
+      if (!(todo & kKahan)) return;
+      p = A::stored(param, i, p);
 #pragma unroll
-    for (int k = 0; k < width; ++k) A::set(off, k, w[k] - A::get(p, k));
-    A::store_raw(rest, i, off);
+      for (int k = 0; k < width; ++k) w[k] = w[k] - A::get(p, k);
+      A::store_rider(more, i, w);
+    }
   }
 
   __device__ __forceinline__ void round_randomly(int i, T* w) const {

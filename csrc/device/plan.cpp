@@ -35,9 +35,9 @@ bool is_plain(const Row& row) {
     return !x.data || (x.dims == 0 && aligned(x) && (x.dtype == row.param.dtype || (may_widen && x.dtype == DType::float32)));
   };
   if (!fits(row.param) || !aligned(row.param) || !fits(row.grad)) return false;
-  if (!rides(row.source) || !rides(row.ema)) return false;
+  if (!rides(row.master) || !rides(row.ema)) return false;
   const auto matches = [&](const Operand& x) { return !x.data || (fits(x) && aligned(x)); };
-  return matches(row.rest) && std::all_of(row.state, row.state + kMaxStates, matches);
+  return matches(row.source) && matches(row.rest) && std::all_of(row.state, row.state + kMaxStates, matches);
 }
 
 // Threads for a unit: as many as it has 16-byte packs, up to a warp, or the block.
@@ -111,9 +111,9 @@ void Plan::plan_row(size_t index) {
   }
   r.chunk1 = int32_t(chunks_.size());
   full_ |= row.param.dtype == DType::float64 || h.noise > 0 || by_unit || late(row, h) || !is_lean(row.rule);
-  full_ |= row.source.data || row.ema.data || row.rounding != Rounding::nearest || h.zero_grad;
+  full_ |= row.source.data || row.master.data || row.ema.data || row.rounding != Rounding::nearest || h.zero_grad;
   for (const Operand* x :
-       {&row.param, &row.grad, &row.state[0], &row.state[1], &row.state[2], &row.state[3], &row.source, &row.rest, &row.ema}) {
+       {&row.param, &row.grad, &row.state[0], &row.state[1], &row.state[2], &row.state[3], &row.source, &row.master, &row.rest, &row.ema}) {
     shape_words_ += 2 * size_t(x->dims);
   }
 }
@@ -207,7 +207,7 @@ void Plan::pack(char* to, char* base, double* squares, double* skipped) {
     move_shape(r.row.param);
     move_shape(r.row.grad);
     for (Operand& s : r.row.state) move_shape(s);
-    for (Operand* x : {&r.row.source, &r.row.rest, &r.row.ema}) move_shape(*x);
+    for (Operand* x : {&r.row.source, &r.row.master, &r.row.rest, &r.row.ema}) move_shape(*x);
   }
   job_.rows = fill(at.rows, moved);
   job_.tickets = reinterpret_cast<unsigned*>(base + at.tickets);

@@ -35,6 +35,9 @@ GRADFUSED_MATH BFloat16 narrow_bfloat16(float x) {
 #endif
 }
 
+// x as bfloat16 holds it, in float32: loops over this are vectorised better than over narrowing and widening.
+GRADFUSED_MATH float held_bfloat16(float x) { return bits<float>(rounded_bfloat16(x, bits<uint32_t>(x)) & 0xFFFF0000u); }
+
 GRADFUSED_MATH float widen(Half x) {
 #ifdef __CUDA_ARCH__
   return __half2float(__ushort_as_half(x.bits));

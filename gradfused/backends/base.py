@@ -62,9 +62,9 @@ class Row:
 
     Attributes:
         state: The rule's state tensors in its order, shaped like the parameter.
-        source: Where the weights are read, if not from ``param``: SAM's backup, or with ``rounding="master"`` the copy in
-            float32, which is written too.
-        rest: What rounding took off, with ``rounding="kahan"``.
+        source: Where the weights are read, if not from ``param``: SAM's backup.
+        master: A copy of 16-bit weights in float32, believed where it rounds to them; written with ``rounding="master"``.
+        rest: What rounding took off, with ``rounding="kahan"``; believed up to half a unit in the last place of the weights.
         ema: Moving average of the weights.
         rounding: How weights of 16 bits are kept: ``"nearest"``, ``"kahan"``, ``"stochastic"`` or ``"master"``.
         step: 0-dim float tensor on the backend's step_device that counts steps taken, or None where nothing needs it.
@@ -84,6 +84,7 @@ class Row:
     grad: Tensor
     state: dict[str, Tensor]
     source: Tensor | None
+    master: Tensor | None
     rest: Tensor | None
     ema: Tensor | None
     rounding: str
@@ -99,7 +100,7 @@ class Row:
 
     @property
     def weights(self) -> Tensor:
-        """Where the weights are kept before the step."""
+        """The weights before the step, as the parameter's dtype has them."""
         return self.param if self.source is None else self.source
 
 

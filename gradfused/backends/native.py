@@ -99,6 +99,7 @@ def add_row(rows: Any, row: Row, settings: Settings, *, numel: int | None = None
         grad=operand(row.grad, order),
         state=[operand(t, order) for t in row.state.values()],
         source=optional(row.source),
+        master=optional(row.master),
         rest=optional(row.rest),
         ema=optional(row.ema),
         rounding=row.rounding,

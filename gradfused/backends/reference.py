@@ -22,12 +22,26 @@ from .rules import RULES, Count
 
 SHORT = (torch.float16, torch.bfloat16)
 
-# ---- stage 1 to 5: the gradient
+# ---- the weights, and stage 1 to 5: the gradient
 
 
 def compute_dtype(param: Tensor) -> torch.dtype:
     """float64 for float64 parameters, else float32."""
     return torch.float64 if param.dtype == torch.float64 else torch.float32
+
+
+def weights_of(row: Row) -> Tensor:
+    """The weights before the step, in all the digits that are kept and belong to them: see csrc/math/believed.h."""
+    weights = row.weights
+    p = weights.to(compute_dtype(row.param))
+    if row.master is not None:
+        p = torch.where(row.master.to(weights.dtype) == weights, row.master.to(p.dtype), p)
+    if row.rest is not None:
+        rest = row.rest.to(p.dtype)
+        power = (p.view(torch.int32) & 0x7F800000).view(p.dtype)  # of two, below the weight
+        half_unit = torch.finfo(weights.dtype).eps / 2
+        p = p + torch.where(rest.isfinite() & (rest.abs() <= power * half_unit), rest, 0.0)
+    return p
 
 
 def unit_view(x: Tensor, row: Row) -> Tensor:
@@ -53,7 +67,7 @@ def unscaled(row: Row, settings: Settings, unscale: float) -> Tensor:
 
 def reach(row: Row, settings: Settings) -> Tensor:
     """|w| + eta: by how much ASAM lets a weight move (Kwon et al. 2021)."""
-    return row.weights.to(compute_dtype(row.param)).abs() + settings.eta
+    return weights_of(row).abs() + settings.eta
 
 
 def clamped(x: Tensor, lo: float, hi: float) -> Tensor:
@@ -81,7 +95,7 @@ def perturbed(g: Tensor, row: Row, settings: Settings, norm: Tensor | None) -> T
     """Stage 2 and ``clip_value``. ``norm`` is the wide scope's."""
     if settings.scope == "unit":
         n = unit_norm(g, row)
-        weight_norm = unit_norm(row.weights.to(g.dtype), row)
+        weight_norm = unit_norm(weights_of(row), row)
         s = agc_factor(n, weight_norm, settings.radius) if settings.agc else factor_of(n, settings)
         g = (unit_view(g, row) * s.to(g.dtype)).view_as(g)
     elif norm is not None:
@@ -266,9 +280,7 @@ class Table(BackendTable):
             writes.add(row.product, torch.full_like(row.product, now.product))
         if row.param.numel() == 0:
             return
-        p = row.weights.to(dtype)
-        if row.rest is not None:
-            p = p + row.rest.to(dtype)
+        p = weights_of(row)
         state = {key: value.to(dtype) for key, value in row.state.items()}
 
         g = unscaled(row, s, unscale)
@@ -301,8 +313,8 @@ class Table(BackendTable):
             average = row.ema.to(p.dtype)
             writes.add(row.ema, average + (p - average) * (1.0 - s.ema))
         writes.add(row.param, kept)
-        if row.rounding == "master" and row.source is not None:
-            writes.add(row.source, p)
+        if row.rounding == "master" and row.master is not None:
+            writes.add(row.master, p)
         if row.rest is not None:
             writes.add(row.rest, p - kept.to(p.dtype))
         if s.zero_grad:

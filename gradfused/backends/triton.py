@@ -179,7 +179,8 @@ class Options:
             product=any(row.product is not None for row in rows),
             many_states=any(len(row.state) > 3 for row in rows),
             source=any(row.source is not None for row in rows),
-            **{name: any(row.rounding == name for row in rows) for name in ("kahan", "stochastic", "master")},
+            **{name: any(row.rounding == name for row in rows) for name in ("kahan", "stochastic")},
+            master=any(row.master is not None for row in rows),
             ema=any(row.ema is not None for row in rows),
             zero=any(s.zero_grad for _, s in where),
         )

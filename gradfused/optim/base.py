@@ -21,7 +21,7 @@ from ..memory import check_disjoint, has_values
 from ..plans import Plans
 from ..rows import GroupPlan, check_parameter, may_train, named_parameters, parameter_name
 from ..spelling import refuse_misspelt, refuse_unknown
-from ..state import RIDERS, SCALARS, state_dtype
+from ..state import RIDERS, SCALARS, SHORT, state_dtype
 from ..table import StepTable
 
 Params = Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]]
@@ -63,7 +63,6 @@ class Optimizer(torch.optim.Optimizer):
         self._plans = Plans()
         self._skipped: int | Tensor = 0
         self._stepped: list[Tensor] = []  # parameters that the last step moved
-        self._versions: dict[Tensor, int] = {}  # of parameters whose state holds more of their values than they do
         self._averaged = False  # swap_ema() is under way
 
     # ---- the rule
@@ -182,15 +181,10 @@ class Optimizer(torch.optim.Optimizer):
             scaling: What GradScaler says.
         """
         self._stepped = []
-        if self._averaged:
-            raise RuntimeError(
-                "step() inside swap_ema(): the weights are the averaged ones, and would be lost; leave the block first"
-            )
+        self._refuse_averaged("step()")
         if scaling.found_inf is not None and not gpu.holds(scaling.found_inf) and scaling.forbids:
             self._zero_gradients()
             return
-        if not sources:
-            self._follow_weights()
         table = self._table_for(self._current_plans(), sources)
         if not table.params:
             self._seen = table
@@ -209,7 +203,6 @@ class Optimizer(torch.optim.Optimizer):
         table.keep_state()
         self._stepped = table.params
         torch.autograd.graph.increment_version(table.params)
-        self._versions.update((p, p._version) for p in table.finer)
         if uncertain or table.zero_apart:
             self._zero_gradients()
 
@@ -227,23 +220,7 @@ class Optimizer(torch.optim.Optimizer):
             return not (uncertain and table.created_state and table.table.skipped_its_first(scaling))
         except Exception:
             self._take_back_state(table)
-            self._note_weights()  # they may have been written, and written back
             raise
-
-    @torch.no_grad()
-    def _follow_weights(self) -> None:
-        """Weights that somebody else wrote since the last step, by loading a model say, are what the state has to hold."""
-        for p in [p for p, version in self._versions.items() if p._version != version]:
-            state = self.state.get(p, {})
-            if "master" in state:
-                state["master"].copy_(p)
-            if "kahan_comp" in state:
-                state["kahan_comp"].zero_()
-        self._note_weights()
-
-    def _note_weights(self) -> None:
-        """The weights are those of the state."""
-        self._versions = {p: p._version for p in self._versions}
 
     @torch.no_grad()
     def _zero_gradients(self) -> None:
@@ -304,27 +281,35 @@ class Optimizer(torch.optim.Optimizer):
     def swap_ema(self) -> Iterator[None]:
         """Within the block, parameters whose group has ``ema`` hold their average; afterwards what they held before.
 
-        Parameters that have not taken a step yet keep their weights, which are their average.
+        Parameters that have not taken a step yet keep their weights, which are their average. To save the average, save the
+        model within the block and the optimizer outside: within it the optimizer can neither step nor be saved, loaded or copied,
+        since the weights that its state belongs to are put aside.
 
         Raises:
-            RuntimeError: No group has ``ema``, the block is nested, or ``step()`` is called within it.
+            RuntimeError: No group has ``ema``, the block is nested, or the optimizer is used within it as above.
         """
         self = self._itself() or self  # not the wrapper whose class inherits this method
         if all(group["ema"] is None for group in self.param_groups):
             raise RuntimeError("swap_ema(): no parameter group keeps an average; give the optimizer ema=0.999, say")
-        if self._averaged:
-            raise RuntimeError("swap_ema() inside swap_ema(): the weights are the averaged ones already")
-        self._follow_weights()
-        averages = {p: s["ema"] for p, s in self.state.items() if s.get("ema") is not None}
+        self._refuse_averaged("swap_ema()")
+        averaging = (p for group in self.param_groups if group["ema"] is not None for p in group["params"])
+        averages = {p: self.state[p]["ema"] for p in averaging if "ema" in self.state.get(p, {})}
         kept = {p: p.detach().clone() for p in averages}
         self._averaged = True
         try:
             _overwrite(averages)
             yield
         finally:
-            _overwrite(kept)
-            self._note_weights()
             self._averaged = False
+            _overwrite(kept)
+
+    def _refuse_averaged(self, what: str) -> None:
+        """Raise RuntimeError while the weights are put aside for their average."""
+        if self._averaged:
+            raise RuntimeError(
+                f"{what} inside swap_ema(): the weights that the optimizer's state belongs to are put aside for their "
+                "average; leave the block first. To keep the average, save the model inside the block and the optimizer outside"
+            )
 
     # ---- what a step saw
 
@@ -342,7 +327,18 @@ class Optimizer(torch.optim.Optimizer):
 
     # ---- saving and loading
 
+    @_disable_dynamo
+    def state_dict(self) -> dict[str, Any]:
+        """The state and options, as in torch.optim.
+
+        Raises:
+            RuntimeError: Within ``swap_ema()``.
+        """
+        self._refuse_averaged("state_dict()")
+        return super().state_dict()
+
     def __getstate__(self) -> dict[str, Any]:
+        self._refuse_averaged("copying or pickling the optimizer")
         return super().__getstate__() | {"skipped_steps": self.skipped_steps}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -367,7 +363,9 @@ class Optimizer(torch.optim.Optimizer):
         Raises:
             ValueError: The state is another optimizer's, a part of it is missing, or its shapes are not these parameters';
                 nothing has changed.
+            RuntimeError: Within ``swap_ema()``.
         """
+        self._refuse_averaged("load_state_dict()")
         # As the last of the hooks, this sees what theirs made of the state dict.
         seen: list[dict[str, Any]] = []
 
@@ -387,14 +385,15 @@ class Optimizer(torch.optim.Optimizer):
         numbers = iter([i for group in saved["param_groups"] for i in group["params"]])
         for group in self.param_groups:
             asked = options.STATE_DTYPES.get(options.choice("state_dtype", group["state_dtype"]))
+            as_saved = asked is None and options.choice("precision", group["precision"]) == "master"
             for p, number in zip(group["params"], numbers, strict=False):
                 for key, value in saved["state"].get(number, {}).items():
                     if not isinstance(value, Tensor) or not value.is_floating_point():
                         continue
                     cast = self.state[p][key]
-                    dtype = state_dtype(key, p, asked) or value.dtype
-                    if cast.dtype != dtype:
-                        self.state[p][key] = value.detach().to(device=cast.device, dtype=dtype, copy=True)
+                    dtype = state_dtype(key, p, value.dtype if as_saved and p.dtype in SHORT else asked) or value.dtype
+                    if cast.dtype != dtype:  # shared with the state dict, as torch does where nothing is cast
+                        self.state[p][key] = value.detach().to(device=cast.device, dtype=dtype)
 
     def _checked(self, state_dict: dict[str, Any]) -> dict[str, Any]:
         """The state dict with options that it lacks filled in."""

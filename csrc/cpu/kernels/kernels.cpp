@@ -16,7 +16,7 @@ template <class T> void sum_chunk(const Place& at, char* scratch) {
 
 // The gradient times what each weight may move by.
 template <class T> const T* reached(const Place& at, const Block& b, const T* g, char* scratch) {
-  const T* const p = open(kept_weights(at.row), b.begin, b.count, buffer<T>(scratch, kParam));
+  const T* const p = open_weights<T>(at, b, scratch, false);
   T* const to = buffer<T>(scratch, kGrad);
   const T eta = T(at.hyper.eta);
   for (int64_t i = 0; i < b.count; ++i) to[i] = g[i] * math::reach(p[i], eta);
@@ -38,7 +38,7 @@ template <class T> void squares_chunk(const Place& at, char* scratch) {
     squares_of(at, b, g, means, squares);
     sum += total(squares, b.units);
     if (!weights) return;
-    weight_squares_of(b, open(kept_weights(at.row), b.begin, b.count, buffer<T>(scratch, kParam)), squares);
+    weight_squares_of(b, open_weights<T>(at, b, scratch, false), squares);
     weight_sum += total(squares, b.units);
   });
   at.job.chunk_sq[at.index] = sum;
