@@ -26,6 +26,12 @@ def compute_dtype(param: Tensor) -> torch.dtype:
     return torch.float64 if param.dtype == torch.float64 else torch.float32
 
 
+def weights(row: Row, dtype: torch.dtype) -> Tensor:
+    """The weights that the step is taken on, with what rounding took off."""
+    kept = row.weights.to(dtype)
+    return kept if row.rest is None else kept + row.rest.to(dtype)
+
+
 def unit_view(x: Tensor, row: Row) -> Tensor:
     """``x`` as (units, unit length)."""
     units = 1 if row.unit == x.numel() else x.shape[0]
@@ -33,9 +39,14 @@ def unit_view(x: Tensor, row: Row) -> Tensor:
 
 
 def centred(x: Tensor, row: Row) -> Tensor:
-    """``x`` minus its mean over the unit, or over the whole tensor. The mean is taken in float64."""
+    """``x`` minus its mean over the unit, or over the whole tensor. Equal elements become exact zeros.
+
+    The mean is taken in float64, around the first element, or around 0 where that is not finite.
+    """
     flat = x.reshape(1, -1) if row.whole else unit_view(x, row)
-    mean = flat.double().mean(dim=1, keepdim=True).to(x.dtype)
+    wide = flat.double()
+    first = torch.where(wide[:, :1].isfinite(), wide[:, :1], 0.0)
+    mean = (first + (wide - first).mean(dim=1, keepdim=True)).to(x.dtype)
     return (flat - mean).view_as(x)
 
 
@@ -77,7 +88,7 @@ def perturbed(g: Tensor, row: Row, settings: Settings, norm: Tensor | None) -> T
     """Stage 2 and ``clip_value``. ``norm`` is the wide scope's."""
     if settings.scope == "unit":
         n = unit_norm(g, row)
-        weight_norm = unit_norm(row.weights.to(g.dtype), row)
+        weight_norm = unit_norm(weights(row, g.dtype), row)
         s = agc_factor(n, weight_norm, settings.radius) if settings.agc else factor_of(n, settings)
         g = (unit_view(g, row) * s.to(g.dtype)).view_as(g)
     elif norm is not None:
@@ -210,9 +221,7 @@ class Table(BackendTable):
             row.product.fill_(now.product)
         if row.param.numel() == 0:
             return
-        p = row.weights.to(dtype)
-        if row.rest is not None:
-            p = p + row.rest.to(dtype)
+        p = weights(row, dtype)
         state = {key: value.to(dtype) for key, value in row.state.items()}
 
         g = unscaled(row, s, unscale)
@@ -240,7 +249,7 @@ class Table(BackendTable):
         """Write the step's weights, and what rides on that."""
         if row.ema is not None:
             average = row.ema.to(p.dtype)
-            row.ema.copy_(average + (p - average) * (1.0 - s.ema))
+            row.ema.copy_(average.lerp(p, 1.0 - s.ema))
         if row.rounding == "stochastic" and row.param.dtype in SHORT:
             row.param.copy_(stochastically_rounded(p, row.param.dtype, s.seed, row.number, int(now.step) - 1))
         else:
