@@ -15,7 +15,19 @@ import gradfused
 
 ALL = ["reference", *BACKENDS]
 # Shorter and longer than a register, than what lanes share, than a block and than the pieces into which units are cut.
-SHAPES = [(3, 1), (2, 3), (9, 5), (4, 17), (3, 64), (2, 65), (2, 1000), (3, 2, 3, 3), (2, 4, 33, 31), (1, 16385), (2, 70001)]
+SHAPES = [
+    (3, 1),
+    (2, 3),
+    (9, 5),
+    (4, 17),
+    (3, 64),
+    (2, 65),
+    (2, 1000),
+    (3, 2, 3, 3),
+    (2, 4, 33, 31),
+    (1, 16385),
+    (2, 70001),
+]
 DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
 SGD = ("SGD", {"lr": 1.0})
 ADAM = ("Adam", {"lr": 0.5, "eps": 1e-30})
@@ -42,7 +54,9 @@ def shapes_for(kind: str, at: str, dtype: torch.dtype, slow: bool) -> list[tuple
     wanted = [s for s in SHAPES if kind != "conv" or len(s) == 4]
     if not slow:
         return wanted
-    longest = SHAPES[-1:] if dtype == torch.float32 and (kind, at) in (("unit", "gradient"), ("tensor", "update")) else []
+    longest = (
+        SHAPES[-1:] if dtype == torch.float32 and (kind, at) in (("unit", "gradient"), ("tensor", "update")) else []
+    )
     return [s for s in wanted if s in ((3, 1), (9, 5), (2, 65), (3, 2, 3, 3))] + longest
 
 
@@ -114,3 +128,39 @@ def test_adaptive_clipping_counts_what_rounding_took_off(length: int, backend: s
     moved = weights - (p.detach().double() + rest.double())
     error = (moved.norm(dim=1) / (factor[:, 0] * grads.double().norm(dim=1)) - 1).abs().max()
     assert error < 2e-4, error  # without the remainder 1e-3
+
+
+@pytest.mark.kernels
+@pytest.mark.parametrize("backend", ALL)
+@pytest.mark.parametrize("spread", [0.0, 1e-3, 0.1, 1.0])
+@pytest.mark.parametrize("decay", [0.0, 0.1])
+def test_a_trust_ratio_magnifies_rounding_by_no_more_than_centring_does(
+    decay: float, spread: float, backend: str
+) -> None:
+    """LAMB brings a centred direction to a fixed length, however little centring has left of it.
+
+    What it leaves of a direction of 1 and its neighbours is rounded as the direction was. So the step is as exact as
+    rounding errors times the direction's norm over what is left of it; of equal elements nothing is left, and nothing moves.
+    """
+    generator = torch.Generator().manual_seed(0)
+    grads = 0.5 + spread * torch.rand(4, 50, generator=generator, dtype=torch.float64)
+    start = torch.linspace(0.5, 1.5, 200, dtype=torch.float64).view(4, 50)
+
+    def moved(dtype: torch.dtype, name: str, eps: float) -> Tensor:
+        p = torch.nn.Parameter(start.to(device_of(name), dtype, copy=True))
+        recipe = {"centralize": True, "centralize_at": "update", "weight_decay": decay, "backend": name}
+        optimizer = gradfused.optim.LAMB([p], lr=0.01, eps=eps, **recipe)
+        p.grad = grads.to(p)
+        optimizer.step()
+        return p.detach().cpu().double() - start.to(dtype).double()
+
+    for eps in (1e-6, 1e-3, 1.0):
+        direction = grads / (grads + eps)
+        left = direction - direction.mean(1, keepdim=True)
+        kept = (left + decay * start).norm()
+        wanted, found = moved(torch.float64, "reference", eps), moved(torch.float32, backend, eps)
+        if kept == 0:
+            assert not found.any()
+            continue
+        magnified = torch.finfo(torch.float32).eps * float(direction.norm() / kept) * float(wanted.norm())
+        assert (found - wanted).norm() <= 4 * magnified + 1e-6

@@ -22,7 +22,9 @@ PAIRS = [(a, b) for a in BETAS for b in BETAS[1:]] + [(0.9, 0.0)]
 
 def variants() -> dict[str, tuple[str, list[dict[str, Any]]]]:
     adam = [{"betas": pair} for pair in PAIRS]
-    alphas = [{"alpha": beta} for beta in BETAS]  # 0 centered is left out: a variance of one gradient is rounding errors
+    alphas = [
+        {"alpha": beta} for beta in BETAS
+    ]  # 0 centered is left out: a variance of one gradient is rounding errors
     return {
         "sgd": ("SGD", [{}]),
         "sgd-momentum": ("SGD", [{"momentum": beta, "dampening": 0.3} for beta in BETAS[1:]]),
@@ -73,9 +75,13 @@ def stepped(make: Any, device: str) -> Tensor:
 def test_every_magnitude_is_as_in_torch(variant: str, backend: str) -> None:
     name, every = VARIANTS[variant]
     for options in every[:: 5 if backend == "triton" and triton_interpreter.INTERPRETED else 1]:
-        ours = stepped(lambda p, o=options: getattr(gradfused.optim, name)(p, lr=0.01, backend=backend, **o), device_of(backend))
+        ours = stepped(
+            lambda p, o=options: getattr(gradfused.optim, name)(p, lr=0.01, backend=backend, **o), device_of(backend)
+        )
         theirs = stepped(lambda p, o=options: getattr(torch.optim, name)(p, lr=0.01, foreach=False, **o), "cpu")
-        torch.testing.assert_close(ours, theirs, rtol=2e-5, atol=1e-6, equal_nan=True, msg=lambda m, o=options: f"{o}: {m}")
+        torch.testing.assert_close(
+            ours, theirs, rtol=2e-5, atol=1e-6, equal_nan=True, msg=lambda m, o=options: f"{o}: {m}"
+        )
 
 
 @pytest.mark.kernels
@@ -90,3 +96,16 @@ def test_a_beta_of_0_forgets(name: str, backend: str) -> None:
         p.grad = grad.to(p.device)
         optimizer.step()
     assert torch.equal(optimizer.state[p]["exp_avg"].cpu(), grad)
+
+
+@pytest.mark.kernels
+@pytest.mark.parametrize("backend", ALL)
+def test_an_average_that_keeps_nothing_is_the_weights(backend: str) -> None:
+    p = torch.nn.Parameter(torch.linspace(1e8, 3e8, 40, device=device_of(backend)))
+    optimizer = gradfused.optim.SGD([p], lr=1.0, ema=0.0, backend=backend)
+    for wanted in (torch.zeros(40), torch.linspace(0.1, 0.3, 40)):
+        p.grad = p.detach() - wanted.to(p.device)
+        optimizer.step()
+        with optimizer.swap_ema():
+            average = p.detach().clone()
+        assert torch.equal(average, p.detach())
