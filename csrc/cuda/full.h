@@ -62,7 +62,7 @@ template <class A> class FullStepper {
       const Unit* known = at_.r.split && g_.count ? &at_.job.units[at_.r.unit0 + weights_.begin / row_.length] : nullptr;
       const double squares = measure(known);
       walk_unit(known);
-      if (g_.lane == 0) total_ += squares;
+      if (at_.doing == Doing::step && g_.lane == 0) total_ += squares;
     }
     leave_sums();
   }
