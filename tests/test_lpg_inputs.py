@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -63,8 +64,45 @@ def test_refusals(changed: dict[str, Any], error: type[Exception], says: str, ba
         lpg_cross_entropy(**(arguments | changed))
 
 
-@pytest.mark.parametrize("steps", [0, -1, 1.5, True])
-def test_steps_are_whole(steps: Any) -> None:
+class Index:
+    """Something that says which integer it is."""
+
+    def __init__(self, value: int) -> None:
+        self.value = value
+
+    def __index__(self) -> int:
+        return self.value
+
+
+WHOLE = [3, np.int64(3), np.uint8(3), np.array(3), torch.tensor(3), torch.tensor([3], dtype=torch.int32), Index(3)]
+NOT_WHOLE = [1.7, 3.0, True, np.float32(3), np.bool_(True), "3", None, [3], torch.tensor(3.0), np.array([3, 3]), 3j]
+
+
+@pytest.mark.parametrize("value", WHOLE, ids=repr)
+def test_integers_of_every_kind_are_taken(value: Any) -> None:
+    assert PGD(value) == PGD(3)
+    module = LPGCrossEntropyLoss(value, ignore_index=value)
+    assert (module.num_classes, module.options.ignore_index) == (3, 3)
+    target = torch.tensor([0, 3, 1])
+    loss = lpg_cross_entropy(LOGITS, target, SIGN, 0.1, ignore_index=value, backend="reference")
+    assert loss == F.cross_entropy(LOGITS, target, ignore_index=3)
+
+
+@pytest.mark.parametrize("value", NOT_WHOLE, ids=repr)
+def test_what_is_no_integer_is_refused_by_its_type(value: Any) -> None:
+    says = f"got .* of type {type(value).__name__}"
+    with pytest.raises(TypeError, match=f"PGD steps: expected an int of 1 or more, {says}"):
+        PGD(value)
+    with pytest.raises(TypeError, match=f"num_classes: expected an int of 2 or more, {says}"):
+        LPGCrossEntropyLoss(value)
+    with pytest.raises(TypeError, match=f"ignore_index: expected an int, {says}"):
+        LPGCrossEntropyLoss(4, ignore_index=value)
+    with pytest.raises(TypeError, match=f"ignore_index: expected an int, {says}"):
+        lpg_cross_entropy(LOGITS, TARGET, SIGN, 0.1, ignore_index=value)
+
+
+@pytest.mark.parametrize("steps", [0, -1])
+def test_steps_are_1_or_more(steps: int) -> None:
     with pytest.raises(ValueError, match="PGD steps: expected an int of 1 or more"):
         PGD(steps)
 

@@ -12,13 +12,15 @@ import torch
 import torch.nn.functional as F
 from lpg_cases import assert_near, batch, expected
 from processes import in_two_processes
+from test_lpg import BACKENDS, device_of
 from torch import Tensor
 
 from gradfused.backends import availability
-from gradfused.nn import LPGCrossEntropyLoss
+from gradfused.nn import DANNSchedule, GradientReversal, LPGCrossEntropyLoss, ReversalLinear
 
 _cpu = availability()["cpu"]
 needs_cpu = pytest.mark.skipif(not _cpu.usable, reason=str(_cpu.reason))
+every = pytest.mark.parametrize("backend", BACKENDS)
 both = pytest.mark.parametrize("backend", ["reference", pytest.param("cpu", marks=needs_cpu)])
 
 
@@ -179,6 +181,82 @@ def test_saving_and_copying(backend: str, tmp_path: Path) -> None:
     assert "mean_gradient" not in LPGCrossEntropyLoss(5).state_dict()
 
 
+BAD = {
+    "nan": lambda x: x.fill_(math.nan),
+    "one nan": lambda x: x[3, 1].fill_(math.nan),
+    "inf": lambda x: x.fill_(math.inf),
+    "one inf": lambda x: x[0, 0].fill_(math.inf),
+    "all -inf": lambda x: x[2].fill_(-math.inf),
+    "overflow": lambda x: x.mul_(1e30).mul_(1e30),
+}
+
+
+@every
+@pytest.mark.parametrize("bad", BAD)
+@pytest.mark.parametrize("momentum", [0.0, 0.75])
+@pytest.mark.parametrize("mode", ["balanced", "noisy"])
+def test_a_bad_batch_leaves_no_trace(mode: str, momentum: float, bad: str, backend: str) -> None:
+    """Between good batches or before the first: statistics and signs are those of a module that never saw it."""
+    if backend == "triton" and (mode, bad) not in (("noisy", "one nan"), ("balanced", "inf")):
+        pytest.skip("slow to interpret")
+    ours = LPGCrossEntropyLoss(4, radius=0.2, mode=mode, momentum=momentum, backend=backend).to(device_of(backend))
+    twin = copy.deepcopy(ours)
+    for seed in range(4):
+        logits, target = (t.to(device_of(backend)) for t in batch(12, 4, seed=seed))
+        if seed in (0, 2):
+            spoilt = logits.clone()
+            BAD[bad](spoilt)
+            gradient_of(ours, spoilt, target)
+        else:
+            assert torch.equal(gradient_of(ours, logits, target), gradient_of(twin, logits, target))
+        for (name, value), wanted in zip(ours.state_dict().items(), twin.state_dict().values(), strict=True):
+            assert torch.equal(value, wanted), name
+        assert torch.equal(ours.signs().nan_to_num(), twin.signs().nan_to_num())
+
+
+@every
+@pytest.mark.parametrize("momentum", [0.0, 0.75])
+def test_masked_classes_count(momentum: float, backend: str) -> None:
+    """-inf is how classes are masked: probabilities of 0, also where the own class is masked and the loss infinite."""
+    module = LPGCrossEntropyLoss(4, momentum=momentum, backend=backend).to(device_of(backend))
+    logits, target = torch.zeros(4, 4, device=device_of(backend)), torch.arange(4, device=device_of(backend))
+    logits[:, 3] = -math.inf
+    module(logits.requires_grad_(), target)
+    assert module.seen.tolist() == [1, 1, 1, 1]
+    torch.testing.assert_close(module.confidence.cpu(), torch.tensor([1 / 3, 1 / 3, 1 / 3, 0]))
+
+
+@every
+@pytest.mark.parametrize("momentum", [0.0, 0.75])
+def test_a_checkpoint_with_nan_in_it_recovers(momentum: float, backend: str) -> None:
+    """A class without statistics counts as not seen; its next batch counts whole."""
+    ours = LPGCrossEntropyLoss(4, radius=0.2, momentum=momentum, backend=backend).to(device_of(backend))
+    twin = copy.deepcopy(ours)
+    logits, target = (t.to(device_of(backend)) for t in batch(12, 4))
+    gradient_of(ours, logits, target)
+    for buffer in (ours.confidence, ours.gradient_norm, *([] if ours.mean_gradient is None else [ours.mean_gradient])):
+        buffer.fill_(math.nan)
+    assert ours.signs().nan_to_num().tolist() == [0.0] * 4
+    assert torch.equal(gradient_of(ours, logits, target), gradient_of(twin, logits, target))
+    for name in ("confidence", "gradient_norm"):
+        there = twin.seen > 0
+        assert torch.equal(getattr(ours, name)[there], getattr(twin, name)[there])
+
+
+def test_nothing_that_reverses_remembers_a_batch() -> None:
+    """Buffers of the other modules do not depend on what goes through them."""
+    model = torch.nn.Sequential(GradientReversal(0.5), ReversalLinear(4, 3, lambda_=0.25))
+    schedule = DANNSchedule(model, 10)
+    before = copy.deepcopy(dict(model.named_buffers()))
+    state = schedule.state_dict()
+    for value in (math.nan, math.inf, -math.inf):
+        model(torch.full((2, 4), value, requires_grad=True)).sum().backward()
+    assert before.keys() == dict(model.named_buffers()).keys()
+    for name, buffer in model.named_buffers():
+        assert torch.equal(buffer, before[name]), name
+    assert schedule.state_dict() == state
+
+
 @both
 def test_no_statistics_come_of_an_empty_or_ignored_batch(backend: str) -> None:
     loss_of = LPGCrossEntropyLoss(5, momentum=0.5, backend=backend)
@@ -207,6 +285,8 @@ def _synchronised(rank: int, momentum: float) -> tuple[dict[str, Tensor], list[T
     for step in range(3):
         logits, target = batch(16, 6, torch.float64, seed=step)
         half = slice(0, 10) if rank == 0 else slice(10, 16)
+        if step == 1:  # a batch that is bad in one process enters the statistics of none
+            gradient_of(loss_of, logits[half] * (math.nan if rank else 1.0), target[half])
         gradients.append(gradient_of(loss_of, logits[half], target[half]))
     return loss_of.state_dict(), gradients
 

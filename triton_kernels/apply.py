@@ -17,8 +17,8 @@ from .chunk import (
     chunk_at,
     grad_of,
     is_last,
+    mean_chunks,
     share,
-    sum_chunks,
     sum_row,
     tile_of,
     unscale_of,
@@ -85,7 +85,7 @@ def finish_rehearsal(job, row):
     known = read(job + at.job_units, tl.int64) + read(row + at.row_unit0, tl.int64) * at.Unit + at.unit_direction
     units = (numel // length).to(tl.int32)
     if read_bool(row + at.row_whole):
-        mean = sum_chunks(job, chunk0, chunk1, at.sums_sum) / numel
+        mean = mean_chunks(job, chunk0, chunk1, numel)
         for base in range(0, units, BLOCK):
             u = base + tl.arange(0, BLOCK)
             to = (known + u.to(tl.int64) * at.Unit).to(tl.pointer_type(tl.float64))
@@ -94,7 +94,7 @@ def finish_rehearsal(job, row):
         pieces = ((length + (at.chunk_elements - 1)) // at.chunk_elements).to(tl.int32)
         for u in range(units):
             c0 = chunk0 + u * pieces
-            write(known + u * at.Unit, sum_chunks(job, c0, c0 + pieces, at.sums_sum) / length, tl.float64)
+            write(known + u * at.Unit, mean_chunks(job, c0, c0 + pieces, length), tl.float64)
 
 
 @triton.jit

@@ -21,6 +21,7 @@ import triton.language as tl
 
 from . import layout as at
 from .access import ACCESSES, ANY, ANY_WIDE, load, read, read_bool
+from .transforms import anchor
 
 LONGEST = (16, 128, 1024)
 LONGEST_0, LONGEST_1, LONGEST_2 = (tl.constexpr(n) for n in LONGEST)
@@ -117,16 +118,24 @@ def quads_of(start, length, k, HEIGHT: tl.constexpr, WIDTH: tl.constexpr):
 
 
 @triton.jit
-def sum_tiles(
+def first_of(x, column):
+    """The first column of a tile, (units, 1)."""
+    return tl.sum(tl.where(column == 0, x, 0.0), axis=1)[:, None].to(x.dtype)
+
+
+@triton.jit
+def mean_tiles(
     ACCESS: tl.constexpr, operand, data, unscale, start, stride, inside, length, WIDTH: tl.constexpr, T: tl.constexpr
 ):
-    """Each unit's sum, (units, 1) in float64."""
+    """Each unit's mean, (units, 1) in float64."""
+    first = anchor(load(ACCESS, operand, data, start, stride, inside, T) * unscale)
     total = tl.zeros([inside.shape[0], WIDTH], tl.float64)
     for k in range(0, length, WIDTH):
         column = k + tl.arange(0, WIDTH)[None, :]
-        x = load(ACCESS, operand, data, start, stride + column, inside & (column < length), T)
-        total += (x * unscale).to(tl.float64)
-    return tl.sum(total, axis=1)[:, None]
+        mask = inside & (column < length)
+        x = load(ACCESS, operand, data, start, stride + column, mask, T)
+        total += tl.where(mask, x * unscale - first, 0.0).to(tl.float64)
+    return first.to(tl.float64) + tl.sum(total, axis=1)[:, None] / length
 
 
 @triton.jit
@@ -168,6 +177,22 @@ def sum_row(job, row, FIELD: tl.constexpr):
 
 
 @triton.jit
+def mean_chunks(job, first, end, numel):
+    """The mean of ``numel`` elements in chunks [first, end), from each one's."""
+    total = tl.zeros([BLOCK], tl.float64)
+    sums = read(job + at.job_sums, tl.int64) + at.sums_sum
+    chunks = read(job + at.job_chunks, tl.int64) + at.chunk_count
+    around = anchor(read(sums + first.to(tl.int64) * at.Sums, tl.float64))
+    for base in range(first, end, BLOCK):
+        c = base + tl.arange(0, BLOCK)
+        mask = c < end
+        mean = tl.load((sums + c.to(tl.int64) * at.Sums).to(tl.pointer_type(tl.float64)), mask=mask, other=0.0)
+        n = tl.load((chunks + c.to(tl.int64) * at.Chunk).to(tl.pointer_type(tl.int32)), mask=mask, other=0)
+        total += tl.where(mask, n.to(tl.float64) * (mean - around), 0.0)
+    return around + tl.sum(total, axis=0) / numel
+
+
+@triton.jit
 def squares_around(job, first, end, mean, CENTRED: tl.constexpr):
     """The sum of squares, moved from each chunk's mean to ``mean`` (Chan et al. 1979)."""
     total = tl.zeros([BLOCK], tl.float64)
@@ -182,8 +207,8 @@ def squares_around(job, first, end, mean, CENTRED: tl.constexpr):
             n = tl.load(
                 (chunks + c.to(tl.int64) * at.Chunk + at.chunk_count).to(tl.pointer_type(tl.int32)), mask=mask, other=1
             ).to(tl.float64)
-            sum = tl.load((slot + at.sums_sum).to(tl.pointer_type(tl.float64)), mask=mask, other=0.0)
-            off = tl.where(mask, sum / n - mean, 0.0)
+            of_chunk = tl.load((slot + at.sums_sum).to(tl.pointer_type(tl.float64)), mask=mask, other=0.0)
+            off = tl.where(mask, of_chunk - mean, 0.0)
             squares += n * off * off
         total += squares
     return tl.sum(total, axis=0)

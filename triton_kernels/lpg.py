@@ -2,7 +2,7 @@
 
 Rows are visited by class, in *pieces*: runs of one class in the sorted order, of at most a fixed number of rows. ``starts[i]``
 is where piece i begins in that order; pieces beyond the last begin at the end. A class of several pieces adds up its
-probabilities in slots.
+gradients in slots.
 
 ``saved`` holds four numbers a row: the greatest logit, one over the sum of exponentials, and of the other classes the
 probability and the sum of its squares. ``numbers`` holds the label smoothing, its share of each class, and the sum of the
@@ -48,6 +48,14 @@ def log_of_one_and(x):
     """log(1 + x) for x of 0 or more, exact where 1 + x is 1."""
     u = 1 + x
     return tl.where(u == 1, x, tl.log(u) * (x / tl.where(u == 1, 1, u - 1)))
+
+
+@triton.jit
+def of_own_class(own, rest, numbers):
+    """The gradient for a row's own class, from the smaller of its probability and the others': no difference of large ones."""
+    s = tl.load(numbers)
+    share = tl.load(numbers + 1)
+    return tl.where(own < rest, own - (1 - s + share), s - share - rest)
 
 
 @triton.jit
@@ -105,22 +113,23 @@ def forward(
     if TALLY:
         tl.store(confidence + row, own / total)
         of_others = squares / (total * total)
-        of_own = rest * rest
+        of_own = of_own_class(own / total, rest, numbers)
         if SMOOTH:
-            s = tl.load(numbers)
             share = tl.load(numbers + 1)
             of_others += share * (share * (classes - 1) - 2 * rest)
-            of_own = (s - share - rest) * (s - share - rest)
-        tl.store(norm + row, tl.sqrt(tl.maximum(of_others, 0) + of_own))
+        tl.store(norm + row, tl.sqrt(tl.maximum(of_others, 0) + of_own * of_own))
 
 
 @triton.jit
-def probabilities(
+def gradients(
     logits, saved, order, first, last, y, cols, classes, stride, numbers, T: tl.constexpr, HEIGHT: tl.constexpr
 ):
-    """The sums over rows ``order[first:last]`` of class y, by column: of the probabilities; at y, of the rows' own gradients."""
+    """The summed gradients of rows ``order[first:last]``, of class y, by column.
+
+    Summed probabilities would leave their rounding errors where gradients are small beside them.
+    """
     sums = tl.zeros([cols.shape[0]], T)
-    rests = tl.full([], 0, T)
+    share = tl.load(numbers + 1)
     inside = cols < classes
     for begin in range(first, last, HEIGHT):
         places = begin + tl.arange(0, HEIGHT)
@@ -130,11 +139,11 @@ def probabilities(
         scale = tl.load(saved + rows * 4 + 1, mask=there, other=0)
         mask = there[:, None] & inside[None, :]
         x = load(logits, rows[:, None] * stride + cols[None, :], mask, float("-inf"), T)
-        p = tl.where(mask, tl.exp(x - greatest[:, None]) * scale[:, None], 0)
-        sums += tl.sum(p, 0)
-        rests += tl.sum(tl.load(saved + rows * 4 + 2, mask=there, other=0), 0)
-    own = (last - first).to(T) * (tl.load(numbers) - tl.load(numbers + 1)) - rests
-    return tl.where(cols == y, own, sums)
+        rest = tl.load(saved + rows * 4 + 2, mask=there, other=0)
+        p = tl.exp(x - greatest[:, None]) * scale[:, None]
+        g = tl.where(cols[None, :] == y, of_own_class(p, rest[:, None], numbers), p - share)
+        sums += tl.sum(tl.where(mask, g, 0), 0)
+    return sums
 
 
 @triton.jit
@@ -150,8 +159,7 @@ def class_sums(
     cols = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     first = tl.load(firsts + y)
     last = tl.load(firsts + y + 1)
-    sums = probabilities(logits, saved, order, first, last, y, cols, classes, stride, numbers, T, HEIGHT)
-    sums = tl.where(cols == y, sums, sums - (last - first).to(T) * tl.load(numbers + 1))
+    sums = gradients(logits, saved, order, first, last, y, cols, classes, stride, numbers, T, HEIGHT)
     tl.store(to + y * classes + cols, sums, mask=cols < classes)
 
 
@@ -190,7 +198,7 @@ def accumulate(
         first = tl.load(starts + piece)
         last = tl.load(starts + piece + 1)
         y = tl.load(target + tl.load(order + first))
-        found = probabilities(logits, saved, order, first, last, y, cols, classes, stride, numbers, T, HEIGHT)
+        found = gradients(logits, saved, order, first, last, y, cols, classes, stride, numbers, T, HEIGHT)
         tl.store(sums + mine * classes + cols, found, mask=cols < classes)
 
 
@@ -224,12 +232,8 @@ def measure(
                     mean = total.to(T)
                     tl.store(sums + mine * classes + cols, mean, mask=inside)
                 else:
-                    mean = probabilities(
-                        logits, saved, order, first, last, y, cols, classes, stride, numbers, T, HEIGHT
-                    )
-                mean = mean / (last - first).to(T)
-                mean = tl.where(cols == y, mean, mean - tl.load(numbers + 1))
-                mean = tl.where(inside, mean, 0)
+                    mean = gradients(logits, saved, order, first, last, y, cols, classes, stride, numbers, T, HEIGHT)
+                mean = tl.where(inside, mean / (last - first).to(T), 0)
                 tl.store(squares + piece * tl.num_programs(1) + tl.program_id(1), tl.sum(mean * mean, 0))
 
 
@@ -277,11 +281,9 @@ def write(
                     mean = tl.load(sums + mine * classes + cols, mask=inside, other=0)
                     count = tl.load(heads + rows + piece).to(T)
                 else:
-                    mean = probabilities(
-                        logits, saved, order, first, last, y, cols, classes, stride, numbers, T, HEIGHT
-                    )
+                    mean = gradients(logits, saved, order, first, last, y, cols, classes, stride, numbers, T, HEIGHT)
                     count = (last - first).to(T)
-                mean = tl.where(cols == y, mean / count, mean / count - share)
+                mean = mean / count
                 norm = norm_of(squares, head, tl.num_programs(1), T, 256)
                 length = tl.where(eps < 0, -tl.minimum(-eps, norm), eps)
                 # 0 where the gradient is, and where it is no number: that stays with the rows it comes from.
@@ -304,9 +306,9 @@ def write(
             rest = tl.load(saved + row * 4 + 2, mask=there, other=0)
             f = tl.load(factor + row * factor_stride, mask=there, other=0)
             x = load(logits, where, mask, float("-inf"), T)
-            g = slope * (tl.exp(x - greatest[:, None]) * scale[:, None]) + towards[None, :]
+            p = tl.exp(x - greatest[:, None]) * scale[:, None]
             # Not p - 1: what is left of it near 1 is the other classes' probability.
-            own = share * (tl.load(numbers + 2) * (1 - rest) - own_weight) - (1 - s) * own_weight * rest
-            g = tl.where(cols[None, :] == y, own[:, None] + (own_weight * delta)[None, :], g)
+            own = share * (tl.load(numbers + 2) * p - own_weight) - ((1 - s) * own_weight * rest)[:, None]
+            g = tl.where(cols[None, :] == y, own + (own_weight * delta)[None, :], slope * p + towards[None, :])
             g = tl.where(kept, f[:, None] * g, 0)
             store(out, row[:, None] * classes + cols[None, :], g, mask)

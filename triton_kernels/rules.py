@@ -12,6 +12,7 @@ import triton.language as tl
 
 from . import layout as at
 from .access import read, read_bool
+from .mix import mix_of, mixed
 from .transforms import maximum, power
 
 # State tensors of a rule, by name.
@@ -54,6 +55,15 @@ def root(x):
 
 
 @triton.jit
+def greatest(T: tl.constexpr):
+    """The greatest finite number of a dtype."""
+    if T == tl.float64:
+        return tl.full([], 1.7976931348623157e308, T)
+    else:
+        return tl.full([], 3.402823466e38, T)
+
+
+@triton.jit
 def option(hyper, FIELD: tl.constexpr):
     return read(hyper + FIELD, tl.float64)
 
@@ -66,9 +76,9 @@ def shrunk(hyper, lr, T: tl.constexpr):
 
 
 @triton.jit
-def moments(g, s0, s1, fresh, beta2, fresh_sq):
+def moments(g, s0, s1, mix, beta2, fresh_sq):
     """Adam's, moved. In torch's order, which keeps gradients of 1e20 finite."""
-    return s0 + (g - s0) * fresh, s1 * beta2 + g * fresh_sq * g
+    return mixed(s0, g, mix), s1 * beta2 + g * fresh_sq * g
 
 
 @triton.jit
@@ -104,7 +114,7 @@ def adam_coefficients(hyper, lr, step, T: tl.constexpr):
     correction1 = 1.0 - power(beta1, step)
     correction2 = 1.0 - power(beta2, step)
     numbers = (
-        (1.0 - beta1).to(T),
+        mix_of(1.0 - beta1, T),
         beta2.to(T),
         (1.0 - beta2).to(T),
         (1.0 / tl.sqrt(correction2)).to(T),
@@ -146,7 +156,17 @@ def rmsprop_coefficients(hyper, lr, T: tl.constexpr):
     alpha = option(hyper, at.hyper_beta2)
     eps = option(hyper, at.hyper_eps)
     momentum = option(hyper, at.hyper_momentum)
-    return tl.full([], 1.0, T), lr.to(T), (alpha.to(T), (1.0 - alpha).to(T), eps.to(T), momentum.to(T))
+    return (
+        tl.full([], 1.0, T),
+        lr.to(T),
+        (
+            alpha.to(T),
+            (1.0 - alpha).to(T),
+            eps.to(T),
+            momentum.to(T),
+            mix_of(1.0 - alpha, T),
+        ),
+    )
 
 
 @triton.jit
@@ -168,8 +188,11 @@ def rmsprop_momentum(g, p, s0, s1, s2, s3, c):
 def deviation(g, square, mean, c):
     """(direction, square, mean) of RMSprop with centered=True (Graves 2013)."""
     square = square * c[0] + g * c[1] * g
-    mean = mean + (g - mean) * c[1]
-    return divide(g, root(square - mean * mean) + c[2]), square, mean
+    mean = mixed(mean, g, c[4])
+    # No further than the greatest finite number: where the average square is infinite, what is left of it is as well.
+    of_mean = mean * mean
+    of_mean = tl.where(of_mean > greatest(g.dtype), greatest(g.dtype), of_mean)
+    return divide(g, root(square - of_mean) + c[2]), square, mean
 
 
 @triton.jit
@@ -200,10 +223,10 @@ def nadam_coefficients(hyper, lr, step, product, T: tl.constexpr):
     mu = warmed_momentum(hyper, step)
     following = warmed_momentum(hyper, step + 1.0)
     numbers = (
-        (1.0 - option(hyper, at.hyper_beta1)).to(T),
+        mix_of(1.0 - option(hyper, at.hyper_beta1), T),
         beta2.to(T),
         (1.0 - beta2).to(T),
-        (1.0 / tl.sqrt(1.0 - power(beta2, step))).to(T),
+        (1.0 / (1.0 - power(beta2, step))).to(T),
         option(hyper, at.hyper_eps).to(T),
         ((1.0 - mu) / (1.0 - product)).to(T),
         (following / (1.0 - product * following)).to(T),
@@ -215,7 +238,7 @@ def nadam_coefficients(hyper, lr, step, product, T: tl.constexpr):
 def nadam(g, p, s0, s1, s2, s3, c):
     """torch.optim.NAdam (Dozat 2016)."""
     s0, s1 = moments(g, s0, s1, c[0], c[1], c[2])
-    return divide(g * c[5] + s0 * c[6], root(s1) * c[3] + c[4]), s0, s1, s2, s3
+    return divide(g * c[5] + s0 * c[6], root(s1 * c[3]) + c[4]), s0, s1, s2, s3
 
 
 @triton.jit
@@ -232,7 +255,7 @@ def radam_coefficients(hyper, lr, step, T: tl.constexpr):
     below = tl.where(rectified, (most - 4.0) * (most - 2.0) * length, 1.0)
     rate = lr / (1.0 - power(beta1, step)) * tl.sqrt(above / below)
     numbers = (
-        (1.0 - beta1).to(T),
+        mix_of(1.0 - beta1, T),
         beta2.to(T),
         (1.0 - beta2).to(T),
         option(hyper, at.hyper_eps).to(T),
@@ -270,7 +293,7 @@ def lamb_coefficients(hyper, lr, step, ratio, T: tl.constexpr):
     beta2 = option(hyper, at.hyper_beta2)
     rate = lr * ratio
     numbers = (
-        (1.0 - beta1).to(T),
+        mix_of(1.0 - beta1, T),
         beta2.to(T),
         (1.0 - beta2).to(T),
         (1.0 / tl.sqrt(1.0 - power(beta2, step))).to(T),
@@ -317,6 +340,7 @@ def adan_coefficients(hyper, lr, step, first, T: tl.constexpr):
     proximal = read_bool(hyper + at.hyper_proximal)  # decays after the update
     by = tl.where(proximal, 1.0 / (1.0 + decay), 1.0)
     numbers = (
+        beta1.to(T),
         (1.0 - beta1).to(T),
         beta2.to(T),
         (1.0 - beta2).to(T),
@@ -333,12 +357,12 @@ def adan_coefficients(hyper, lr, step, first, T: tl.constexpr):
 @triton.jit
 def adan(g, p, s0, s1, s2, s3, c):
     """Adan (Xie et al. 2022): exp_avg, exp_avg_sq, exp_avg_diff and the last gradient, negated."""
-    difference = (g + s3) * c[8]
-    s0 = s0 + (g - s0) * c[0]
-    s2 = s2 + (difference - s2) * c[2]
-    ahead = g + c[1] * difference
-    s1 = s1 * c[3] + ahead * c[4] * ahead
-    return divide(s0 + s2 * c[7], root(s1) * c[5] + c[6]), s0, s1, s2, -g
+    difference = (g + s3) * c[9]
+    s0 = s0 * c[0] + g * c[1]
+    s2 = s2 * c[2] + difference * c[3]
+    ahead = g + c[2] * difference
+    s1 = s1 * c[4] + ahead * c[5] * ahead
+    return divide(s0 + s2 * c[8], root(s1) * c[6] + c[7]), s0, s1, s2, -g
 
 
 @triton.jit

@@ -14,12 +14,13 @@ from .chunk import (
     chunk_at,
     grad_of,
     is_last,
+    mean_chunks,
+    mean_tiles,
     share,
     square_tiles,
     squares_around,
     sum_chunks,
     sum_row,
-    sum_tiles,
     tile_at,
     tile_of,
     units_of,
@@ -66,14 +67,14 @@ def measure(
     kept = kept_of(row, RIDERS)
     stride = ranks * length
     squares = tl.zeros([HEIGHT, 1], tl.float64)
-    sum = tl.zeros([HEIGHT, 1], tl.float64)
+    middle = tl.zeros([HEIGHT, 1], tl.float64)
     weights = tl.zeros([HEIGHT, 1], tl.float64)
     for unit in range(0, units, HEIGHT):
         start = begin + unit * length.to(tl.int64)
         inside = unit + ranks < units
         if centre:
-            sum = sum_tiles(ACCESS, row + at.row_grad, grad, unscale, start, stride, inside, length, WIDTH, T)
-        mean = (sum / length).to(T)
+            middle = mean_tiles(ACCESS, row + at.row_grad, grad, unscale, start, stride, inside, length, WIDTH, T)
+        mean = middle.to(T)
         by_weight = tl.full([], 0, tl.int1)
         if BY_WEIGHT:
             by_weight = read_bool(hyper + at.hyper_by_weight)
@@ -89,7 +90,7 @@ def measure(
             if read_bool(hyper + at.hyper_agc):
                 weights += square_kept(ACCESS, RIDERS, row, kept, start, stride, inside, length, WIDTH, T)
     slot = read(job + at.job_sums, tl.int64) + index * at.Sums
-    write(slot + at.sums_sum, tl.sum(tl.sum(sum, axis=1), axis=0), tl.float64)  # of the one unit, if it is a piece
+    write(slot + at.sums_sum, tl.sum(tl.sum(middle, axis=1), axis=0), tl.float64)  # of the one unit, if it is a piece
     write(slot + at.sums_squares, tl.sum(tl.sum(squares, axis=1), axis=0), tl.float64)
     write(slot + at.sums_weight_squares, tl.sum(tl.sum(weights, axis=1), axis=0), tl.float64)
 
@@ -107,7 +108,7 @@ def finish_split(job, row, CENTRED: tl.constexpr):
     mean = tl.full([], 0.0, tl.float64)
     if CENTRED:
         if whole:
-            mean = sum_chunks(job, chunk0, chunk1, at.sums_sum) / numel
+            mean = mean_chunks(job, chunk0, chunk1, numel)
     total = tl.full([], 0.0, tl.float64)
     if length <= at.block_unit:  # short units of a tensor centred whole: their norms are taken in the update
         for base in range(0, units, 256):
@@ -122,7 +123,7 @@ def finish_split(job, row, CENTRED: tl.constexpr):
             c1 = c0 + pieces
             if CENTRED:
                 if not whole:
-                    mean = sum_chunks(job, c0, c1, at.sums_sum) / length
+                    mean = mean_chunks(job, c0, c1, length)
             squares = squares_around(job, c0, c1, mean, CENTRED)
             unit = known + u * at.Unit
             write(unit + at.unit_mean, mean, tl.float64)

@@ -11,9 +11,10 @@ from .chunk import (
     TILES,
     centred_at_gradient,
     elements_of,
+    first_of,
+    mean_tiles,
     quads_of,
     square_tiles,
-    sum_tiles,
     tile_at,
     units_of,
     write,
@@ -21,7 +22,7 @@ from .chunk import (
 from .counts import lr_of, next_product, steps_taken, trust_of
 from .noise import draw, draw_quads
 from .rules import coefficients, direction
-from .transforms import agc_factor, noise_sigma, perturb_factor, transformed
+from .transforms import agc_factor, anchor, noise_sigma, perturb_factor, transformed
 from .weights import kept_of, load_kept, riders_of, square_kept, store_weights
 
 # What a launch is for: the step; sums of what is centred late, where its mean takes several chunks; or norms for trust ratios, of
@@ -193,6 +194,7 @@ def step_chunk(
     total = tl.zeros([HEIGHT, 1], tl.float64)
     squared = tl.zeros([HEIGHT, WIDTH], tl.float64)
     weights_squared = tl.zeros([HEIGHT, WIDTH], tl.float64)
+    first_mean = tl.zeros([1, 1], tl.float64)
 
     for unit in range(0, units, HEIGHT):
         start = begin + unit * length.to(tl.int64)
@@ -207,8 +209,10 @@ def step_chunk(
                 if split:
                     mean = known_of(job, row, begin, rank, length, inside, at.unit_mean).to(T)
                 else:
-                    sum = sum_tiles(ACCESS, row + at.row_grad, grad, unscale, start, stride, inside, length, WIDTH, T)
-                    mean = (sum / length).to(T)
+                    middle = mean_tiles(
+                        ACCESS, row + at.row_grad, grad, unscale, start, stride, inside, length, WIDTH, T
+                    )
+                    mean = middle.to(T)
         if UNIT_NORMS:
             if by_unit:
                 squares = tl.zeros([HEIGHT, 1], tl.float64)
@@ -240,6 +244,7 @@ def step_chunk(
                     late_mean = known_of(job, row, begin, rank, length, inside, at.unit_direction).to(T)
                 else:
                     sum = tl.zeros([HEIGHT, WIDTH], tl.float64)
+                    around = tl.zeros([HEIGHT, 1], T)
                     for k in range(0, length, WIDTH):
                         local, mask, g, p, z = load_tile(
                             ACCESS, NOISE, RIDERS, row, grad, kept, seed, parameter, number,
@@ -249,11 +254,15 @@ def step_chunk(
                         if not decayed:
                             s0, s1, s2, s3 = load_states(ACCESS, READ, row, at_states, start, local, mask, T)
                             x, s0, s1, s2, s3 = direction(RULE, x, p, s0, s1, s2, s3, c)
-                        sum += tl.where(mask, x, 0.0).to(tl.float64)
-                    sums = tl.sum(sum, axis=1)[:, None]
-                    if PHASE == REHEARSE:
-                        total += sums
-                    late_mean = (sums / length).to(T)
+                        if k == 0:
+                            around = anchor(first_of(x, tl.arange(0, WIDTH)[None, :]))
+                        sum += tl.where(mask, x - around, 0.0).to(tl.float64)
+                    of_late = around.to(tl.float64) + tl.sum(sum, axis=1)[:, None] / length
+                    if PHASE == REHEARSE:  # units of one length: their means' mean, around the first's
+                        if unit == 0:
+                            first_mean = anchor(tl.sum(tl.where(ranks == 0, of_late, 0.0), axis=0)[None, :])
+                        total += tl.where(inside, of_late - first_mean, 0.0)
+                    late_mean = of_late.to(T)
 
         if PHASE != REHEARSE:
             for k in range(0, length, WIDTH):
@@ -294,7 +303,8 @@ def step_chunk(
             if by_unit & (read_bool(row + at.row_measured) == 0):
                 write(slot + at.sums_squares, tl.sum(tl.sum(total, axis=1), axis=0), tl.float64)
     elif PHASE == REHEARSE:
-        write(slot + at.sums_sum, tl.sum(tl.sum(total, axis=1), axis=0), tl.float64)
+        of_chunk = tl.sum(tl.sum(first_mean, axis=1), axis=0) + tl.sum(tl.sum(total, axis=1), axis=0) / units
+        write(slot + at.sums_sum, of_chunk, tl.float64)
     else:
         write(slot + at.sums_sum, tl.sum(tl.sum(squared, axis=1), axis=0), tl.float64)
         write(slot + at.sums_weight_squares, tl.sum(tl.sum(weights_squared, axis=1), axis=0), tl.float64)

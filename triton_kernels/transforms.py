@@ -52,6 +52,15 @@ def noise_sigma(noise, decay, step):
 
 
 @triton.jit
+def anchor(first):
+    """What the values of a unit are compared with while their mean is taken: its first value, or 0 where that is not finite.
+
+    Equal values then have just themselves for a mean, and are zero once centred, which rounded sums would not leave them.
+    """
+    return tl.where(first - first == 0.0, first, tl.zeros_like(first))
+
+
+@triton.jit
 def centred(g, unscale, mean):
     return g * unscale - mean
 

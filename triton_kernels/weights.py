@@ -11,6 +11,7 @@ import triton.language as tl
 from . import layout as at
 from .access import ANY, load, load_mixed, read, read_bool, rounded_as, store, store_mixed
 from .chunk import elements_of, quads_of
+from .mix import mix_of, mixed
 from .rounding import rounded_randomly, words, words_of_quads
 
 # Bits of RIDERS: some row has its weights elsewhere, a remainder, random rounding, a copy in float32 or an average, or leaves its
@@ -53,9 +54,9 @@ def riders_of(row, hyper, RIDERS: tl.constexpr, T: tl.constexpr):
     rounding = read(row + at.row_rounding, tl.int8)
     average = data_of(row, at.row_ema, EMA & RIDERS)
     average_dtype = read(row + (at.row_ema + at.operand_dtype), tl.int8)
-    fresh = (1.0 - read(hyper + at.hyper_ema, tl.float64)).to(T)
+    mix = mix_of(1.0 - read(hyper + at.hyper_ema, tl.float64), T)
     zeroes = read_bool(hyper + at.hyper_zero_grad)
-    return rounding, average, average_dtype, fresh, zeroes
+    return rounding, average, average_dtype, mix, zeroes
 
 
 @triton.jit
@@ -149,12 +150,12 @@ def store_weights(
     start, length, k, local, mask, HEIGHT: tl.constexpr, WIDTH: tl.constexpr, T: tl.constexpr,
 ):  # fmt: skip
     """Takes the step's weights ``p`` to where they are kept."""
-    rounding, average, average_dtype, fresh, zeroes = riders
+    rounding, average, average_dtype, mix, zeroes = riders
     SHORT: tl.constexpr = (ACCESS == at.DType_float16 or ACCESS == at.DType_bfloat16) or ACCESS == ANY
     if EMA & RIDERS:
         if average != 0:
             e = load_mixed(ACCESS, True, row + at.row_ema, average, average_dtype, start, local, mask, T)
-            e = e + (p - e) * fresh
+            e = mixed(e, p, mix)
             store_mixed(ACCESS, row + at.row_ema, average, average_dtype, start, local, e, mask)
     if SHORT and MASTER & RIDERS:
         if rounding == at.Rounding_master:

@@ -50,6 +50,32 @@ template <class T> struct PerUnit {
   T at[kBlock];
 };
 
+// means <- of each unit of a block the mean of value(x[i]).
+template <class T, class Value> void means_of_units(const Block& b, const T* x, Value value, PerUnit<T>& means) {
+  PerUnit<T> anchors;
+  PerUnit<double> sums;
+  for (int64_t u = 0; u < b.units; ++u) anchors.at[u] = math::anchor(value(x[u * b.length]));
+  reduce_units(x, b.length, b.units, sums.at, [&anchors, value](int64_t u, T v) { return value(v) - anchors.at[u]; });
+  for (int64_t u = 0; u < b.units; ++u) means.at[u] = T(double(anchors.at[u]) + sums.at[u] / double(b.length));
+}
+
+// The mean of what comes block by block.
+template <class T> class RunningMean {
+ public:
+  template <class Value> void add(const T* x, int64_t n, Value value) {
+    if (count_ == 0) anchor_ = math::anchor(value(x[0]));
+    const T anchor = anchor_;
+    sum_ += reduce(x, n, [value, anchor](T v) { return value(v) - anchor; });
+    count_ += n;
+  }
+  double get() const { return double(anchor_) + sum_ / double(count_); }
+
+ private:
+  T anchor_ = T(0);
+  double sum_ = 0;
+  int64_t count_ = 0;
+};
+
 // means <- stage 1's means; zero where the gradient is not centred.
 template <class T> void means_of(const Place& at, const Block& b, const T* g, PerUnit<T>& means) {
   if (!at.centre_gradient) {
@@ -58,9 +84,7 @@ template <class T> void means_of(const Place& at, const Block& b, const T* g, Pe
     for (int64_t u = 0; u < b.units; ++u) means.at[u] = T(at.job.unit_mean[b.unit0 + u]);
   } else {
     const T unscale = T(at.job.unscale);
-    PerUnit<double> sums;
-    reduce_units(g, b.length, b.units, sums.at, [unscale](int64_t, T v) { return v * unscale; });
-    for (int64_t u = 0; u < b.units; ++u) means.at[u] = T(sums.at[u] / double(b.length));
+    means_of_units(b, g, [unscale](T v) { return v * unscale; }, means);
   }
 }
 

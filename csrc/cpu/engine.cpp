@@ -42,7 +42,7 @@ bool Table::wants(Phase phase, const Row& row) const {
   const Hyper& h = hypers_[size_t(row.group)];
   const bool at_gradient = h.centralize_at == Centre::gradient;
   switch (phase) {
-    case kSum: return mean_is_split(row) && at_gradient;
+    case kMean: return mean_is_split(row) && at_gradient;
     case kSquares: return wide(h.scope) || h.skip_nonfinite || (h.scope == Scope::unit && has_long_units(row));
     case kRehearse: return mean_is_split(row) && !at_gradient;
     // A rehearsed direction takes a gradient's trust ratio into account, and the ratio a rehearsed mean of the decayed gradient.
@@ -79,7 +79,7 @@ void Table::plan() {
     elements += row.numel;
     add_chunks(int32_t(i));
     steps_[i].unit0 = units;
-    const bool kept = wants(kSum, row) || wants(kSquares, row) || wants(kRehearse, row);
+    const bool kept = wants(kMean, row) || wants(kSquares, row) || wants(kRehearse, row);
     if (kept && row.length && (row.centre || hypers_[size_t(row.group)].scope == Scope::unit)) units += row.numel / row.length;
   }
   cached_ = elements <= kCached;
@@ -92,7 +92,7 @@ void Table::plan() {
   }
   // Backwards: what the norm's pass read last is still in cache.
   std::reverse(todo_[kApply].begin(), todo_[kApply].end());
-  for (auto* v : {&chunk_sum_, &chunk_sq_, &chunk_weight_sq_}) v->assign(chunks_.size(), 0);
+  for (auto* v : {&chunk_mean_, &chunk_sum_, &chunk_sq_, &chunk_weight_sq_}) v->assign(chunks_.size(), 0);
   for (auto* v : {&unit_mean_, &unit_sq_, &unit_weight_sq_, &unit_direction_}) v->assign(size_t(units), 0);
   planned_ = true;
 }
@@ -101,11 +101,11 @@ void Table::run(Phase phase, int threads) {
   const std::vector<int64_t>& todo = todo_[phase];
   if (todo.empty()) return;
   const Kernels& k = kernels();
-  void (*const kernels[kPhases])(const Job&, int64_t, char*) = {k.sum, k.squares, k.weigh, k.rehearse, k.weigh, k.apply};
+  void (*const kernels[kPhases])(const Job&, int64_t, char*) = {k.mean, k.squares, k.weigh, k.rehearse, k.weigh, k.apply};
   void (*const kernel)(const Job&, int64_t, char*) = kernels[phase];
-  const Job job = {rows_.data(),    hypers_.data(),         steps_.data(),         chunks_.data(),          cached_,
-                   unscale_,        chunk_sum_.data(),      chunk_sq_.data(),      chunk_weight_sq_.data(), unit_mean_.data(),
-                   unit_sq_.data(), unit_weight_sq_.data(), unit_direction_.data()};
+  const Job job = {rows_.data(),      hypers_.data(),     steps_.data(),          chunks_.data(),        cached_,
+                   unscale_,          chunk_mean_.data(), chunk_sum_.data(),      chunk_sq_.data(),      chunk_weight_sq_.data(),
+                   unit_mean_.data(), unit_sq_.data(),    unit_weight_sq_.data(), unit_direction_.data()};
 
   int64_t elements = 0;
   for (size_t i = 0; i < todo.size() && elements < threads * kWorthAThread; ++i) elements += chunks_[size_t(todo[i])].count;
@@ -128,7 +128,18 @@ double Table::row_total(size_t row, const std::vector<double>& values) const {
   return total;
 }
 
-// Turns the chunks' sums into unit means where a unit, or a tensor centred whole, takes several chunks.
+// The mean over chunks [begin, end), from each one's.
+double Table::mean_of_chunks(size_t begin, size_t end) const {
+  const double first = math::anchor(chunk_mean_[begin]);
+  double sum = 0, count = 0;
+  for (size_t c = begin; c < end; ++c) {
+    sum += double(chunks_[c].count) * (chunk_mean_[c] - first);
+    count += double(chunks_[c].count);
+  }
+  return first + sum / count;
+}
+
+// Turns the chunks' means into unit means where a unit, or a tensor centred whole, takes several chunks.
 void Table::spread_means(std::vector<double>& unit_means, Phase phase) {
   for (size_t i = 0; i < rows_.size(); ++i) {
     const Row& row = rows_[i];
@@ -136,12 +147,14 @@ void Table::spread_means(std::vector<double>& unit_means, Phase phase) {
     double* means = unit_means.data() + steps_[i].unit0;
     const int64_t units = row.numel / row.length;
     if (row.whole) {
-      std::fill(means, means + units, row_total(i, chunk_sum_) / double(row.numel));
+      std::fill(means, means + units, mean_of_chunks(first_chunk_[i], first_chunk_[i + 1]));
       continue;
     }
-    std::fill(means, means + units, 0.0);
-    for (size_t c = first_chunk_[i]; c < first_chunk_[i + 1]; ++c) means[chunks_[c].begin / row.length] += chunk_sum_[c];
-    for (int64_t u = 0; u < units; ++u) means[u] /= double(row.length);
+    const size_t pieces = size_t((row.length + kChunk - 1) / kChunk);
+    for (int64_t u = 0; u < units; ++u) {
+      const size_t begin = first_chunk_[i] + size_t(u) * pieces;
+      means[u] = mean_of_chunks(begin, begin + pieces);
+    }
   }
 }
 
@@ -164,17 +177,17 @@ void Table::collect_squares(double* sums) {
 
 bool Table::needs_stats() {
   plan();
-  return !todo_[kSum].empty() || !todo_[kSquares].empty();
+  return !todo_[kMean].empty() || !todo_[kSquares].empty();
 }
 
 void Table::stats(double unscale, double* sums, int threads) {
   plan();
   unscale_ = unscale;
   for (RowStep& s : steps_) s.means_known = s.norms_known = s.directions_known = false;
-  if (!todo_[kSum].empty()) {
-    run(kSum, threads);
-    spread_means(unit_mean_, kSum);
-    for (size_t i = 0; i < rows_.size(); ++i) steps_[i].means_known = wants(kSum, rows_[i]);
+  if (!todo_[kMean].empty()) {
+    run(kMean, threads);
+    spread_means(unit_mean_, kMean);
+    for (size_t i = 0; i < rows_.size(); ++i) steps_[i].means_known = wants(kMean, rows_[i]);
   }
   run(kSquares, threads);
   collect_squares(sums);

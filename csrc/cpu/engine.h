@@ -26,12 +26,13 @@ class Table : public Rows {
   bool apply(double unscale, double* sums, int threads);
 
  private:
-  enum Phase { kSum, kSquares, kWeighFirst, kRehearse, kWeigh, kApply, kPhases };
+  enum Phase { kMean, kSquares, kWeighFirst, kRehearse, kWeigh, kApply, kPhases };
 
   void plan();
   void add_chunks(int32_t row);
   bool wants(Phase phase, const Row& row) const;
   void run(Phase phase, int threads);
+  double mean_of_chunks(size_t begin, size_t end) const;
   double row_total(size_t row, const std::vector<double>& chunk_values) const;
   void spread_means(std::vector<double>& unit_means, Phase phase);
   void collect_squares(double* sums);
@@ -45,7 +46,7 @@ class Table : public Rows {
   std::vector<Chunk> chunks_;
   std::vector<size_t> first_chunk_;     // of each row, and the end
   std::vector<int64_t> todo_[kPhases];  // chunks of each phase
-  std::vector<double> chunk_sum_, chunk_sq_, chunk_weight_sq_, unit_mean_, unit_sq_, unit_weight_sq_, unit_direction_;
+  std::vector<double> chunk_mean_, chunk_sum_, chunk_sq_, chunk_weight_sq_, unit_mean_, unit_sq_, unit_weight_sq_, unit_direction_;
   double unscale_ = 1;
   std::vector<std::unique_ptr<char[]>> scratch_;
 };

@@ -40,21 +40,22 @@ struct Job {
   const Hyper* hypers;
   const RowStep* steps;
   const Chunk* chunks;
-  bool cached;        // the table may be found in a cache from one step to the next
-  double unscale;     // 1 / grad_scale
-  double* chunk_sum;  // a slot a chunk
-  double* chunk_sq;   // centred sum of squares of the unscaled gradient
+  bool cached;         // the table may be found in a cache from one step to the next
+  double unscale;      // 1 / grad_scale
+  double* chunk_mean;  // a slot a chunk, of the unscaled gradient or of what is centred late
+  double* chunk_sum;   // squares that a trust ratio is made of
+  double* chunk_sq;    // centred sum of squares of the unscaled gradient
   double* chunk_weight_sq;
   double *unit_mean, *unit_sq, *unit_weight_sq, *unit_direction;
 };
 
 struct Kernels {
   const char* isa;
-  // chunk_sum <- sum of the unscaled gradient
-  void (*sum)(const Job&, int64_t chunk, char* scratch);
+  // chunk_mean <- mean of the unscaled gradient
+  void (*mean)(const Job&, int64_t chunk, char* scratch);
   // chunk_sq, and unit_mean where units are whole
   void (*squares)(const Job&, int64_t chunk, char* scratch);
-  // chunk_sum <- sum of the update (or of the decayed gradient, whichever is to be centred), changing nothing
+  // chunk_mean <- mean of the update (or of the decayed gradient, whichever is to be centred), changing nothing
   void (*rehearse)(const Job&, int64_t chunk, char* scratch);
   // chunk_weight_sq, and chunk_sum <- the squares of what a trust ratio compares them with
   void (*weigh)(const Job&, int64_t chunk, char* scratch);

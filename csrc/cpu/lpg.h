@@ -39,12 +39,12 @@ struct LpgGradient {
   int64_t factor_stride;  // 0: one for all
 };
 
-// What is added to the logit gradients g of a class's rows: along * (scale * mean + offset), and along * own_mean for their own class.
+// What is added to the logit gradients g of a class's rows: along * scale * mean, and along * own_mean for their own class.
 // Without `mean`: along * g.
 struct LpgDelta {
   double along = 0;
   const void* mean = nullptr;  // T a class; its own class's value is not read
-  double scale = 1, offset = 0, own_mean = 0;
+  double scale = 1, own_mean = 0;
 };
 
 namespace {
@@ -57,16 +57,16 @@ GRADFUSED_MATH double along(double bound, double norm) {
 
 struct LpgKernels {
   void (*forward)(const LpgProblem&, const LpgRows&, int64_t begin, int64_t end);
-  // sums[j] <- the sum of class j's probability over rows[0..count); returns the sum of the probability that is not the own class's.
+  // sums[j] <- the sum of class j's gradient over rows[0..count), for all j but their own class; returns the sum for that one.
   double (*accumulate)(const LpgProblem&, const int64_t* rows, int64_t count, void* sums);
-  // The sum of (scale * mean[j] + offset)^2 over all j but one.
-  double (*squares)(const LpgProblem&, const void* mean, double scale, double offset, int64_t but);
+  // The sum of (scale * mean[j])^2 over all j but one.
+  double (*squares)(const LpgProblem&, const void* mean, double scale, int64_t but);
   // The norm of one row's logit gradient.
   double (*norm)(const LpgProblem&, int64_t row);
   // The perturbed gradient of one row that counts, or zeros for one that does not.
   void (*write)(const LpgProblem&, const LpgGradient&, const LpgDelta&, int64_t row);
-  // to[j] <- the sum of parts[k * classes + j] over k, plus `offset`, for begin <= j < end. to may be the first part.
-  void (*combine)(const LpgProblem&, const void* parts, int64_t count, double offset, void* to, int64_t begin, int64_t end);
+  // to[j] <- the sum of parts[k * classes + j] over k, for begin <= j < end. to may be the first part.
+  void (*combine)(const LpgProblem&, const void* parts, int64_t count, void* to, int64_t begin, int64_t end);
 };
 
 // How a gradient by column is perturbed: by one of these, or not at all.
@@ -78,7 +78,7 @@ struct LpgColumns {
 // The same with a lane a row. Gradients are written as the logits lie, without gaps.
 struct LpgColumnKernels {
   void (*forward)(const LpgProblem&, const LpgRows&, int64_t begin, int64_t end);
-  // sums, classes * classes <- in row c, of its rows, the sums of the probabilities; for c itself minus those of the other classes.
+  // sums, classes * classes <- in row c, the sums of the gradients of class c's rows.
   void (*add)(const LpgProblem&, int64_t begin, int64_t end, void* sums);
   void (*write)(const LpgProblem&, const LpgGradient&, const LpgColumns&, int64_t begin, int64_t end);
 };

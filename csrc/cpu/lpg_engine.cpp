@@ -55,7 +55,7 @@ struct Piece {
 // A class of several pieces.
 struct Large {
   int64_t c, count, first_piece, pieces;
-  double rest = 0;  // summed probability of the classes that are not the own
+  double of_own = 0;  // the summed gradients of its rows for the class itself
   LpgDelta delta;
 };
 
@@ -124,7 +124,7 @@ class Backward {
     for_each(int64_t(rows.larges.size()), threads_, [&](int64_t i, int) {
       Large& large = rows.larges[size_t(i)];
       if (measures && how.bound[large.c] != 0)
-        large.delta = delta_of(large.c, large.count, large.rest, totals_of(large), how.bound[large.c]);
+        large.delta = delta_of(large.c, large.count, large.of_own, totals_of(large), how.bound[large.c]);
     });
     for_each(int64_t(rows.pieces.size()), threads_, [&](int64_t i, int worker) {
       const Piece& piece = rows.pieces[size_t(i)];
@@ -143,10 +143,9 @@ class Backward {
       if (piece.c == p_.classes || (piece.large >= 0 && rows.larges[size_t(piece.large)].first_piece != i)) return;
       const Large* large = piece.large >= 0 ? &rows.larges[size_t(piece.large)] : nullptr;
       void* sums = large ? totals_of(*large) : scratch_.at(worker);
-      const double rest = large ? large->rest : k_.accumulate(p_, piece.rows, piece.count, sums);
-      const double count = double(large ? large->count : piece.count);
-      k_.combine(p_, sums, 1, -p_.share() * count, to + row * size_t(piece.c), 0, p_.classes);
-      put_wide(p_, to + row * size_t(piece.c), piece.c, count * (p_.smoothing - p_.share()) - rest);
+      const double of_own = large ? large->of_own : k_.accumulate(p_, piece.rows, piece.count, sums);
+      k_.combine(p_, sums, 1, to + row * size_t(piece.c), 0, p_.classes);
+      put_wide(p_, to + row * size_t(piece.c), piece.c, of_own);
     });
   }
 
@@ -157,7 +156,7 @@ class Backward {
 
   void* totals_of(const Large& large) const { return large_sums_->at(first_sums_[size_t(large.first_piece)]); }
 
-  // Sums the probabilities of large classes: each piece into its own place, then the pieces in order into the first one's.
+  // Sums the gradients of large classes: each piece into its own place, then the pieces in order into the first one's.
   template <class F> void sum_large(ByClass& rows, F wanted) {
     std::vector<int64_t> due;
     first_sums_.assign(rows.pieces.size(), -1);
@@ -168,19 +167,19 @@ class Backward {
     }
     if (due.empty()) return;
     large_sums_.reset(new Sums(p_, int64_t(due.size())));
-    std::vector<double> rests(due.size());
+    std::vector<double> of_own(due.size());
     for_each(int64_t(due.size()), threads_, [&](int64_t i, int) {
       const Piece& piece = rows.pieces[size_t(due[size_t(i)])];
-      rests[size_t(i)] = k_.accumulate(p_, piece.rows, piece.count, large_sums_->at(i));
+      of_own[size_t(i)] = k_.accumulate(p_, piece.rows, piece.count, large_sums_->at(i));
     });
     const int64_t blocks = (p_.classes + kColumns - 1) / kColumns;
     for_each(int64_t(rows.larges.size()) * blocks, threads_, [&](int64_t i, int) {
       Large& large = rows.larges[size_t(i / blocks)];
       const int64_t at = first_sums_[size_t(large.first_piece)], begin = i % blocks * kColumns;
       if (at < 0) return;
-      k_.combine(p_, large_sums_->at(at), large.pieces, 0, large_sums_->at(at), begin, std::min(p_.classes, begin + kColumns));
+      k_.combine(p_, large_sums_->at(at), large.pieces, large_sums_->at(at), begin, std::min(p_.classes, begin + kColumns));
       if (begin == 0) {
-        for (int64_t k = 0; k < large.pieces; ++k) large.rest += rests[size_t(at + k)];
+        for (int64_t k = 0; k < large.pieces; ++k) large.of_own += of_own[size_t(at + k)];
       }
     });
   }
@@ -190,21 +189,21 @@ class Backward {
     const double bound = how.bound[piece.c];
     if (how.means) {
       const void* mean = static_cast<const char*>(how.means) + size_t(piece.c) * size_t(p_.classes) * wide_size(p_);
-      return towards(piece.c, {0, mean, 1, 0, wide_at(p_, mean, piece.c)}, bound);
+      return towards(piece.c, {0, mean, 1, wide_at(p_, mean, piece.c)}, bound);
     }
     if (piece.large >= 0) return rows.larges[size_t(piece.large)].delta;
     if (piece.count == 1) return own_delta(piece.rows[0], bound);
-    const double rest = k_.accumulate(p_, piece.rows, piece.count, scratch_.at(worker));
-    return delta_of(piece.c, piece.count, rest, scratch_.at(worker), bound);
+    const double of_own = k_.accumulate(p_, piece.rows, piece.count, scratch_.at(worker));
+    return delta_of(piece.c, piece.count, of_own, scratch_.at(worker), bound);
   }
 
-  // Of a class whose rows' probabilities were summed up.
-  LpgDelta delta_of(int64_t c, int64_t count, double rest, const void* sums, double bound) const {
-    return towards(c, {0, sums, 1 / double(count), -p_.share(), p_.smoothing - p_.share() - rest / double(count)}, bound);
+  // Of a class whose rows' gradients were summed up.
+  LpgDelta delta_of(int64_t c, int64_t count, double of_own, const void* sums, double bound) const {
+    return towards(c, {0, sums, 1 / double(count), of_own / double(count)}, bound);
   }
 
   LpgDelta towards(int64_t c, LpgDelta delta, double bound) const {
-    const double squares = k_.squares(p_, delta.mean, delta.scale, delta.offset, c) + delta.own_mean * delta.own_mean;
+    const double squares = k_.squares(p_, delta.mean, delta.scale, c) + delta.own_mean * delta.own_mean;
     delta.along = along(bound, std::sqrt(squares));
     return delta.along == 0 ? LpgDelta{} : delta;
   }
@@ -246,8 +245,7 @@ class ByColumn {
       if (p_.counts(i)) ++counts[size_t(p_.target[i])];
     }
     for (int64_t at = 0; at < p_.classes * p_.classes; ++at) {
-      const int64_t c = at / p_.classes, j = at % p_.classes;
-      double sum = double(counts[size_t(c)]) * (c == j ? p_.smoothing - p_.share() : -p_.share());
+      double sum = 0;
       for (int64_t k = 0; k < pieces; ++k) sum += wide_at(p_, parts.get() + size * size_t(k), at);
       put_wide(p_, to, at, sum);
     }

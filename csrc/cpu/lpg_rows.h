@@ -30,15 +30,18 @@ inline double lowest(double) { return -1.7976931348623157e+308; }
 // Of a row's own class. `exponential` is exp(its logit - the greatest).
 struct Own {
   double exponential;
-  double sum;       // of all classes' exponentials
-  double rest;      // the other classes' probability
-  double gradient;  // softmax - target distribution: no 1 - 1
+  double sum;          // of all classes' exponentials
+  double probability;  // the own class's
+  double rest;         // the other classes'
+  // softmax - target distribution, from the smaller of the two probabilities: a difference of large ones would leave their rounding errors.
+  double gradient;
   template <class T>
   Own(const LpgProblem& p, const Saved<T>& s, T exponential_)
       : exponential(double(exponential_)),
         sum(exponential + double(s.others)),
+        probability(exponential / sum),
         rest(double(s.others) / sum),
-        gradient(p.smoothing - p.share() - rest) {}
+        gradient(probability < rest ? probability - (1 - p.smoothing + p.share()) : p.smoothing - p.share() - rest) {}
 };
 
 template <class T> Own own_of(const LpgProblem& p, const Saved<T>& s, T logit) { return Own(p, s, exp_one(logit - s.greatest)); }
@@ -46,7 +49,7 @@ template <class T> Own own_of(const LpgProblem& p, const Saved<T>& s, T logit) {
 // The coefficient of a row's probabilities in its gradient, and that gradient for the own class, before the factor and without delta.
 inline double slope_of(const LpgProblem& p, double weight) { return (1 - p.smoothing) * weight + p.share() * p.weight_sum; }
 inline double plain_of(const LpgProblem& p, const Own& own, double weight) {
-  return p.share() * (p.weight_sum * (1 - own.rest) - weight) - (1 - p.smoothing) * weight * own.rest;
+  return p.share() * (p.weight_sum * own.probability - weight) - (1 - p.smoothing) * weight * own.rest;
 }
 
 template <class T> void put_row(const LpgRows& to, int64_t row, double loss, double confidence, double norm) {
@@ -70,7 +73,7 @@ void finish_row(const LpgProblem& p, const LpgRows& to, int64_t row, T logit, co
         double(saved.squares) / (own.sum * own.sum) - 2 * p.share() * own.rest + double(p.classes - 1) * p.share() * p.share();
     norm = sqrt(own.gradient * own.gradient + (rest < 0 ? 0 : rest));
   }
-  put_row<T>(to, row, loss, own.exponential / own.sum, norm);
+  put_row<T>(to, row, loss, own.probability, norm);
 }
 
 template <class F> auto in_dtype(const LpgProblem& p, F run) {

@@ -37,17 +37,17 @@ template <class R, class T> class Stepper {
     if (at_.by_unit && !at_.now.norms_known) at_.job.chunk_sq[at_.index] = squares_;
   }
 
-  // The sum of what centre() would take the mean of, for units whose mean takes several chunks.
+  // The chunk's part of what centre() would take the mean of, for units whose mean takes several chunks.
   void rehearse() {
-    double sum = 0;
+    RunningMean<T> mean;
     at_.for_each_block([&](const Block& b) {
       open_block(b);
       measure(b);
       prepare(b);
       if (at_.hyper.centralize_at == Centre::update) rehearse_direction(b);
-      sum += reduce(g_, b.count, [](T v) { return v; });
+      mean.add(g_, b.count, [](T v) { return v; });
     });
-    at_.job.chunk_sum[at_.index] = sum;
+    at_.job.chunk_mean[at_.index] = mean.get();
   }
 
   // Squares of the weights, and of what the rule's trust in its step depends on besides.
@@ -201,11 +201,11 @@ template <class R, class T> class Stepper {
   }
 
   void centre(const Block& b) {
-    PerUnit<double> sums;
+    PerUnit<T> means;
     const bool known = at_.now.directions_known;
-    if (!known) reduce_units(g_, b.length, b.units, sums.at, [](int64_t, T v) { return v; });
+    if (!known) means_of_units(b, g_, [](T v) { return v; }, means);
     for (int64_t u = 0; u < b.units; ++u) {
-      const T mean = T(known ? at_.job.unit_direction[b.unit0 + u] : sums.at[u] / double(b.length));
+      const T mean = known ? T(at_.job.unit_direction[b.unit0 + u]) : means.at[u];
       for (int64_t i = u * b.length; i < (u + 1) * b.length; ++i) g_[i] = g_[i] - mean;
     }
   }

@@ -5,6 +5,7 @@
 #include "cpu/noise_run.h"
 #include "math/believed.h"
 #include "math/rounding.h"
+#include "math/rule.h"
 
 namespace gradfused::cpu {
 namespace {
@@ -74,8 +75,8 @@ template <class T> void close_weights(const Place& at, const Block& b, char* scr
   const Row& row = at.row;
   if (row.ema.data) {
     T* const average = open(row.ema, b.begin, b.count, buffer<T>(scratch, kGrad));
-    const T fresh = T(1.0 - at.hyper.ema);
-    for (int64_t i = 0; i < b.count; ++i) average[i] = average[i] + (p[i] - average[i]) * fresh;
+    const auto mix = math::Mix<T>::of(1.0 - at.hyper.ema);
+    for (int64_t i = 0; i < b.count; ++i) average[i] = mix(average[i], p[i]);
     close(row.ema, b.begin, b.count, average);
   }
   if (row.rounding == Rounding::stochastic) round_randomly(at, b, p);

@@ -84,7 +84,8 @@ template <class T> __device__ void set_coef(Now& now, const Row& row, const Hype
       if (trusted) R::template trusted<T>(c, h, trusted->weight_norm, trusted->norm);
     }
     *reinterpret_cast<C*>(now.coef) = c;
-    *reinterpret_cast<Move<T>*>(now.move) = {c.shrink, c.step, T(1.0 - h.ema), T(h.weight_decay)};
+    static_assert(sizeof(Move<T>) <= sizeof(now.move), "room for the numbers of all rules");
+    *reinterpret_cast<Move<T>*>(now.move) = {c.shrink, c.step, math::Mix<T>::of(1.0 - h.ema), T(h.weight_decay)};
     now.todo |= (R::reads_state ? (1u << R::states) - 1 : 0) * kReads | ((1u << R::states) - 1) * kWrites;
     if (R::trust == math::Trust::update) now.todo |= kTrustsUpdate;
   });

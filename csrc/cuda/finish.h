@@ -43,14 +43,13 @@ __device__ void finish_rehearsal(const Job& job) {
   for (int i = int(threadIdx.x) / kLanes; i < job.row_count; i += kWarps) {
     const DeviceRow& r = job.rows[i];
     if (!is_rehearsed(job, r) || !r.row.numel) continue;
-    const auto sum = [&](int c) { return job.sums[c].sum; };
     const int64_t units = r.row.numel / r.row.length;
     const int pieces = int((r.row.length + kChunk - 1) / kChunk);
     double mean = 0;
-    if (r.row.whole) mean = sum_chunks(r.chunk0, r.chunk1, sum) / double(r.row.numel);
+    if (r.row.whole) mean = mean_of_chunks(job, r.chunk0, r.chunk1, double(r.row.numel));
     for (int64_t u = 0; u < units; ++u) {
       const int c0 = r.chunk0 + int(u) * pieces;
-      if (!r.row.whole) mean = sum_chunks(c0, c0 + pieces, sum) / double(r.row.length);
+      if (!r.row.whole) mean = mean_of_chunks(job, c0, c0 + pieces, double(r.row.length));
       if (threadIdx.x % kLanes == 0) job.units[r.unit0 + u].direction = mean;
     }
   }

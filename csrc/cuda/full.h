@@ -62,7 +62,7 @@ template <class A> class FullStepper {
       const Unit* known = at_.r.split && g_.count ? &at_.job.units[at_.r.unit0 + weights_.begin / row_.length] : nullptr;
       const double squares = measure(known);
       walk_unit(known);
-      total_ += at_.doing != Doing::step ? sum_ : g_.lane == 0 ? squares : 0.0;
+      if (at_.doing == Doing::step && g_.lane == 0) total_ += squares;
     }
     leave_sums();
   }
@@ -84,7 +84,7 @@ template <class A> class FullStepper {
       if (at_.r.split) {
         mean_ = known ? T(known->mean) : T(0);
       } else {
-        mean_ = T(g_.sum() / double(row_.length));
+        mean_ = T(g_.mean(double(row_.length)));
       }
     }
     if (!by_unit()) {
@@ -134,11 +134,11 @@ template <class A> class FullStepper {
     }
 #pragma unroll 1
     for (;; now = last) {
-      sum_ = 0;
+      if (!final) seen_ = {};
       walk(now | at_.now.todo, mean);
       if (final) return;
       final = true;
-      mean = T(sum_group(sum_, g_.lanes) / double(row_.length));
+      mean = T(seen_.of_group(g_.lanes, double(row_.length)));
     }
   }
 
@@ -191,7 +191,7 @@ template <class A> class FullStepper {
       if (todo & kStep) {
 #pragma unroll
         for (int k = 0; k < width; ++k) weights[k] = weights[k] * move_.shrink - move_.step * x[k];
-        weights_.store(i, todo, loaded, move_.fresh, weights);
+        weights_.store(i, todo, loaded, move_.average, weights);
         if (todo & kZeroGrad) A::store_raw(g_.from, i, typename A::Raw{});
       }
     });
@@ -202,16 +202,12 @@ template <class A> class FullStepper {
     for (int k = 0; k < width; ++k) x[k] = x[k] - mean;
   }
 
-  // x joins the sum, and with kHold the tile.
+  // x joins the mean, and with kHold the tile.
   __device__ __forceinline__ void sum(int i, uint32_t todo, const T* x) {
-    T part = 0;
+    seen_.template add<width>(x);
     Held held;
 #pragma unroll
-    for (int k = 0; k < width; ++k) {
-      part += x[k];
-      held.at[k] = x[k];
-    }
-    sum_ += double(part);
+    for (int k = 0; k < width; ++k) held.at[k] = x[k];
     if (todo & kHold) g_.template slot<Held>(i) = held;
   }
 
@@ -221,14 +217,14 @@ template <class A> class FullStepper {
 #pragma unroll
       for (int k = 0; k < width; ++k) x[k] = x[k] + move_.decay * weights[k];
     }
-    sum_ += sum_squares<width>(x);
+    total_ += sum_squares<width>(x);
     weight_squares_ += sum_squares<width>(weights);
   }
 
   __device__ __forceinline__ void leave_sums() {
     if (at_.doing == Doing::step && (!by_unit() || at_.r.measured)) return;  // nobody asks for the squares, or they are known
     Sums& to = at_.job.sums[at_.index];
-    const double total = sum_block(total_);
+    const double total = at_.doing == Doing::rehearsal ? seen_.of_group(kThreads, double(at_.c.count)) : sum_block(total_);
     if (threadIdx.x == 0) (at_.doing == Doing::step ? to.squares : to.sum) = total;
     if (at_.doing == Doing::step || at_.doing == Doing::rehearsal) return;
     const double weights = sum_block(weight_squares_);
@@ -246,7 +242,7 @@ template <class A> class FullStepper {
   Gradient<A> g_;
   typename A::Handle state_[states]{};
   T mean_ = T(0), factor_ = T(1);          // of the unit
-  double sum_ = 0;                         // this thread's part of the last walk's
+  RunningMean<T> seen_;                    // by this thread, of what is centred late
   double total_ = 0, weight_squares_ = 0;  // and of what the chunk leaves behind
 };
 

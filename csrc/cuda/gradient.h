@@ -22,6 +22,29 @@ template <int kCount, class T> __device__ __forceinline__ double sum_squares(con
   return exact;
 }
 
+// The mean of what a group's threads take in.
+template <class T> struct RunningMean {
+  T anchor = T(0);
+  double sum = 0;
+  int count = 0;
+
+  template <int kCount> __device__ __forceinline__ void add(const T* x) {
+    if (count == 0) anchor = math::anchor(x[0]);
+    T part = 0;
+#pragma unroll
+    for (int k = 0; k < kCount; ++k) part += x[k] - anchor;
+    sum += double(part);
+    count += kCount;
+  }
+
+  // Of the `numel` values that a group took in, known to all its threads: around the mean of what its first thread took in.
+  __device__ __forceinline__ double of_group(int lanes, double numel) const {
+    const double own = count ? double(anchor) + sum / double(count) : 0.0;
+    const double first = math::anchor(sum_group(int(threadIdx.x) % lanes ? 0.0 : own, lanes));
+    return first + sum_group(count ? double(count) * (own - first) : 0.0, lanes) / numel;
+  }
+};
+
 template <class A> struct Gradient {
   using T = typename A::Compute;
   using Pack = typename A::Pack;
@@ -80,20 +103,20 @@ template <class A> struct Gradient {
 
   __device__ __forceinline__ bool fits() const { return count <= lanes * (kTileBytes / kThreads) / int(sizeof(T)); }
 
-  // The sum of the unscaled gradient, known to all that share it. What fits is held from now on.
-  __device__ __forceinline__ double sum() {
+  // The mean of the unscaled gradient, of `numel` elements, known to all that share it. What fits is held from now on.
+  __device__ __forceinline__ double mean(double numel) {
     const bool fitting = fits();
-    double total = 0;
+    RunningMean<T> seen;
     const auto add = [&](int i, const Pack& g) {
       if (fitting) slot<Raw>(i) = A::raw(g);
-      T part = 0;
+      T x[width];
 #pragma unroll
-      for (int k = 0; k < width; ++k) part += T(math::widen(g.at[k])) * unscale;
-      total += double(part);
+      for (int k = 0; k < width; ++k) x[k] = T(math::widen(g.at[k])) * unscale;
+      seen.template add<width>(x);
     };
     for_each_loaded([&](int i) { return A::load(from, i); }, add);
     held = fitting;
-    return sum_group(total, lanes);
+    return seen.of_group(lanes, numel);
   }
 
   // This thread's part of the centred sum of squares.
@@ -161,6 +184,12 @@ template <class F> __device__ __forceinline__ double sum_chunks(int begin, int e
 #pragma unroll 4
   for (int c = begin + int(threadIdx.x) % kLanes; c < end; c += kLanes) total += f(c);
   return sum_lanes(total, kLanes);
+}
+
+// The mean of `numel` elements in chunks [begin, end), from each one's.
+__device__ __forceinline__ double mean_of_chunks(const Job& job, int begin, int end, double numel) {
+  const double first = math::anchor(job.sums[begin].sum);
+  return first + sum_chunks(begin, end, [&](int c) { return double(job.chunks[c].count) * (job.sums[c].sum - first); }) / numel;
 }
 
 __device__ __forceinline__ double unscale_of(const Job& job) { return job.grad_scale ? 1.0 / double(*job.grad_scale) : 1.0; }

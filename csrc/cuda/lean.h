@@ -48,7 +48,7 @@ template <class R, class A> class LeanStepper {
     if (r_.split) {
       mean_ = g_.count ? T(job_.units[r_.unit0 + begin_ / row_.length].mean) : T(0);
     } else {
-      mean_ = T(g_.sum() / double(row_.length));
+      mean_ = T(g_.mean(double(row_.length)));
     }
   }
 

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "cuda/kept.h"
+#include "math/rule.h"
 
 namespace gradfused::cuda {
 namespace {
@@ -31,16 +32,16 @@ enum Todo : uint32_t {
 static_assert(9 + 2 * kMaxStates == 17, "the states' bits have room");
 
 template <class T> struct Move {
-  T shrink, step;  // of the weights, of the direction
-  T fresh;         // what an average takes of new weights
-  T decay;         // what LAMB adds to a direction before it takes its norm
+  T shrink, step;        // of the weights, of the direction
+  math::Mix<T> average;  // how an average takes new weights
+  T decay;               // what LAMB adds to a direction before it takes its norm
 };
 
 // Worked out by one thread when the row changes.
 struct Now {
   alignas(16) char coef[96];       // the rule's Coef<T>
   alignas(16) char transform[64];  // Transform<T>, but for what is of a unit
-  alignas(16) char move[32];       // Move<T>
+  alignas(16) char move[48];       // Move<T>
   double unscale, step, product;
   uint64_t seed;
   uint32_t parameter, taken;  // with the seed, what draws are a function of: the parameter's number, steps taken before this one

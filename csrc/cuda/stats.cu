@@ -13,14 +13,14 @@ template <class A> __device__ __forceinline__ void measure_piece(const Job& job,
   Gradient<A> g(r.row.grad, job.grads[c.row], kThreads, tile, unscale_of(job));
   g.open(c.begin, c.count);
   const Hyper& h = job.hypers[r.row.group].hyper;
-  const double sum = centre ? g.sum() : 0.0;
+  const double mean = centre ? g.mean(double(c.count)) : 0.0;
   const bool weighed = r.split && h.agc;
   Kept<A> weights;
   if (h.by_weight || weighed) weights.open(r.row, c.begin);
   const uint32_t in = kept_in(r.row);
-  const double squares = sum_block(h.by_weight ? g.own_squares_reached(weights, in, T(h.eta)) : g.own_squares(T(sum / double(c.count))));
+  const double squares = sum_block(h.by_weight ? g.own_squares_reached(weights, in, T(h.eta)) : g.own_squares(T(mean)));
   const double weight_squares = weighed ? sum_block(g.own_squares_of(weights, in)) : 0.0;
-  if (threadIdx.x == 0) job.sums[index] = {sum, squares, weight_squares};
+  if (threadIdx.x == 0) job.sums[index] = {mean, squares, weight_squares};
 }
 
 template <class A> __device__ __forceinline__ void measure_units(const Job& job, const DeviceRow& r, int index, char* tile) {
@@ -32,7 +32,7 @@ template <class A> __device__ __forceinline__ void measure_units(const Job& job,
   for (int first = 0; first < units; first += groups) {
     const int unit = first + int(threadIdx.x) / c.lanes;
     g.open(c.begin + int64_t(unit) * length, unit < units ? length : 0);
-    const T mean = T(g.sum() / double(length));
+    const T mean = T(g.mean(double(length)));
     squares += g.own_squares(mean);
   }
   squares = sum_block(squares);
@@ -43,14 +43,13 @@ template <class A> __device__ __forceinline__ void measure_units(const Job& job,
 __device__ double finish_split_row(const Job& job, const DeviceRow& r, bool centre) {
   const Row& row = r.row;
   const bool leads = threadIdx.x % kLanes == 0;
-  const auto sum = [&](int c) { return job.sums[c].sum; };
   const auto weights = [&](int c) { return job.sums[c].weight_squares; };
   double mean = 0;
   const auto squares = [&](int c) {
-    const double n = job.chunks[c].count, off = centre ? job.sums[c].sum / n - mean : 0.0;
+    const double n = job.chunks[c].count, off = centre ? job.sums[c].sum - mean : 0.0;
     return job.sums[c].squares + n * off * off;
   };
-  if (row.whole && centre) mean = sum_chunks(r.chunk0, r.chunk1, sum) / double(row.numel);
+  if (row.whole && centre) mean = mean_of_chunks(job, r.chunk0, r.chunk1, double(row.numel));
   const int64_t units = row.numel / row.length;
   if (row.length <= kBlockUnit) {  // short units of a tensor centred whole: their norms are taken in the update
     for (int64_t u = threadIdx.x % kLanes; u < units; u += kLanes) job.units[r.unit0 + u].mean = mean;
@@ -60,7 +59,7 @@ __device__ double finish_split_row(const Job& job, const DeviceRow& r, bool cent
   const int pieces = int((row.length + kChunk - 1) / kChunk);
   for (int64_t u = 0; u < units; ++u) {
     const int c0 = r.chunk0 + int(u) * pieces, c1 = c0 + pieces;
-    if (!row.whole && centre) mean = sum_chunks(c0, c1, sum) / double(row.length);
+    if (!row.whole && centre) mean = mean_of_chunks(job, c0, c1, double(row.length));
     const double s = sum_chunks(c0, c1, squares), w = sum_chunks(c0, c1, weights);
     if (leads) job.units[r.unit0 + u] = {mean, s, w, 0};
     total += s;

@@ -77,12 +77,12 @@ template <class A> struct Weights : Kept<A> {
   }
 
   // Takes the step's weights `w` to where they are kept.
-  __device__ __forceinline__ void store(int i, uint32_t todo, const Loaded& v, T fresh, T* w) const {
+  __device__ __forceinline__ void store(int i, uint32_t todo, const Loaded& v, const math::Mix<T>& mix, T* w) const {
     if (todo & kEma) {
       T average[width];
       A::widen(ema, v.ema, average);
 #pragma unroll
-      for (int k = 0; k < width; ++k) average[k] = average[k] + (w[k] - average[k]) * fresh;
+      for (int k = 0; k < width; ++k) average[k] = mix(average[k], w[k]);
       A::store_rider(ema, i, average);
     }
     if constexpr (A::may_be_short) {

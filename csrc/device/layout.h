@@ -34,8 +34,8 @@ struct Chunk {
 
 // What a chunk's statistics leave behind. One writer each.
 struct Sums {
-  double sum;             // of the unscaled gradient, of the rehearsed update, or of the squares that a trust ratio is made of
-  double squares;         // around the chunk's own mean where it is a piece of something centred
+  double sum;      // the mean of the unscaled gradient or of the rehearsed update, or the sum of the squares that a trust ratio is made of
+  double squares;  // around the chunk's own mean where it is a piece of something centred
   double weight_squares;  // for adaptive clipping and trust ratios
 };
 

@@ -10,20 +10,22 @@ template <bool kAmsgrad> struct AdamRule : RuleBase {
   static constexpr int states = kAmsgrad ? 3 : 2;  // exp_avg, exp_avg_sq, max_exp_avg_sq
   static constexpr bool half_in_loop = true;
   template <class T> struct Coef {
-    T shrink, step, fresh, beta2, fresh_sq, unbias, eps;
+    T shrink, step;
+    Mix<T> average;
+    T beta2, fresh_sq, unbias, eps;
   };
   template <class T> GRADFUSED_MATH static Coef<T> coef(const Hyper& h, const Count& now) {
     const double correction1 = 1.0 - pow(h.beta1, now.step), correction2 = 1.0 - pow(h.beta2, now.step);
     return {T(h.decoupled ? 1.0 - h.lr * h.weight_decay : 1.0),
             T(h.lr / correction1),
-            T(1.0 - h.beta1),
+            Mix<T>::of(1.0 - h.beta1),
             T(h.beta2),
             T(1.0 - h.beta2),
             T(1.0 / sqrt(correction2)),
             T(h.eps)};
   }
   template <class T> GRADFUSED_MATH static T direction(T g, T, T* s, const Coef<T>& c) {
-    s[0] = s[0] + (g - s[0]) * c.fresh;
+    s[0] = c.average(s[0], g);
     s[1] = s[1] * c.beta2 + g * c.fresh_sq * g;  // in torch's order, which keeps gradients of 1e20 finite
     if (kAmsgrad) s[2] = maximum(s[2], s[1]);
     return s[0] / (root(s[kAmsgrad ? 2 : 1]) * c.unbias + c.eps);

@@ -10,7 +10,7 @@ struct Adan : RuleBase {
   static constexpr int states = 4;  // exp_avg, exp_avg_sq, exp_avg_diff, neg_pre_grad
   static constexpr bool coupled = false;
   template <class T> struct Coef {
-    T shrink, step, fresh1, beta2, fresh2, beta3, fresh3, unbias, eps, of_difference, known;
+    T shrink, step, beta1, fresh1, beta2, fresh2, beta3, fresh3, unbias, eps, of_difference, known;
   };
   // Proximal decay divides by 1 + lr * weight_decay after the update.
   template <class T> GRADFUSED_MATH static Coef<T> coef(const Hyper& h, const Count& now) {
@@ -18,6 +18,7 @@ struct Adan : RuleBase {
     const double decay = h.lr * h.weight_decay, by = h.proximal ? 1.0 / (1.0 + decay) : 1.0;
     return {T(h.proximal ? by : 1.0 - decay),
             T(h.lr / correction1 * by),
+            T(h.beta1),
             T(1.0 - h.beta1),
             T(h.beta2),
             T(1.0 - h.beta2),
@@ -30,8 +31,8 @@ struct Adan : RuleBase {
   }
   template <class T> GRADFUSED_MATH static T direction(T g, T, T* s, const Coef<T>& c) {
     const T difference = (g + s[3]) * c.known;  // a choice instead keeps GCC from vectorising the step
-    s[0] = s[0] + (g - s[0]) * c.fresh1;
-    s[2] = s[2] + (difference - s[2]) * c.fresh2;
+    s[0] = s[0] * c.beta1 + g * c.fresh1;
+    s[2] = s[2] * c.beta2 + difference * c.fresh2;
     const T ahead = g + c.beta2 * difference;
     s[1] = s[1] * c.beta3 + ahead * c.fresh3 * ahead;
     s[3] = -g;

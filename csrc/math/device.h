@@ -33,6 +33,9 @@ template <class T> GRADFUSED_MATH T clamp(T x, T lo, T hi) {
   return x > hi ? hi : x;
 }
 
+GRADFUSED_MATH float greatest_of(float) { return 3.402823466e+38f; }
+GRADFUSED_MATH double greatest_of(double) { return 1.7976931348623157e+308; }
+
 // Of numbers that are not NaN.
 template <class T> GRADFUSED_MATH T smaller(T a, T b) { return a < b ? a : b; }
 

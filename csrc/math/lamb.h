@@ -11,12 +11,14 @@ struct LAMB : RuleBase {
   static constexpr bool coupled = false;
   static constexpr Trust trust = Trust::update;
   template <class T> struct Coef {
-    T shrink, step, fresh, beta2, fresh_sq, unbias1, unbias2, eps;
+    T shrink, step;
+    Mix<T> average;
+    T beta2, fresh_sq, unbias1, unbias2, eps;
   };
   template <class T> GRADFUSED_MATH static Coef<T> coef(const Hyper& h, const Count& now) {
     return {T(1.0 - h.lr * h.weight_decay),
             T(h.lr),
-            T(1.0 - h.beta1),
+            Mix<T>::of(1.0 - h.beta1),
             T(h.beta2),
             T(1.0 - h.beta2),
             T(1.0 / (1.0 - pow(h.beta1, now.step))),
@@ -30,7 +32,7 @@ struct LAMB : RuleBase {
     c.step = T(rate);
   }
   template <class T> GRADFUSED_MATH static T direction(T g, T, T* s, const Coef<T>& c) {
-    s[0] = s[0] + (g - s[0]) * c.fresh;
+    s[0] = c.average(s[0], g);
     s[1] = s[1] * c.beta2 + g * c.fresh_sq * g;
     return s[0] * c.unbias1 / (root(s[1]) * c.unbias2 + c.eps);
   }

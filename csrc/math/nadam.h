@@ -9,24 +9,26 @@ namespace {
 struct NAdam : RuleBase {
   static constexpr int states = 2;  // exp_avg, exp_avg_sq
   template <class T> struct Coef {
-    T shrink, step, fresh, beta2, fresh_sq, unbias, eps, of_gradient, of_average;
+    T shrink, step;
+    Mix<T> average;
+    T beta2, fresh_sq, unbias, eps, of_gradient, of_average;
   };
   template <class T> GRADFUSED_MATH static Coef<T> coef(const Hyper& h, const Count& now) {
     const double mu = warmed_momentum(h, now.step), next = warmed_momentum(h, now.step + 1.0);
     return {T(h.decoupled ? 1.0 - h.lr * h.weight_decay : 1.0),
             T(h.lr),
-            T(1.0 - h.beta1),
+            Mix<T>::of(1.0 - h.beta1),
             T(h.beta2),
             T(1.0 - h.beta2),
-            T(1.0 / sqrt(1.0 - pow(h.beta2, now.step))),
+            T(1.0 / (1.0 - pow(h.beta2, now.step))),
             T(h.eps),
             T((1.0 - mu) / (1.0 - now.product)),
             T(next / (1.0 - now.product * next))};
   }
   template <class T> GRADFUSED_MATH static T direction(T g, T, T* s, const Coef<T>& c) {
-    s[0] = s[0] + (g - s[0]) * c.fresh;
+    s[0] = c.average(s[0], g);
     s[1] = s[1] * c.beta2 + g * c.fresh_sq * g;
-    return (g * c.of_gradient + s[0] * c.of_average) / (root(s[1]) * c.unbias + c.eps);
+    return (g * c.of_gradient + s[0] * c.of_average) / (root(s[1] * c.unbias) + c.eps);
   }
 };
 

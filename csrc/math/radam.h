@@ -9,7 +9,9 @@ namespace {
 struct RAdam : RuleBase {
   static constexpr int states = 2;  // exp_avg, exp_avg_sq
   template <class T> struct Coef {
-    T shrink, step, fresh, beta2, fresh_sq, eps;
+    T shrink, step;
+    Mix<T> average;
+    T beta2, fresh_sq, eps;
     bool rectified;
   };
   // While the variance of the adaptive rate is intractable, the first steps, it is left out.
@@ -21,14 +23,14 @@ struct RAdam : RuleBase {
         rectified ? sqrt((length - 4.0) * (length - 2.0) * most / ((most - 4.0) * (most - 2.0) * length) * correction2) : 1.0;
     return {T(h.decoupled ? 1.0 - h.lr * h.weight_decay : 1.0),
             T(h.lr / correction1 * rectification),
-            T(1.0 - h.beta1),
+            Mix<T>::of(1.0 - h.beta1),
             T(h.beta2),
             T(1.0 - h.beta2),
             T(h.eps),
             rectified};
   }
   template <class T> GRADFUSED_MATH static T direction(T g, T, T* s, const Coef<T>& c) {
-    s[0] = s[0] + (g - s[0]) * c.fresh;
+    s[0] = c.average(s[0], g);
     s[1] = s[1] * c.beta2 + g * c.fresh_sq * g;
     const T adaptive = root(s[1]) + c.eps;
     return s[0] / (c.rectified ? adaptive : T(1));

@@ -10,9 +10,10 @@ template <bool kCentered, bool kMomentum> struct RMSpropRule : RuleBase {
   static constexpr int states = 1 + kMomentum + kCentered;  // square_avg, momentum_buffer, grad_avg
   template <class T> struct Coef {
     T shrink, step, alpha, fresh, eps, momentum;
+    Mix<T> average;
   };
   template <class T> GRADFUSED_MATH static Coef<T> coef(const Hyper& h, const Count&) {
-    return {T(1), T(h.lr), T(h.beta2), T(1.0 - h.beta2), T(h.eps), T(h.momentum)};
+    return {T(1), T(h.lr), T(h.beta2), T(1.0 - h.beta2), T(h.eps), T(h.momentum), Mix<T>::of(1.0 - h.beta2)};
   }
   template <class T> GRADFUSED_MATH static T direction(T g, T, T* s, const Coef<T>& c) {
     constexpr int average = 1 + kMomentum;
@@ -20,8 +21,10 @@ template <bool kCentered, bool kMomentum> struct RMSpropRule : RuleBase {
     T square = s[0];
     if (kCentered) {
       T& mean = s[kCentered ? average : 0];
-      mean = mean + (g - mean) * c.fresh;
-      square = square - mean * mean;
+      mean = c.average(mean, g);
+      // No further than the greatest finite number: where the average square is infinite, what is left of it is as well.
+      const T most = math::greatest_of(T()), of_mean = mean * mean;
+      square = square - (of_mean > most ? most : of_mean);
     }
     const T d = g / (root(square) + c.eps);
     if (!kMomentum) return d;

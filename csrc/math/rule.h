@@ -13,6 +13,15 @@ namespace {
 // Of what a rule wants the norm, besides the weights', before it steps: trust ratios.
 enum class Trust : int8_t { none, gradient, update };
 
+// A moving average's step from one value to another, as torch.lerp takes it: from the nearer end, so that a weight of 1 gives just the other.
+template <class T> struct Mix {
+  T weight;
+  bool from_end;
+
+  GRADFUSED_MATH static Mix of(double weight) { return {T(weight < 0.5 ? weight : weight - 1.0), !(weight < 0.5)}; }
+  GRADFUSED_MATH T operator()(T begin, T end) const { return (from_end ? end : begin) + (end - begin) * weight; }
+};
+
 struct RuleBase {
   static constexpr bool reads_state = true;
   static constexpr Trust trust = Trust::none;

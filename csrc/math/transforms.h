@@ -30,6 +30,10 @@ template <class T> struct Transform {
   T decay;    // coupled weight decay
 };
 
+// What the values of a unit are compared with while their mean is taken: its first value, or 0 where that is not finite. Equal values then
+// have just themselves for a mean, and are zero once centred, which rounded sums would not leave them.
+template <class T> GRADFUSED_MATH T anchor(T first) { return first - first == T(0) ? first : T(0); }
+
 template <class T> GRADFUSED_MATH T centred(T g, T unscale, T mean) { return g * unscale - mean; }
 
 template <class T> GRADFUSED_MATH T perturbed(T g, const Transform<T>& t) {

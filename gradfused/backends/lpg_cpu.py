@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from . import cpu
-from .lpg_problem import Kernels, Measured, Perturbation, Problem, refuse_stray
+from .lpg_problem import Kernels, Measured, Perturbation, Problem, check_memory, refuse_stray
 from .native import DTYPES
 
 _SAVED = 3  # numbers a row that the native forward leaves for the backward
@@ -40,6 +40,8 @@ def _native(problem: Problem, logits: Tensor, saved: Tensor) -> tuple[Any, list[
     """The native problem, and the tensors whose memory it reads. ``logits`` are arranged."""
     target = problem.target.contiguous()
     weight = None if problem.weight is None else problem.weight.contiguous()
+    saved = saved.contiguous()
+    check_memory(logits=logits, target=target, weight=weight, saved=saved)
     rows, classes = target.numel(), problem.classes
     dense = logits.dim() == 3
     native = cpu.native().Lpg(

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .. import gpu
 from . import triton
-from .lpg_problem import Kernels, Measured, Perturbation, Problem, refuse_stray
+from .lpg_problem import Kernels, Measured, Perturbation, Problem, check_memory, refuse_stray
 
 #: Elements of a tile, and rows of a piece: what one program sums before another takes over.
 TILE, PIECE = 2048, 64
@@ -139,6 +139,7 @@ def _numbers(problem: Problem) -> Tensor:
 
 def _rows(problem: Problem) -> tuple[Tensor, Tensor]:
     logits = problem.rows
+    check_memory(logits=logits, target=problem.target, weight=problem.weight)
     if logits.stride(1) != 1 and logits.shape[1] > 1:
         logits = logits.contiguous()
     return _readable(logits), problem.target.contiguous()

@@ -51,9 +51,14 @@ def unit_view(x: Tensor, row: Row) -> Tensor:
 
 
 def centred(x: Tensor, row: Row) -> Tensor:
-    """``x`` minus its mean over the unit, or over the whole tensor. The mean is taken in float64."""
+    """``x`` minus its mean over the unit, or over the whole tensor. Equal elements become exact zeros.
+
+    The mean is taken in float64, around the first element, or around 0 where that is not finite.
+    """
     flat = x.reshape(1, -1) if row.whole else unit_view(x, row)
-    mean = flat.double().mean(dim=1, keepdim=True).to(x.dtype)
+    wide = flat.double()
+    first = torch.where(wide[:, :1].isfinite(), wide[:, :1], 0.0)
+    mean = (first + (wide - first).mean(dim=1, keepdim=True)).to(x.dtype)
     return (flat - mean).view_as(x)
 
 
@@ -311,7 +316,7 @@ class Table(BackendTable):
             kept = stochastically_rounded(p, row.param.dtype, s.seed, row.number, int(now.step) - 1)
         if row.ema is not None:
             average = row.ema.to(p.dtype)
-            writes.add(row.ema, average + (p - average) * (1.0 - s.ema))
+            writes.add(row.ema, average.lerp(p, 1.0 - s.ema))
         writes.add(row.param, kept)
         if row.rounding == "master" and row.master is not None:
             writes.add(row.master, p)

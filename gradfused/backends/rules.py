@@ -59,7 +59,7 @@ def trust_ratio(weight_norm: float, size: float, over: float) -> float:
 
 def moments(g: Tensor, state: State, s: Settings) -> tuple[Tensor, Tensor]:
     """Adam's first and second moment, moved."""
-    state["exp_avg"] = state["exp_avg"] + (g - state["exp_avg"]) * (1.0 - s.beta1)
+    state["exp_avg"] = state["exp_avg"].lerp(g, 1.0 - s.beta1)
     state["exp_avg_sq"] = state["exp_avg_sq"] * s.beta2 + (1.0 - s.beta2) * g * g
     return state["exp_avg"], state["exp_avg_sq"]
 
@@ -119,8 +119,9 @@ def rmsprop(g: Tensor, p: Tensor, state: State, s: Settings, now: Count, late: L
     """torch.optim.RMSprop in its four variants (Hinton 2012; Graves 2013)."""
     square = state["square_avg"] = state["square_avg"] * s.beta2 + (1.0 - s.beta2) * g * g
     if "grad_avg" in state:
-        mean = state["grad_avg"] = state["grad_avg"] + (g - state["grad_avg"]) * (1.0 - s.beta2)
-        square = square - mean * mean
+        mean = state["grad_avg"] = state["grad_avg"].lerp(g, 1.0 - s.beta2)
+        # No further than the greatest finite number: where the average square is infinite, what is left of it is as well.
+        square = square - (mean * mean).clamp(max=torch.finfo(mean.dtype).max)
     direction = g / (square.sqrt() + s.eps)
     if "momentum_buffer" in state:
         direction = state["momentum_buffer"] = state["momentum_buffer"] * s.momentum + direction

@@ -6,6 +6,7 @@ what is the paper's and what is this package's reading of it.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NoReturn
@@ -35,6 +36,7 @@ class PGD:
         step_size: In the unit of the radius; None for ``2.5 * eps_c / steps``, which reaches the edge.
 
     Raises:
+        TypeError: A value is no number, or ``steps`` no integer.
         ValueError: A value is out of range.
     """
 
@@ -42,10 +44,28 @@ class PGD:
     step_size: float | None = None
 
     def __post_init__(self) -> None:
-        if isinstance(self.steps, bool) or not isinstance(self.steps, int) or self.steps < 1:
-            raise ValueError(f"PGD steps: expected an int of 1 or more, got {self.steps!r}")
+        object.__setattr__(self, "steps", whole("PGD steps", self.steps, 1))
         if self.step_size is not None:
             finite("PGD step_size", self.step_size)
+
+
+def whole(name: str, value: Any, least: int | None = None) -> int:
+    """``value``, of any integer kind, as an int of ``least`` or more.
+
+    Raises:
+        TypeError: It is no integer, or a bool.
+        ValueError: It is less.
+    """
+    wanted = "an int" if least is None else f"an int of {least} or more"
+    try:
+        found = None if isinstance(value, bool) else operator.index(value)
+    except TypeError:
+        found = None
+    if found is None:
+        raise TypeError(f"{name}: expected {wanted}, got {value!r} of type {type(value).__name__}")
+    if least is not None and found < least:
+        raise ValueError(f"{name}: expected {wanted}, got {value!r}")
+    return found
 
 
 @dataclass(frozen=True)
@@ -78,7 +98,7 @@ def options(
         )
     chosen = PGD() if solver == "pgd" else solver if isinstance(solver, PGD) else None
     smoothing = number("label_smoothing", label_smoothing, 0.0, 1.0)
-    return Options(scope, smoothing, int(ignore_index), reduction, chosen, backend)
+    return Options(scope, smoothing, whole("ignore_index", ignore_index), reduction, chosen, backend)
 
 
 def per_class(name: str, value: Any, classes: int, *, default_dtype: torch.dtype = torch.float32) -> Tensor:
@@ -155,6 +175,7 @@ class Call:
     """One evaluation of the loss.
 
     Attributes:
+        weight: (C,) class weights as the caller gave them.
         perturb: Called once the logits have been read: (problem, kernels, what they hold) -> the perturbation of the
             backward.
     """
@@ -165,10 +186,9 @@ class Call:
     tally: bool
     perturb: Callable[[Problem, Kernels, Measured], Perturbation]
 
-    def problem(self, logits: Tensor, target: Tensor, weight: Tensor | None) -> Problem:
-        """The rows to work on."""
-        rows = _rows(logits)
-        return Problem(rows, target.reshape(-1), weight, self.options.label_smoothing, self.options.ignore_index)
+    def problem(self, logits: Tensor, labels: Tensor, weight: Tensor | None) -> Problem:
+        """The rows to work on. Labels, (n,), and weights are copies that nobody else can change."""
+        return Problem(_rows(logits), labels, weight, self.options.label_smoothing, self.options.ignore_index)
 
 
 def _result_dtype(logits: Tensor) -> torch.dtype:
@@ -193,13 +213,22 @@ class _Once(torch.autograd.Function):
 
 
 class _CrossEntropy(torch.autograd.Function):
+    """The loss, and its perturbed gradient.
+
+    Kernels take targets for places in memory, so both passes use a copy of those that forward checked: the caller's may
+    change in between without autograd's knowledge, by way of NumPy or of ``.data``. The caller's own targets and weights
+    are saved beside the copies so that autograd raises for the changes that it knows of.
+    """
+
     @staticmethod
     def forward(ctx: Any, logits: Tensor, target: Tensor, call: Call) -> Tensor:
-        problem = call.problem(logits, target, call.weight)
+        labels = target.clone(memory_format=torch.contiguous_format).view(-1)
+        problem = call.problem(logits, labels, _own_weight(call.weight, logits))
         measured = call.kernels.forward(problem, call.tally)
-        how = call.perturb(problem, call.kernels, measured)
-        ctx.call, ctx.how = call, how
-        ctx.save_for_backward(logits, target, measured.total, *measured.saved)
+        ctx.call, ctx.how = call, call.perturb(problem, call.kernels, measured)
+        kept = (logits, labels, measured.total, *measured.saved, *(() if problem.weight is None else (problem.weight,)))
+        ctx.kinds = [(t.shape, t.dtype, t.device) for t in kept]
+        ctx.save_for_backward(target, call.weight, *kept)
         dtype = _result_dtype(logits)
         if call.options.reduction == "none":
             return measured.loss.to(dtype).view(target.shape)
@@ -208,35 +237,53 @@ class _CrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        logits, target, total, *saved = ctx.saved_tensors
+        _, _, *kept = ctx.saved_tensors
+        _check_kept(kept, ctx.kinds)
+        weight = kept.pop() if ctx.call.weight is not None else None
+        logits, labels, total, *saved = kept
         with torch.no_grad():
-            found = _CrossEntropy._gradient(ctx, logits, target, total, saved, gradient)
+            problem = ctx.call.problem(logits, labels, weight)
+            found = _like(_CrossEntropy._gradient(ctx, problem, total, saved, gradient), logits)
         if torch.is_grad_enabled():  # create_graph=True
             found = _Once.apply(found, logits, gradient)
         return found, None, None
 
     @staticmethod
-    def _gradient(
-        ctx: Any, logits: Tensor, target: Tensor, total: Tensor, saved: list[Tensor], gradient: Tensor
-    ) -> Tensor:
+    def _gradient(ctx: Any, problem: Problem, total: Tensor, saved: list[Tensor], gradient: Tensor) -> Tensor:
         call = ctx.call
-        problem = call.problem(logits, target, call.weight)
         factor = gradient.to(problem.wide)
         if call.options.reduction == "mean":
             factor = (factor.double() / total[1]).to(problem.wide)
         factor = factor.reshape(-1).expand(problem.target.shape)
-        rows = call.kernels.backward(problem, tuple(saved), factor, ctx.how)
-        return _like(rows, logits)
+        rows: Tensor = call.kernels.backward(problem, tuple(saved), factor, ctx.how)
+        return rows
+
+
+def _check_kept(kept: list[Tensor], kinds: list[Any]) -> None:
+    """Raise unless backward is given tensors of the kinds that forward saved: kernels trust their sizes."""
+    for tensor, (shape, dtype, device) in zip(kept, kinds, strict=True):
+        if (tensor.shape, tensor.dtype, tensor.device) != (shape, dtype, device):
+            raise RuntimeError(
+                f"lpg_cross_entropy: backward expected a tensor that forward saved, {dtype} of shape {tuple(shape)} on {device}, "
+                f"got {tensor.dtype} of shape {tuple(tensor.shape)} on {tensor.device}; assign nothing to .data between forward "
+                "and backward, and let hooks on saved tensors give back what they were given"
+            )
 
 
 def class_weight(value: Tensor | None, logits: Tensor) -> Tensor | None:
-    """``value`` in the dtype of the arithmetic, checked."""
+    """``value``, checked."""
     if value is None:
         return None
     weight = per_class("weight", value, class_count(logits))
     if weight.device != logits.device:
         raise ValueError(f"weight: expected a tensor on {logits.device}, as the logits, got one on {weight.device}")
-    return weight.to(torch.float64 if logits.dtype == torch.float64 else torch.float32)
+    return weight
+
+
+def _own_weight(value: Tensor | None, logits: Tensor) -> Tensor | None:
+    """A copy in the dtype of the arithmetic."""
+    wide = torch.float64 if logits.dtype == torch.float64 else torch.float32
+    return None if value is None else value.to(wide, copy=True)
 
 
 def signed_bound(sign: Tensor, radius: float | Tensor, logits: Tensor) -> Tensor:

@@ -25,6 +25,7 @@ from .lpg import (
     options,
     per_class,
     signed_bound,
+    whole,
 )
 
 #: Bytes of class-mean gradients, (C, C) in float32, beyond which momentum is refused.
@@ -37,7 +38,7 @@ class LPGCrossEntropyLoss(nn.Module):
     The value is ``nn.CrossEntropyLoss``'s. In training mode, each call first updates the classes' statistics from its
     own batch, then decides by ``mode`` which classes to amplify (their mean logit gradient made as long as the bound
     allows) and which to dampen. In evaluation mode, and where no gradients are recorded, it is plain cross-entropy and
-    the statistics stay.
+    the statistics stay. A batch with a logit of nan or +inf, whose loss is no number either, does not enter them.
 
     Args:
         num_classes: C, 2 or more.
@@ -99,9 +100,8 @@ class LPGCrossEntropyLoss(nn.Module):
         backend: str = "auto",
     ) -> None:
         super().__init__()
-        if isinstance(num_classes, bool) or not isinstance(num_classes, int) or num_classes < 2:
-            raise ValueError(f"num_classes: expected an int of 2 or more, got {num_classes!r}")
-        self.num_classes, self.mode, self.sync = num_classes, mode, bool(sync)
+        self.num_classes = num_classes = whole("num_classes", num_classes, 2)
+        self.mode, self.sync = mode, bool(sync)
         self.momentum = number("momentum", momentum, 0.0, 1.0, high_open=True)
         self.options = options(scope, label_smoothing, ignore_index, reduction, solver, backend)
         self._refuse_what_does_not_fit(counts, sign)
@@ -149,8 +149,12 @@ class LPGCrossEntropyLoss(nn.Module):
             return self._sign
         if self.mode == "noisy":
             smoothing = self.options.label_smoothing
-            return lpg_modes.noisy(self.confidence.float(), self.gradient_norm.float(), self.seen > 0, smoothing)
-        return lpg_modes.balanced(self.confidence.float(), self.seen > 0)
+            return lpg_modes.noisy(self.confidence.float(), self.gradient_norm.float(), self._known(), smoothing)
+        return lpg_modes.balanced(self.confidence.float(), self._known())
+
+    def _known(self) -> Tensor:
+        """(C,): whether there are statistics of a class. A checkpoint may hold ones that are no numbers."""
+        return (self.seen > 0) & self.confidence.isfinite() & self.gradient_norm.isfinite()
 
     @_disable_dynamo
     def forward(self, logits: Tensor, target: Tensor) -> Tensor:
@@ -193,15 +197,12 @@ class LPGCrossEntropyLoss(nn.Module):
         return self.radius
 
     def _update(self, tally: Tensor, sums: Tensor | None) -> None:
-        count = tally[0]
-        there = count > 0
-        keep = torch.where(self.seen > 0, self.momentum, 0.0).double()
-        for buffer, total in ((self.confidence, tally[1]), (self.gradient_norm, tally[2])):
-            mixed = keep * buffer + (1 - keep) * total / count
-            buffer.copy_(torch.where(there, mixed, buffer.double()))
+        count = tally[0] * tally.isfinite().all()  # of a batch with nan in it, nothing counts
+        keep = torch.where(self._known(), self.momentum, 0.0).double()
+        _average(self.confidence, tally[1], count, keep)
+        _average(self.gradient_norm, tally[2], count, keep)
         if self.mean_gradient is not None and sums is not None:
-            mixed = keep[:, None] * self.mean_gradient + (1 - keep[:, None]) * sums / count[:, None]
-            self.mean_gradient.copy_(torch.where(there[:, None], mixed, self.mean_gradient.double()))
+            _average(self.mean_gradient, sums, count[:, None], keep[:, None])
         self.seen += count.long()
 
     def extra_repr(self) -> str:
@@ -211,3 +212,9 @@ class LPGCrossEntropyLoss(nn.Module):
             f"{self.num_classes}, radius={radius}, {which}, scope={self.options.scope!r}, momentum={self.momentum:g}, "
             f"label_smoothing={self.options.label_smoothing:g}, reduction={self.options.reduction!r}"
         )
+
+
+def _average(buffer: Tensor, total: Tensor, count: Tensor, keep: Tensor) -> None:
+    """Mixes a batch's means into ``buffer`` where it has samples. What is kept by 0 may be nan."""
+    old = torch.where(keep > 0, keep * buffer, 0)
+    buffer.copy_(torch.where(count > 0, old + (1 - keep) * total / count, buffer.double()))

@@ -5,13 +5,13 @@
 namespace gradfused::cpu {
 namespace {
 
-template <class T> void sum_chunk(const Place& at, char* scratch) {
+template <class T> void mean_of_chunk(const Place& at, char* scratch) {
   const T unscale = T(at.job.unscale);
-  double sum = 0;
+  RunningMean<T> mean;
   at.for_each_block([&](const Block& b) {
-    sum += reduce(open(at.row.grad, b.begin, b.count, buffer<T>(scratch, kRaw)), b.count, [unscale](T v) { return v * unscale; });
+    mean.add(open(at.row.grad, b.begin, b.count, buffer<T>(scratch, kRaw)), b.count, [unscale](T v) { return v * unscale; });
   });
-  at.job.chunk_sum[at.index] = sum;
+  at.job.chunk_mean[at.index] = mean.get();
 }
 
 // The gradient times what each weight may move by.
@@ -58,9 +58,9 @@ template <class F> void with_rule(Rule rule, F run) {
   }
 }
 
-void sum(const Job& job, int64_t index, char* scratch) {
+void mean(const Job& job, int64_t index, char* scratch) {
   const Place at{job, index};
-  in_compute_type(at.row, [&](auto t) { sum_chunk<decltype(t)>(at, scratch); });
+  in_compute_type(at.row, [&](auto t) { mean_of_chunk<decltype(t)>(at, scratch); });
 }
 
 void squares(const Job& job, int64_t index, char* scratch) {
@@ -128,7 +128,7 @@ void roof(float* const* written, int writes, const float* const* read, int reads
 
 const Kernels& GRADFUSED_NAME(kernels_, GRADFUSED_ISA)() {
   static constexpr Kernels kernels = {GRADFUSED_TEXT(GRADFUSED_ISA),
-                                      sum,
+                                      mean,
                                       squares,
                                       rehearse,
                                       weigh,

@@ -103,32 +103,34 @@ template <class S> class Reader {
   const T* const weight_;
 };
 
-// sums <- or += a row's probabilities.
-template <bool kFirst, class T, class S> void add_probabilities(const S* x, int64_t n, T greatest, T inverse, T* __restrict sums) {
-  const Lanes<T> shift = Lanes<T>::all(greatest), scale = Lanes<T>::all(inverse);
+// sums <- or += a row's gradient, of classes that are not its own. Summed probabilities, from which the target distribution was taken
+// afterwards, would leave the rounding errors of large sums where gradients are small beside probabilities.
+template <bool kFirst, class T, class S> void add_gradients(const S* x, int64_t n, T greatest, T inverse, T share, T* __restrict sums) {
+  const Lanes<T> shift = Lanes<T>::all(greatest), scale = Lanes<T>::all(inverse), less = Lanes<T>::all(share);
   int64_t i = 0;
   for (; i + kAbreast <= n; i += kAbreast) {
-    const Lanes<T> p = (load<T>(x + i) - shift).exp() * scale;
-    store(kFirst ? p : load<T>(sums + i) + p, sums + i);
+    const Lanes<T> g = (load<T>(x + i) - shift).exp() * scale - less;
+    store(kFirst ? g : load<T>(sums + i) + g, sums + i);
   }
   if (i == n) return;
-  const Lanes<T> p = (load_some<T>(x + i, n - i, greatest) - shift).exp() * scale;
-  store_some(kFirst ? p : load_some<T>(sums + i, n - i, T(0)) + p, sums + i, n - i);
+  const Lanes<T> g = (load_some<T>(x + i, n - i, greatest) - shift).exp() * scale - less;
+  store_some(kFirst ? g : load_some<T>(sums + i, n - i, T(0)) + g, sums + i, n - i);
 }
 
 template <class S> double accumulate_rows(const LpgProblem& p, const int64_t* rows, int64_t count, typename WideOf<S>::Type* sums) {
   using T = typename WideOf<S>::Type;
-  double rest = 0;
+  const T share = T(p.share());
+  double of_own = 0;
   for (int64_t k = 0; k < count; ++k) {
     const S* x = row_of<S>(p, rows[k]);
     const Saved<T>& saved = saved_of<T>(p, rows[k]);
     const Own own = own_of(p, saved, T(widen(x[p.target[rows[k]]])));
     const T inverse = T(1 / own.sum);
-    rest += own.rest;
-    k ? add_probabilities<false>(x, p.classes, saved.greatest, inverse, sums)
-      : add_probabilities<true>(x, p.classes, saved.greatest, inverse, sums);
+    of_own += own.gradient;
+    k ? add_gradients<false>(x, p.classes, saved.greatest, inverse, share, sums)
+      : add_gradients<true>(x, p.classes, saved.greatest, inverse, share, sums);
   }
-  return rest;
+  return of_own;
 }
 
 // The norm of a row's logit gradient. Without smoothing the forward has measured it.
@@ -206,7 +208,7 @@ template <class S> void write_row(const LpgProblem& p, const LpgGradient& gradie
   const double f = gradient.factor[row * gradient.factor_stride], w = weight_of<T>(p, y);
   const double b = p.share(), along = w * delta.along;
   const double slope = slope_of(p, w) + (delta.mean ? 0 : along);
-  const double offset = along * (delta.mean ? delta.offset : -b);
+  const double offset = delta.mean ? 0 : -along * b;
   const T* weight = b > 0 ? static_cast<const T*>(p.weight) : nullptr;
   const T* mean = static_cast<const T*>(delta.mean);
   const Line<T> line = {saved.greatest, T(f * slope / own.sum), T(f * (weight ? offset : offset - b)), T(-f * b),
@@ -235,29 +237,29 @@ double accumulate(const LpgProblem& p, const int64_t* rows, int64_t count, void*
   });
 }
 
-template <class T> double squares_of(const T* mean, int64_t n, T scale, T offset) {
-  const Lanes<T> by = Lanes<T>::all(scale), plus = Lanes<T>::all(offset);
+template <class T> double squares_of(const T* mean, int64_t n, T scale) {
+  const Lanes<T> by = Lanes<T>::all(scale);
   double sum = 0;
   for (int64_t at = 0; at < n; at += kColumns) {
     const int64_t end = smaller(at + kColumns, n);
     Lanes<T> squares = Lanes<T>::all(0);
     int64_t i = at;
     for (; i + kAbreast <= end; i += kAbreast) {
-      const Lanes<T> d = load<T>(mean + i) * by + plus;
+      const Lanes<T> d = load<T>(mean + i) * by;
       squares = squares + d * d;
     }
     sum += total(squares);
-    for (; i < end; ++i) sum += double(mean[i] * scale + offset) * double(mean[i] * scale + offset);
+    for (; i < end; ++i) sum += double(mean[i] * scale) * double(mean[i] * scale);
   }
   return sum;
 }
 
-double squares(const LpgProblem& p, const void* mean, double scale, double offset, int64_t but) {
+double squares(const LpgProblem& p, const void* mean, double scale, int64_t but) {
   return in_wide(p, [&](auto t) {
     using T = decltype(t);
     const T* m = static_cast<const T*>(mean);
     // Two runs: taking the one off again would lose what is small beside it.
-    return squares_of(m, but, T(scale), T(offset)) + squares_of(m + but + 1, p.classes - but - 1, T(scale), T(offset));
+    return squares_of(m, but, T(scale)) + squares_of(m + but + 1, p.classes - but - 1, T(scale));
   });
 }
 
@@ -269,11 +271,11 @@ void write(const LpgProblem& p, const LpgGradient& gradient, const LpgDelta& del
   in_dtype(p, [&](auto s) { write_row<decltype(s)>(p, gradient, delta, row); });
 }
 
-void combine(const LpgProblem& p, const void* parts, int64_t count, double offset, void* to, int64_t begin, int64_t end) {
+void combine(const LpgProblem& p, const void* parts, int64_t count, void* to, int64_t begin, int64_t end) {
   in_wide(p, [&](auto t) {
     using T = decltype(t);
     for (int64_t j = begin; j < end; ++j) {
-      double sum = offset;
+      double sum = 0;
       for (int64_t k = 0; k < count; ++k) sum += double(static_cast<const T*>(parts)[k * p.classes + j]);
       static_cast<T*>(to)[j] = T(sum);
     }

@@ -112,7 +112,7 @@ template <class S, class F> void for_own(const LpgProblem& p, const Rows<S>& row
   }
 }
 
-// Classes whose probabilities are kept for sixteen rows until they are added up by row.
+// Classes whose gradients are kept for sixteen rows until they are added up by row.
 constexpr int64_t kKept = 64;
 
 template <class S> void add_rows(const LpgProblem& p, const Rows<S>& rows, typename WideOf<S>::Type* sums) {
@@ -121,14 +121,14 @@ template <class S> void add_rows(const LpgProblem& p, const Rows<S>& rows, typen
   T scale[kAbreast] = {}, own[kAbreast] = {};
   for_own(p, rows, greatest, [&](int k, const Own& o) {
     scale[k] = T(1 / o.sum);
-    own[k] = T(-o.rest);
+    own[k] = T(o.gradient);
   });
-  const Lanes<T> by = Lanes<T>::of(scale), at_own = Lanes<T>::of(own);
+  const Lanes<T> by = Lanes<T>::of(scale), at_own = Lanes<T>::of(own), share = Lanes<T>::all(T(p.share()));
   T kept[kKept][kAbreast];
   for (int64_t begin = 0; begin < p.classes; begin += kKept) {
     const int64_t n = smaller(kKept, p.classes - begin);
     for (int64_t j = 0; j < n; ++j) {
-      rows.choose(begin + j, at_own, (rows.logits(begin + j) - greatest).exp() * by).spill(kept[j]);
+      rows.choose(begin + j, at_own, (rows.logits(begin + j) - greatest).exp() * by - share).spill(kept[j]);
     }
     for (int k = 0; k < rows.count; ++k) {
       if (!rows.counts(k)) continue;
