@@ -19,7 +19,9 @@ def _span(t: Tensor) -> tuple[int, int]:
 
 def _touched(t: Tensor, start: int, items: int) -> Tensor:
     """How often ``t`` touches each of ``items`` places from address ``start``."""
-    places = torch.arange(items).as_strided(t.shape, t.stride(), (t.data_ptr() - start) // t.element_size())
+    places = torch.arange(items, dtype=torch.int64, device="cpu").as_strided(
+        t.shape, t.stride(), (t.data_ptr() - start) // t.element_size()
+    )
     return torch.bincount(places.flatten(), minlength=items)
 
 
