@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Sequence
 from operator import itemgetter
+from pathlib import Path
 
 from torch import Tensor
 
@@ -95,3 +97,33 @@ def share_memory(tensors: Sequence[Tensor], others: Sequence[Tensor] = ()) -> bo
 def same_place(a: Tensor, b: Tensor) -> bool:
     """Whether each element of ``a`` is that of ``b``: the same memory in the same layout."""
     return a.data_ptr() == b.data_ptr() and a.dtype == b.dtype and a.stride() == b.stride()
+
+
+# ---- where nobody may write
+
+
+def _foreign(t: Tensor) -> bool:
+    """In memory that torch did not allocate on the CPU, which may be a file opened to be read."""
+    return t.device.type == "cpu" and bool(t.numel() and t.data_ptr()) and not t.untyped_storage().resizable()
+
+
+def _unwritable() -> list[tuple[int, int]]:
+    """Stretches of this process's memory that it may read but not write, in order; none where the system does not say."""
+    try:
+        lines = Path("/proc/self/maps").read_bytes().splitlines()
+    except OSError:
+        return []
+    places = (line.split(b" ", 2)[0].split(b"-") for line in lines if line.split(b" ", 2)[1][1:2] != b"w")
+    return [(int(first, 16), int(last, 16)) for first, last in places]
+
+
+def check_writable(tensors: Iterable[Named]) -> None:
+    """Raise ValueError if a CPU tensor lies in memory that cannot be written: to write it would end the process."""
+    foreign = list(_held(((name, t) for name, t in tensors if _foreign(t)), written=True))
+    barred = _unwritable() if foreign else []
+    for first, last, _, name, _ in foreign:
+        at = bisect_right(barred, (last, 0)) - 1
+        if at >= 0 and barred[at][1] > first:
+            raise ValueError(
+                f"{name} lies in memory that can only be read, such as a file that was mapped so: pass a .clone() of it"
+            )
