@@ -1,10 +1,12 @@
 // The rows of a step and their groups' options, as every native backend keeps them between steps.
 #pragma once
 
+#include <algorithm>
 #include <cstddef>
 #include <memory>
 #include <vector>
 
+#include "spans.h"
 #include "table.h"
 
 namespace gradfused {
@@ -26,10 +28,25 @@ class Rows {
   const Row& row(size_t i) const { return rows_[i]; }
   Hyper& hyper(size_t i) { return hypers_.at(i); }
 
-  // The gradient of a row lies elsewhere from now on, in the same layout.
-  void move_grad(size_t i, char* data) {
-    rows_[i].grad.data = data;
-    moved_ = true;
+  // The gradient of a row lies elsewhere from now on, in the same layout. False, with nothing changed, if it may share memory with what a
+  // step writes: whether it does is for whoever makes tables to say.
+  [[nodiscard]] bool move_grad(size_t i, char* data) {
+    Operand grad = rows_[i].grad;
+    grad.data = data;
+    if (written().meets(span_of(grad, rows_[i].numel))) return false;
+    rows_[i].grad = grad;
+    moved_ = unchecked_ = true;
+    return true;
+  }
+
+  // Whether no gradient that is left at zero meets another one, which would have to be read before: asked after gradients moved.
+  bool zeroes_apart() {
+    const auto zeroes = [](const Hyper& h) { return h.zero_grad; };
+    if (!unchecked_ || std::none_of(hypers_.begin(), hypers_.end(), zeroes)) return true;
+    Spans grads;
+    for (const Row& row : rows_) grads.add(span_of(row.grad, row.numel));
+    unchecked_ = grads.sort();
+    return !unchecked_;
   }
 
  protected:
@@ -38,6 +55,18 @@ class Rows {
   bool moved_ = false;  // since whoever asks last looked
 
  private:
+  // What a step writes of the rows, gathered when it is first asked for: all rows are there by then.
+  const Spans& written() {
+    if (written_) return *written_;
+    written_ = std::make_unique<Spans>();
+    for (const Row& row : rows_) {
+      for (const Operand* x : {&row.param, &row.source, &row.rest, &row.ema}) written_->add(x->data ? span_of(*x, row.numel) : Span());
+      for (const Operand& x : row.state) written_->add(x.data ? span_of(x, row.numel) : Span());
+    }
+    written_->sort();
+    return *written_;
+  }
+
   // Copies an operand's shape into memory that lives as long as the rows.
   void adopt(Operand& x) {
     if (!x.dims) return;
@@ -52,6 +81,8 @@ class Rows {
   }
 
   std::vector<std::unique_ptr<int64_t[]>> shapes_;
+  std::unique_ptr<Spans> written_;
+  bool unchecked_ = false;  // gradients moved since zeroes_apart() was asked
 };
 
 }  // namespace gradfused

@@ -1,11 +1,18 @@
-"""Which tensors have memory, and which share it."""
+"""Which tensors have memory, which share it, and which lie where nobody may write."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from bisect import bisect_right
+from collections.abc import Iterable, Iterator, Sequence
+from operator import itemgetter
+from pathlib import Path
 
-import torch
 from torch import Tensor
+
+from .regions import Item, Region, Search, Undecided, region, repeats
+
+Named = tuple[str, Tensor]
+_Held = tuple[int, int, bool, str, Tensor]  # first byte, one past the last, whether it is written, what it is called
 
 
 def has_values(t: Tensor) -> bool:
@@ -16,63 +23,115 @@ def has_values(t: Tensor) -> bool:
         return True
 
 
-def _span(t: Tensor) -> tuple[int, int]:
-    """First byte and one past the last byte that ``t`` may touch."""
-    first = t.data_ptr()
+def _region(t: Tensor) -> Region:
     if t.is_contiguous():
-        return first, first + t.nbytes
-    reach = sum((n - 1) * s for n, s in zip(t.shape, t.stride(), strict=True))
-    return first, first + (reach + 1) * t.element_size()
+        return Region(t.data_ptr(), (), t.nbytes)
+    return region(t.data_ptr(), t.element_size(), t.shape, t.stride())
 
 
-def _touched(t: Tensor, start: int, items: int) -> Tensor:
-    """How often ``t`` touches each of ``items`` places from address ``start``."""
-    places = torch.arange(items).as_strided(t.shape, t.stride(), (t.data_ptr() - start) // t.element_size())
-    return torch.bincount(places.flatten(), minlength=items)
-
-
-def _is_plain(t: Tensor) -> bool:
-    """Dense in memory, so no element lies on another."""
+def _check_itself(name: str, t: Tensor) -> None:
     if t.is_contiguous():
-        return True
-    first, last = _span(t)
-    return bool(t.nbytes == last - first and torch._debug_has_internal_overlap(t) != 1)
-
-
-def _share_elements(a: Tensor, b: Tensor) -> bool:
-    (a0, a1), (b0, b1) = _span(a), _span(b)
-    size = a.element_size()
-    if (_is_plain(a) and _is_plain(b)) or b.element_size() != size or (a0 - b0) % size:
-        return True  # the spans overlap and at least one fills its own
-    start, items = min(a0, b0), (max(a1, b1) - min(a0, b0)) // size
-    return bool(((_touched(a, start, items) > 0) & (_touched(b, start, items) > 0)).any())
-
-
-def check_disjoint(tensors: Sequence[tuple[str, Tensor]]) -> None:
-    """Raise ValueError if two of the tensors that a step writes, or two elements of one, share memory.
-
-    Views that interleave without touching, such as the columns of a matrix, are fine.
-    """
-    # A wrapper such as DTensor has no memory of its own, and address 0.
-    with_memory = ((name, t) for name, t in tensors if t.numel() and has_values(t) and t.data_ptr())
-    spans = sorted(((*_span(t), name, t) for name, t in with_memory), key=lambda x: x[:2])
-    active: list[tuple[int, int, str, Tensor]] = []
-    for first, last, name, t in spans:
-        if not _is_plain(t) and bool((_touched(t, first, (last - first) // t.element_size()) > 1).any()):
-            raise ValueError(
-                f"{name} overlaps itself (shape {tuple(t.shape)}, strides {t.stride()}): pass a .clone() of it"
-            )
-        active = [x for x in active if x[1] > first]
-        for _, _, other_name, other in active:
-            if _share_elements(other, t):
-                raise ValueError(f"{other_name} and {name} overlap in memory: pass the tensor that holds both, once")
-        active.append((first, last, name, t))
-
-
-def share_memory(tensors: Sequence[Tensor]) -> bool:
-    """Whether two of the tensors, or two elements of one, share memory."""
+        return
+    layout = f"(shape {tuple(t.shape)}, strides {t.stride()})"
     try:
-        check_disjoint([("", t) for t in tensors])
+        overlaps = repeats(t.shape, t.stride())
+    except Undecided:
+        raise ValueError(
+            f"{name} may overlap itself {layout}: its strides are too tangled to decide; pass a .clone() of it"
+        ) from None
+    if overlaps:
+        raise ValueError(f"{name} overlaps itself {layout}: pass a .clone() of it")
+
+
+def _refusal(found: Sequence[_Held], sure: bool) -> ValueError:
+    (_, _, a_written, a, _), (_, _, b_written, b, _) = found
+    how = "overlap in memory" if sure else "may overlap in memory (their strides are too tangled to decide)"
+    if a_written and b_written:
+        return ValueError(f"{a} and {b} {how}: pass the tensor that holds both, once")
+    read, written = (b, a) if a_written else (a, b)
+    return ValueError(f"{read} and {written} {how}, and the step writes the latter: assign a .clone() of the former")
+
+
+def _held(tensors: Iterable[Named], written: bool) -> Iterator[_Held]:
+    """Those that have memory: an empty tensor has none, and a wrapper such as DTensor has address 0."""
+    for name, t in tensors:
+        start = t.data_ptr() if t.numel() and has_values(t) else 0
+        if start:
+            reach = t.nbytes if t.is_contiguous() else _region(t).span
+            yield start, start + reach, written, name, t
+
+
+def _suspects(held: Sequence[_Held]) -> list[_Held]:
+    """Those whose spans meet another's: most tensors have a place of their own, and are looked at no further."""
+    found: dict[int, _Held] = {}
+    furthest, last = 0, -1
+    for i, x in enumerate(held):
+        if x[0] < furthest:
+            found[last], found[i] = held[last], x
+        if x[1] > furthest:
+            furthest, last = x[1], i
+    return list(found.values())
+
+
+def check_disjoint(written: Iterable[Named], read: Iterable[Named] = ()) -> None:
+    """Raise ValueError if a tensor that a step writes shares memory with another, or two elements of it do.
+
+    Views that interleave without touching, such as the columns of a matrix, are fine; so are tensors that are only
+    read and share memory with each other.
+    """
+    held = [*_held(written, True)]
+    for _, _, _, name, t in held:
+        _check_itself(name, t)
+    held += _held(read, False)
+    suspects = _suspects(sorted(held, key=itemgetter(0)))
+    items = {(_region(x[4]), i if x[2] else -1): Item(_region(x[4]), i, x[2]) for i, x in enumerate(suspects)}
+    try:
+        found, sure = Search().clash(list(items.values())), True
+    except Undecided as undecided:
+        found, sure = undecided.args, False
+    if found:
+        raise _refusal([suspects[i] for i in found], sure)
+
+
+def share_memory(tensors: Sequence[Tensor], others: Sequence[Tensor] = ()) -> bool:
+    """Whether one of the tensors shares memory with another of them or of ``others``, or two elements of one do."""
+    try:
+        check_disjoint([("", t) for t in tensors], [("", t) for t in others])
     except ValueError:
         return True
     return False
+
+
+def same_place(a: Tensor, b: Tensor) -> bool:
+    """Whether each element of ``a`` is that of ``b``: the same memory in the same layout."""
+    return a.data_ptr() == b.data_ptr() and a.dtype == b.dtype and a.stride() == b.stride()
+
+
+# ---- where nobody may write
+
+
+def _foreign(t: Tensor) -> bool:
+    """In memory that torch did not allocate on the CPU, which may be a file opened to be read."""
+    return t.device.type == "cpu" and bool(t.numel() and t.data_ptr()) and not t.untyped_storage().resizable()
+
+
+def _unwritable() -> list[tuple[int, int]]:
+    """Stretches of this process's memory that it may read but not write, in order; none where the system does not say."""
+    try:
+        lines = Path("/proc/self/maps").read_bytes().splitlines()
+    except OSError:
+        return []
+    places = (line.split(b" ", 2)[0].split(b"-") for line in lines if line.split(b" ", 2)[1][1:2] != b"w")
+    return [(int(first, 16), int(last, 16)) for first, last in places]
+
+
+def check_writable(tensors: Iterable[Named]) -> None:
+    """Raise ValueError if a CPU tensor lies in memory that cannot be written: to write it would end the process."""
+    foreign = list(_held(((name, t) for name, t in tensors if _foreign(t)), written=True))
+    barred = _unwritable() if foreign else []
+    for first, last, _, name, _ in foreign:
+        at = bisect_right(barred, (last, 0)) - 1
+        if at >= 0 and barred[at][1] > first:
+            raise ValueError(
+                f"{name} lies in memory that can only be read, such as a file that was mapped so: pass a .clone() of it"
+            )

@@ -11,7 +11,8 @@ from torch import Tensor
 from torch.nn.parameter import is_lazy
 
 from .backends import BackendTable, Row, Settings
-from .state import COPIES, FLOATING, SCALARS, SHORT, State, States
+from .memory import check_disjoint, check_writable, same_place, share_memory
+from .state import COPIES, FLOATING, SHORT, State, States
 
 Group = dict[str, Any]
 
@@ -237,9 +238,29 @@ def make_row(
     )
 
 
-def written(row: Row, state: State) -> Iterator[tuple[str, Tensor]]:
-    """(what, tensor) of each tensor of a row that a step writes, but for those of one element."""
+def _written(row: Row, state: State) -> Iterator[tuple[str, Tensor]]:
+    """(what, tensor) of each tensor of a row that a step writes, and of where it reads the weights."""
     yield f"parameter {row.name}", row.param
+    kept = state.get(row.param, {})
     for key in row.kept:
-        if key not in SCALARS:
-            yield f"{key} of parameter {row.name}", state[row.param][key]
+        yield f"{key} of parameter {row.name}", kept[key]
+    if row.source is not None and row.source is not kept.get("master"):
+        yield f"kept weights of parameter {row.name}", row.source
+
+
+def check_memory(rows: Sequence[Row], zeroed: Sequence[bool], state: State) -> bool:
+    """Raise ValueError if what a step writes shares memory with what it reads or writes besides, or cannot be written.
+
+    A gradient may be its own parameter, each element its own: that is read before it is written. Not if it is left at zero.
+
+    Returns:
+        Whether a gradient that is left at zero shares memory with another one.
+    """
+    written = [tensor for row in rows for tensor in _written(row, state)]
+    grads = [(f"gradient of parameter {row.name}", row.grad) for row in rows]
+    cleared = [grad for grad, zero in zip(grads, zeroed, strict=True) if zero]
+    own = [not zero and same_place(row.param, row.grad) for row, zero in zip(rows, zeroed, strict=True)]
+    check_disjoint(written, [grad for grad, is_own in zip(grads, own, strict=True) if not is_own])
+    check_writable(written + cleared)
+    others = [row.grad for row, zero in zip(rows, zeroed, strict=True) if not zero]
+    return bool(cleared) and share_memory([t for _, t in cleared], others)

@@ -379,7 +379,8 @@ class SAM(torch.optim.Optimizer):
         names = list(named_parameters(self.param_groups))
         for number, backup in saved.items():
             if number >= len(names) or names[number][1].shape != backup.shape:
-                what = names[number] if number < len(names) else (f"{number}, which there is not", torch.empty(0))
+                nothing = torch.empty(0, dtype=torch.float32, device="cpu")
+                what = names[number] if number < len(names) else (f"{number}, which there is not", nothing)
                 raise ValueError(
                     f"backup of parameter {what[0]} has shape {tuple(backup.shape)}, expected {tuple(what[1].shape)}: "
                     "the state dict is of another model"

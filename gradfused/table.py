@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 
 from .backends import BackendTable, Settings, choose
-from .memory import check_disjoint, share_memory
-from .rows import Group, GroupPlan, check_gradient, check_parameter, make_row, with_gradient, written
+from .rows import Group, GroupPlan, check_gradient, check_memory, check_parameter, make_row, with_gradient
 from .state import WIDE_COUNT, State, States
 
 
@@ -28,7 +27,7 @@ class StepTable:
 
     Attributes:
         params: Parameters with a gradient, which it steps.
-        zero_apart: Gradients that are to be left at zero share memory, which takes a pass of its own.
+        zero_apart: A gradient that is to be left at zero shares memory with another, which takes a pass of its own.
     """
 
     def __init__(
@@ -52,9 +51,8 @@ class StepTable:
                 make_row(name, p, plans[g], g, number, self._states, make, self._sources.get(p))
                 for g, number, name, p in found
             ]
-            check_disjoint([tensor for row in rows for tensor in written(row, state)])
-            zeroed = [r.grad for r in rows if plans[r.group].settings.zero_grad]
-            self.zero_apart = bool(zeroed) and share_memory(zeroed)
+            zeroed = [plans[row.group].settings.zero_grad for row in rows]
+            self.zero_apart = check_memory(rows, zeroed, state)
             self.table = make(rows, self._settings(plans))
             self.table.watch(rows, groups, state)
             self._names = [row.name.strip("'") for row in rows]

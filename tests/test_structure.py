@@ -28,6 +28,7 @@ LAYERS: list[tuple[str, ...]] = [
         "gradfused._version",
         "gradfused.gpu",
         "gradfused.amp",
+        "gradfused.regions",
         "gradfused.memory",
         "gradfused._cpu",
         "gradfused._cuda",
@@ -130,6 +131,63 @@ def test_importing_the_package_imports_nothing_heavy() -> None:
     assert "gradfused" in new
     assert not new & {"matplotlib", "rich", "sklearn", "pandas", "bench", "triton"}
     assert "gradfused.bench" not in run.stdout.split()
+
+
+# Makers of tensors that ask torch's defaults for what they are not told. ``*_like`` and ``new_*`` go by a tensor.
+MAKERS = {
+    *("empty", "zeros", "ones", "full", "tensor", "as_tensor", "asarray", "scalar_tensor", "arange", "range", "eye"),
+    *("linspace", "logspace", "rand", "randn", "randint", "randperm", "normal", "empty_strided", "tril_indices"),
+    *("triu_indices", "sparse_coo_tensor", "Tensor", "FloatTensor", "DoubleTensor", "LongTensor"),
+}
+HOST_MAKERS = {"frombuffer"}  # always on the CPU
+
+
+def unsaid(call: ast.Call, modules: bool) -> set[str]:
+    """What a call that makes a tensor leaves to torch's defaults. ``device=None`` asks for them: modules may, as torch's do."""
+    if not (isinstance(call.func, ast.Attribute) and isinstance(call.func.value, ast.Name)):
+        return set()
+    name = call.func.attr if call.func.value.id == "torch" else ""
+    wanted = {"dtype", "device"} if name in MAKERS else {"dtype"} if name in HOST_MAKERS else set()
+    none = {k.arg for k in call.keywords if isinstance(k.value, ast.Constant) and k.value.value is None}
+    return wanted - ({k.arg for k in call.keywords} - (none - {"device"} if modules else none))
+
+
+def makers(path: Path) -> Iterator[tuple[ast.Call, set[str]]]:
+    modules = path.parent.name == "nn"
+    calls = [n for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.Call)]
+    return ((call, unsaid(call, modules)) for call in calls)
+
+
+@pytest.mark.parametrize(
+    "path",
+    [*MODULES.values(), *sorted((ROOT / "triton_kernels").rglob("*.py"))],
+    ids=lambda p: p.relative_to(ROOT).as_posix(),
+)
+def test_every_tensor_is_made_with_a_device_and_a_dtype(path: Path) -> None:
+    """Its address goes to a kernel: on the device that the program has made the default there may be other memory, or none."""
+    found = [
+        f"line {call.lineno}: torch.{call.func.attr} without {missing}" for call, missing in makers(path) if missing
+    ]  # type: ignore[attr-defined]
+    assert not found
+
+
+@pytest.mark.parametrize(
+    ("source", "missing"),
+    [
+        ("torch.zeros(3)", {"dtype", "device"}),
+        ("torch.zeros(3, dtype=d)", {"device"}),
+        ("torch.zeros(3, dtype=d, device=None)", {"device"}),
+        ("torch.zeros(3, dtype=d, device=e)", set()),
+        ("torch.frombuffer(b, dtype=d)", set()),
+        ("torch.frombuffer(b)", {"dtype"}),
+        ("torch.zeros_like(x)", set()),
+        ("x.new_zeros(3)", set()),
+    ],
+)
+def test_what_is_left_to_defaults_is_found(source: str, missing: set[str]) -> None:
+    call = ast.parse(source, mode="eval").body
+    assert isinstance(call, ast.Call)
+    assert unsaid(call, modules=False) == missing
 
 
 # ---- C++

@@ -67,8 +67,7 @@ bool Watch::same_gradient(const Watched& row, const py::object& grad, Rows& rows
   if (!now.lies_as(row.grad.view())) return false;
   if (now.address == reinterpret_cast<uintptr_t>(rows.row(at).grad.data)) return true;
   if (now.address == 0) return false;  // no memory of its own: a wrapper, to be refused
-  rows.move_grad(at, reinterpret_cast<char*>(now.address));
-  return true;
+  return rows.move_grad(at, reinterpret_cast<char*>(now.address));
 }
 
 bool Watch::refresh(py::list groups, py::dict state, Rows& rows) const {
@@ -88,7 +87,7 @@ bool Watch::refresh(py::list groups, py::dict state, Rows& rows) const {
   } catch (const py::error_already_set&) {  // a tensor that cannot be described, sparse say: whoever builds a table says what is wrong
     return false;
   }
-  return true;
+  return rows.zeroes_apart();
 }
 
 }  // namespace gradfused::bind

@@ -64,7 +64,7 @@ class Table(BackendTable):
     def __init__(self, rows: Sequence[Row], settings: Sequence[Settings]) -> None:
         super().__init__(rows, settings)
         self._native = native().Table(len(settings))
-        self._sums = torch.zeros(len(rows), dtype=torch.float64)
+        self._sums = torch.zeros(len(rows), dtype=torch.float64, device="cpu")
         self._watch: Any = None
         self._configured: list[Settings | None] = [None] * len(settings)
         self.configure(settings)

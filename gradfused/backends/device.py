@@ -65,7 +65,7 @@ class Part(ABC):
         """The table in device memory, aligned to 256 bytes."""
         memory = torch.empty(self.native.bytes() + 256, dtype=torch.uint8, device=self.device)
         image = memory[-memory.data_ptr() % 256 :]
-        packed = torch.empty(self.native.packed_bytes(), dtype=torch.uint8)
+        packed = torch.empty(self.native.packed_bytes(), dtype=torch.uint8, device="cpu")
         self.native.pack(packed.data_ptr(), image.data_ptr(), self.sums.data_ptr(), self.skipped.data_ptr())
         image[: packed.numel()].copy_(packed)
         return image
@@ -170,4 +170,4 @@ class DeviceTable(BackendTable):
     def sums(self) -> Tensor:
         if len(self._parts) > 1:
             self._share(self._parts)
-        return self._parts[0].sums if self._parts else torch.zeros(0, dtype=torch.float64)
+        return self._parts[0].sums if self._parts else torch.zeros(0, dtype=torch.float64, device="cpu")

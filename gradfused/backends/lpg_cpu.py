@@ -68,14 +68,14 @@ def _native(problem: Problem, logits: Tensor, saved: Tensor) -> tuple[Any, list[
 def forward(problem: Problem, tally: bool) -> Measured:
     """One reading of the logits."""
     rows, classes = problem.target.numel(), problem.classes
-    saved = torch.empty(rows, _SAVED, dtype=problem.wide)
+    saved = torch.empty(rows, _SAVED, dtype=problem.wide, device="cpu")
     native, _alive = _native(problem, _arranged(problem, sums=False), saved)
     stray = native.stray()
     if stray >= 0:
         refuse_stray(problem, stray)
-    loss = torch.empty(rows, dtype=problem.wide)
-    total = torch.empty(2, dtype=torch.float64)
-    counts = torch.zeros(3, classes, dtype=torch.float64) if tally else None
+    loss = torch.empty(rows, dtype=problem.wide, device="cpu")
+    total = torch.empty(2, dtype=torch.float64, device="cpu")
+    counts = torch.zeros(3, classes, dtype=torch.float64, device="cpu") if tally else None
     native.forward(loss.data_ptr(), total.data_ptr(), 0 if counts is None else counts.data_ptr())
     return Measured(loss, total, counts, (saved,))
 
@@ -85,7 +85,8 @@ def backward(problem: Problem, saved: tuple[Tensor, ...], factor: Tensor, how: P
     logits = _arranged(problem, sums=how.scope == "class")
     native, _alive = _native(problem, logits, saved[0])
     shape = logits.shape
-    out = torch.empty(shape if logits.dim() == 2 else (shape[0], shape[2], shape[1]), dtype=logits.dtype)
+    made = shape if logits.dim() == 2 else (shape[0], shape[2], shape[1])
+    out = torch.empty(made, dtype=logits.dtype, device="cpu")
     if factor.dim() and factor.stride(0) == 0:
         factor, stride = factor[:1].double(), 0
     else:
@@ -106,7 +107,7 @@ def backward(problem: Problem, saved: tuple[Tensor, ...], factor: Tensor, how: P
 def class_sums(problem: Problem, saved: tuple[Tensor, ...]) -> Tensor:
     """(C, C): the sums of each class's logit gradients."""
     native, _alive = _native(problem, _arranged(problem, sums=True), saved[0])
-    sums = torch.empty(problem.classes, problem.classes, dtype=problem.wide)
+    sums = torch.empty(problem.classes, problem.classes, dtype=problem.wide, device="cpu")
     native.class_sums(sums.data_ptr())
     return sums
 

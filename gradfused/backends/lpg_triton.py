@@ -92,16 +92,16 @@ def _keys(problem: Problem) -> Tensor:
 
 def _by_class(problem: Problem) -> _Order:
     keys, order = _keys(problem).sort(stable=True)
-    wanted = torch.arange(problem.classes + 1, device=keys.device)
+    wanted = torch.arange(problem.classes + 1, dtype=torch.int64, device=keys.device)
     return _Order(order, torch.searchsorted(keys, wanted))
 
 
 def _pieces(problem: Problem, by_row: bool) -> _Pieces:
     """Cut rows into pieces with operations of fixed shapes, so that nothing waits for the device."""
     n, device = problem.target.numel(), problem.target.device
-    at = torch.arange(n, device=device)
+    at = torch.arange(n, dtype=torch.int64, device=device)
     if by_row:
-        ends = torch.arange(n + 1, device=device)
+        ends = torch.arange(n + 1, dtype=torch.int64, device=device)
         ones = torch.ones_like(at)
         return _Pieces(at, ends, torch.full_like(at, -1), ones, torch.cat([at, ones]), 0)
     keys, order = _keys(problem).sort(stable=True)
@@ -109,7 +109,7 @@ def _pieces(problem: Problem, by_row: bool) -> _Pieces:
     begin = torch.where(change, at, 0).cummax(0).values  # of each row's class, in the order
     is_start = (at - begin) % PIECE == 0
     piece = is_start.cumsum(0) - 1
-    last = torch.full((n + 1,), n, device=device)
+    last = torch.full((n + 1,), n, dtype=torch.int64, device=device)
     starts = last.scatter_reduce(0, piece, at, "amin")
     opened = starts[:-1].clamp_max(max(0, n - 1))
     heads = piece[begin[opened]]
@@ -119,7 +119,7 @@ def _pieces(problem: Problem, by_row: bool) -> _Pieces:
     pieces = (rows + PIECE - 1) // PIECE
     several = real & (pieces > 1) & (keys[opened] < problem.classes)
     slot = torch.where(several, several.cumsum(0) - 1, -1)
-    first = real & (heads == torch.arange(n, device=device))
+    first = real & (heads == at)
     # A class of several pieces has a full one, of PIECE rows, for each but the last.
     slots = 2 * (n // PIECE)
     return _Pieces(order, starts, slot, torch.where(first, pieces, 0), torch.cat([heads, rows]), slots)

@@ -223,7 +223,7 @@ class Table(BackendTable):
     def __init__(self, rows: Sequence[Row], settings: Sequence[Settings]) -> None:
         super().__init__(rows, settings)
         self.rows = list(rows)
-        device = rows[0].param.device if rows else None
+        device = rows[0].param.device if rows else torch.device("cpu")
         self._sums = torch.zeros(len(rows), dtype=torch.float64, device=device)
 
     @property

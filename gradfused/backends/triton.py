@@ -240,7 +240,8 @@ class _Part(Part):
         super().__init__(device, rows, own, settings)
         self._options = Options.of(rows, own, settings)
         # What a captured graph copies from at each replay: pinned memory may not be allocated during a capture.
-        self._staged = torch.empty(self.native.packed_bytes(), dtype=torch.uint8, pin_memory=device.type != "cpu")
+        size, pinned = self.native.packed_bytes(), device.type != "cpu"
+        self._staged = torch.empty(size, dtype=torch.uint8, device="cpu", pin_memory=pinned)
         self._chosen = self._choose()
 
     @staticmethod

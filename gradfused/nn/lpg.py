@@ -107,7 +107,7 @@ def per_class(name: str, value: Any, classes: int, *, default_dtype: torch.dtype
     Raises:
         ValueError: The shape is another.
     """
-    tensor = value if isinstance(value, Tensor) else torch.as_tensor(value, dtype=default_dtype)
+    tensor = value if isinstance(value, Tensor) else torch.as_tensor(value, dtype=default_dtype, device="cpu")
     if tensor.shape != (classes,):
         raise ValueError(f"{name}: expected shape ({classes},), one value a class, got {tuple(tensor.shape)}")
     detached: Tensor = tensor.detach()

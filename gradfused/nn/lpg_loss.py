@@ -110,11 +110,12 @@ class LPGCrossEntropyLoss(nn.Module):
         self.register_buffer("_radius", bounds if isinstance(bounds, Tensor) else None, persistent=False)
         self.register_buffer("_sign", self._fixed_sign(counts, sign), persistent=False)
         self.register_buffer("weight", None if weight is None else per_class("weight", weight, num_classes))
-        self.register_buffer("confidence", torch.zeros(num_classes))
-        self.register_buffer("gradient_norm", torch.zeros(num_classes))
-        self.register_buffer("seen", torch.zeros(num_classes, dtype=torch.int64))
+        self.register_buffer("confidence", torch.zeros(num_classes, dtype=torch.float32, device=None))
+        self.register_buffer("gradient_norm", torch.zeros(num_classes, dtype=torch.float32, device=None))
+        self.register_buffer("seen", torch.zeros(num_classes, dtype=torch.int64, device=None))
         kept = self.momentum > 0 and scope == "class"
-        self.register_buffer("mean_gradient", torch.zeros(num_classes, num_classes) if kept else None)
+        means = torch.zeros(num_classes, num_classes, dtype=torch.float32, device=None) if kept else None
+        self.register_buffer("mean_gradient", means)
 
     def _refuse_what_does_not_fit(self, counts: Any, sign: Any) -> None:
         classes = self.num_classes

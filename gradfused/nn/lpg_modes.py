@@ -28,7 +28,7 @@ def longtail(samples: Any, classes: int) -> Tensor:
         bad = int((~(counts.isfinite() & (counts >= 0))).nonzero()[0])
         raise ValueError(f"counts: expected finite values of 0 or more, got {counts[bad].item()} for class {bad}")
     _, group, size = counts.unique(return_inverse=True, return_counts=True)
-    rank = size.cumsum(0) - (size + 1) / 2  # of the ascending counts, from 0
+    rank = size.cumsum(0) - (size.double() + 1) / 2  # of the ascending counts, from 0
     middle = (classes - 1) / 2
     share: Tensor = (middle - rank[group]) / max(middle, 0.5)
     return share.float()
@@ -52,4 +52,4 @@ def noisy(confidence: Tensor, norm: Tensor, seen: Tensor, smoothing: float) -> T
     own = 1 - smoothing + smoothing / classes
     excess = norm - (own - confidence).abs() * math.sqrt(classes / (classes - 1))
     mean = torch.where(seen, excess, 0).sum() / seen.sum()
-    return torch.where(seen & (excess > mean), -1.0, 0.0)
+    return torch.where(seen & (excess > mean), -1.0, torch.zeros_like(norm))
