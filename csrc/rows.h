@@ -49,10 +49,15 @@ class Rows {
     return !unchecked_;
   }
 
+  // How many steps have written something, or were launched to do so. An interrupt of whoever takes them cannot miss one.
+  size_t taken() const { return taken_; }
+  void count_taken(bool taken = true) { taken_ += taken; }
+
  protected:
   std::vector<Hyper> hypers_;
   std::vector<Row> rows_;
   bool moved_ = false;  // since whoever asks last looked
+  size_t taken_ = 0;
 
  private:
   // What a step writes of the rows, gathered when it is first asked for: all rows are there by then.

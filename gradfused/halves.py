@@ -17,7 +17,7 @@ from .backends import Scaling, Settings
 from .optim.base import Optimizer
 from .options import INF, choice, finite
 from .rows import GroupPlan, check_source, named_parameters
-from .state import SHORT
+from .state import SHORT, States
 from .table import StepTable
 
 _TINY = 1e-12
@@ -126,21 +126,22 @@ class Halves:
             if p not in alive or not _fits(p, self._state[p]["backup"]):
                 del self._state[p]
 
-    def _current_table(self) -> StepTable:
+    def _current_table(self, states: States) -> StepTable:
         """The table that describes this ascent: the last one's, or a new one."""
         plans, masters = self._plans(), self._masters()
         table = self._table
         if table is None or not table.still_describes(self._groups, self._state, plans, masters):
             self._table = table = None
             self._drop_backups()
-            self._table = table = StepTable(self._groups, self._state, plans, masters)
+            self._table = table = StepTable(self._groups, states, plans, masters)
         return table
 
     def ascend(self, scaling: Scaling) -> None:
         """Move the weights up, unless the scaler or the recipe forbids it. The descent is due then in any case."""
-        self.base._refuse_averaged("first_step()")
-        self._ascend(scaling)
-        self.ascended = True
+        with self.base._lock:
+            self.base._refuse_averaged("first_step()")
+            self._ascend(scaling)
+            self.ascended = True
 
     @_disable_dynamo
     @torch.no_grad()
@@ -148,44 +149,77 @@ class Halves:
         if scaling.forbids:
             self.base._zero_gradients()
             return
-        table = self._current_table()
-        if not table.params:
-            return
+        states, table = States(self._state), None
+        try:
+            table = self._current_table(states)
+            if table.params:
+                self._go_up(table, scaling)
+        except BaseException:
+            if table is not None and table.taken:
+                self._went_up(table)
+            else:
+                states.take_back()
+                self._table = None
+            raise
+        finally:
+            if self._table is not None:
+                self._table.release()
+
+    def _go_up(self, table: StepTable, scaling: Scaling) -> None:
         table.table.stats(scaling)
         if self._skips and not bool(torch.isfinite(table.table.sums).all()):
             self.base._zero_gradients()
             return
         table.table.apply(scaling)
+        self._went_up(table)
+
+    def _went_up(self, table: StepTable) -> None:
+        """The weights were moved: remember where they were. May be done twice."""
+        self.backups = {p: self._state[p]["backup"] for p in table.params}
+        self.ascended = True
+        table.finish()
         if table.zero_apart:
             self.base._zero_gradients()
-        table.keep_state()
-        torch.autograd.graph.increment_version(table.params)
-        self.backups = {p: self._state[p]["backup"] for p in table.params}
 
     # ---- the descent
 
     @_disable_dynamo
     def descend(self, scaling: Scaling) -> None:
         """Take the optimizer's step from where the weights were."""
-        self.base._refuse_averaged("second_step()")
-        # Whether a step is skipped for its norm is known to the device alone: it must find the weights where they were.
-        late = any(p.device.type != "cpu" for p in self.backups) if self._table is None else self._table.table.on_device
-        early = scaling.forbids or (self._skips and late)
-        if early:
-            self._take_back(self.backups)
-        self.step_base(scaling, {} if early else self.backups)
+        with self.base._lock:
+            self.base._refuse_averaged("second_step()")
+            # Whether a step is skipped for its norm is known to the device alone: it must find the weights where they were.
+            on_device = any(p.device.type != "cpu" for p in self.backups)
+            late = on_device if self._table is None else self._table.table.on_device
+            early = scaling.forbids or (self._skips and late)
+            if early:
+                self._take_back(self.backups)
+            stepped: list[Tensor] = []
+            try:
+                self.step_base(scaling, {} if early else self.backups, stepped)
+            except BaseException:
+                if stepped:
+                    self._went_down(stepped, early)
+                raise
+            self._went_down(stepped, early)
+
+    def _went_down(self, stepped: list[Tensor], early: bool) -> None:
+        """The base's step was taken or skipped: parameters that it did not move go back, and the next ascent is due."""
         if not early:
-            self._take_back({p: self.backups[p] for p in self.backups.keys() - self.base._stepped})
+            self._take_back({p: self.backups[p] for p in self.backups.keys() - stepped})
         self.backups, self.ascended = {}, False
 
-    def step_base(self, scaling: Scaling, sources: dict[Tensor, Tensor]) -> None:
-        """The optimizer's step, hooks and profiler included, with the weights read from ``sources`` where these have them."""
+    def step_base(self, scaling: Scaling, sources: dict[Tensor, Tensor], stepped: list[Tensor] | None = None) -> None:
+        """The optimizer's step, hooks and profiler included, with the weights read from ``sources`` where these have them.
+
+        ``stepped`` is given the parameters that it moved.
+        """
 
         def step(base: Optimizer, closure: Callable[[], float] | None = None) -> None:
             if closure is not None:  # a hook may bring one
                 with torch.enable_grad():
                     closure()
-            base._take_step(sources, scaling)
+            base._take_step(sources, scaling, stepped)
 
         self.stepped = self.base._opt_called = True  # type: ignore[attr-defined]
         torch.optim.Optimizer.profile_hook_step(step)(self.base)

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from operator import itemgetter
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from .regions import Item, Region, Search, Undecided, region, repeats
@@ -21,6 +22,35 @@ def has_values(t: Tensor) -> bool:
         return t.untyped_storage().device.type != "meta"
     except NotImplementedError:  # sparse tensors and those of some devices show no storage
         return True
+
+
+def _bytes_needed(t: Tensor) -> int:
+    """How far the elements of a tensor reach into its storage."""
+    if t.numel() == 0:
+        return 0
+    last = t.storage_offset() + sum((n - 1) * s for n, s in zip(t.shape, t.stride(), strict=True))
+    return (last + 1) * t.element_size()
+
+
+def check_storage(name: str, t: Tensor, like: Tensor | None = None) -> None:
+    """Raise ValueError unless the elements of a tensor lie in its storage, and it is plain memory if ``like`` is.
+
+    Offloading code frees and resizes storages while tensors still refer to them. A wrapper such as DTensor has no memory of
+    its own.
+    """
+    if not has_values(t) or t.layout != torch.strided:
+        return
+    storage, needed = t.untyped_storage(), _bytes_needed(t)
+    if storage.nbytes() < needed:
+        raise ValueError(
+            f"{name}: expected a storage of {needed} bytes or more, got {storage.nbytes()}: it was freed or resized. "
+            "Bring its values back, or assign a new tensor, before the step"
+        )
+    if needed and like is not None and (t.data_ptr() == 0) != (like.data_ptr() == 0):
+        raise ValueError(
+            f"{name}: expected a tensor of the parameter's own kind, {type(like).__name__}, got a {type(t).__name__}: "
+            "convert it, with .full_tensor() or distribute_tensor say"
+        )
 
 
 def _region(t: Tensor) -> Region:

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.parameter import is_lazy
 
 from .backends import BackendTable, Row, Settings
-from .memory import check_disjoint, check_writable, same_place, share_memory
+from .memory import check_disjoint, check_storage, check_writable, same_place, share_memory
 from .state import COPIES, FLOATING, SHORT, State, States
 
 Group = dict[str, Any]
@@ -144,6 +144,7 @@ def check_source(name: str, p: Tensor, source: Tensor) -> None:
             f"{source.device}, expected {p.dtype} and {tuple(p.shape)} on {p.device}: the parameter was replaced since. "
             "If that was between SAM's halves, replace it after second_step() or restore()"
         )
+    check_storage(f"kept weights of parameter {name}", source, like=p)
 
 
 def with_gradient(groups: Sequence[Group]) -> Iterator[tuple[int, int, str, Tensor]]:

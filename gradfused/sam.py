@@ -315,8 +315,8 @@ class SAM(torch.optim.Optimizer):
         with torch.enable_grad():
             loss = closure()
         changed = self._halves.gradients_seen() if loss is None else None
-        self.first_step()
         try:
+            self.first_step()
             with torch.enable_grad():
                 closure()
             if changed is not None and not changed():

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .memory import check_storage
+
 State = dict[Tensor, dict[str, Any]]
 FLOATING = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 SHORT = (torch.float16, torch.bfloat16)
@@ -42,6 +44,11 @@ class States:
     def __init__(self, state: State) -> None:
         self._state = state
         self._undo: list[tuple[Tensor, str, Any]] = []
+
+    @property
+    def all(self) -> State:
+        """The optimizer's state itself."""
+        return self._state
 
     def has(self, p: Tensor, keys: Iterable[str]) -> bool:
         """Whether the parameter has state, these among it."""
@@ -82,11 +89,14 @@ class States:
                 f"state '{key}' of parameter {name}: "
                 f"expected a dense floating tensor of shape {tuple(p.shape)} on {p.device}, got {got}"
             )
+        check_storage(f"state '{key}' of parameter {name}", value, like=p)
         return value
 
     def scalar(self, name: str, p: Tensor, key: str, device: torch.device, initial: float = 0.0) -> Tensor:
         """A one-element state, such as the count of steps."""
         value = self._get(p, key)
+        if isinstance(value, Tensor):
+            check_storage(f"state '{key}' of parameter {name}", value)
         if isinstance(value, Tensor) and value.numel() == 1 and value.device == device and value.dtype in FLOATING[:2]:
             return value
         if value is not None and not (
@@ -129,12 +139,13 @@ class States:
         """Leave the state as it was found. True if anything had been created."""
         created = self.created
         for p, key, value in reversed(self._undo):
-            if value is None:
-                del self._state[p][key]
-                if not self._state[p]:
-                    del self._state[p]
-            else:
+            if value is not None:
                 self._state[p][key] = value
+                continue
+            mine = self._state.get(p, {})
+            mine.pop(key, None)  # an interrupt may have come before it was there
+            if not mine:
+                self._state.pop(p, None)
         self.keep()
         return created
 

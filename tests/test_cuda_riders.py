@@ -17,7 +17,7 @@ from torch.nn import Parameter
 
 from gradfused.backends import Scaling, Settings, cuda
 from gradfused.rows import GroupPlan
-from gradfused.state import SHORT
+from gradfused.state import SHORT, States
 from gradfused.table import StepTable
 
 pytestmark = [pytest.mark.kernels, pytest.mark.parametrize("backend", [EMULATED_CUDA])]
@@ -197,7 +197,7 @@ class Ascent:
         self.sources = {p: p.detach().float() * 1.001 for p in self.params} if sources else None
         settings = Settings(scope="global", perturb=(0.0, 0.05, 1e-12, 0.0, math.inf), decoupled=True, **options)
         plan = GroupPlan("ascend", ("backup",), False, "off", backend, settings, copied=dtype in SHORT)
-        self.table = StepTable([{"params": self.params}], self.state, [plan], self.sources)  # type: ignore[arg-type]
+        self.table = StepTable([{"params": self.params}], States(self.state), [plan], self.sources)  # type: ignore[arg-type]
 
     def climb(self, scaling: Scaling | None = None) -> dict[str, Tensor]:
         self.table.table.stats(scaling or Scaling())

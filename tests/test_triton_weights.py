@@ -15,6 +15,7 @@ from test_riders import float32_average_of_float64_weights
 import gradfused
 from gradfused.backends.base import Scaling, Settings
 from gradfused.rows import GroupPlan
+from gradfused.state import States
 from gradfused.table import StepTable
 
 pytestmark = [
@@ -126,7 +127,7 @@ def test_random_rounding_is_that_of_the_cpu(dtype: torch.dtype, layout: str, bac
 
 def ascent(params: list[torch.nn.Parameter], state: Any, backend: str, settings: Settings) -> StepTable:
     plan = GroupPlan("ascend", ("backup",), counts=False, centre="off", backend=backend, settings=settings)
-    return StepTable([{"params": params}], state, [plan])
+    return StepTable([{"params": params}], States(state), [plan])
 
 
 def copies(name: str, tensors: Sequence[torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -151,13 +151,13 @@ inline void define(py::module_& m) {
       .def("add", &add_row, py::kw_only(), py::arg("rule"), py::arg("param"), py::arg("grad"), py::arg("state"), py::arg("source"),
            py::arg("master"), py::arg("rest"), py::arg("ema"), py::arg("rounding"), py::arg("numel"), py::arg("length"), py::arg("group"),
            py::arg("parameter"), py::arg("centre"), py::arg("whole"), py::arg("first"), py::arg("step"), py::arg("product"))
+      .def("taken", &Rows::taken)
       .def("__len__", &Rows::size);
 
   py::class_<Watch>(m, "Watch", py::module_local())
-      .def(py::init<py::object, py::object, py::list, py::dict>(), py::arg("tensor"), py::arg("exchange"), py::arg("groups"),
-           py::arg("state"))
-      .def("add", &Watch::add, py::arg("param"), py::arg("state"), py::arg("keys"))
-      .def("refresh", &Watch::refresh, py::arg("groups"), py::arg("state"), py::arg("table"));
+      .def(py::init<py::object, py::object, py::list, py::dict, py::dict, py::list>(), py::arg("tensor"), py::arg("exchange"),
+           py::arg("groups"), py::arg("state"), py::arg("sources"), py::arg("rows"))
+      .def("refresh", &Watch::refresh, py::arg("groups"), py::arg("state"), py::arg("sources"), py::arg("tables"));
 }
 
 }  // namespace gradfused::bind

@@ -53,12 +53,18 @@ bool View::lies_as(const View& other) const {
 }
 
 Tensors::Tensors(const py::object& tensor, const py::object& exchange)
-    : grad_(tensor.attr("grad")),
+    : type_(tensor),
+      grad_(tensor.attr("grad")),
       data_ptr_(tensor.attr("data_ptr")),
       stride_(tensor.attr("stride")),
       dtype_(tensor.attr("dtype")),
       shape_(tensor.attr("shape")),
       exchange_(exchange_of(exchange)) {}
+
+PyObject* Tensors::checked(PyObject* object) const {
+  if (!PyObject_TypeCheck(object, reinterpret_cast<PyTypeObject*>(type_.ptr()))) throw py::type_error("expected a tensor");
+  return object;
+}
 
 View Tensors::operator()(PyObject* tensor) const {
   if (exchange_) {
@@ -67,7 +73,7 @@ View Tensors::operator()(PyObject* tensor) const {
     const uintptr_t dtype = uintptr_t(t.dtype.code) << 8 | t.dtype.bits;
     return {reinterpret_cast<uintptr_t>(t.data) + t.byte_offset, dtype, size_t(t.ndim), t.shape, t.strides};
   }
-  read_tuple(shape_(tensor), sizes_);
+  read_tuple(shape_(checked(tensor)), sizes_);
   read_tuple(stride_(tensor), strides_);
   const uintptr_t address = uintptr_t(PyLong_AsUnsignedLongLong(data_ptr_(tensor).ptr()));
   return {address, reinterpret_cast<uintptr_t>(dtype_(tensor).ptr()), sizes_.size(), sizes_.data(), strides_.data()};

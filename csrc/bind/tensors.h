@@ -39,12 +39,16 @@ class Tensors {
   // `tensor` is torch's tensor type, `exchange` a capsule named "dlpack_exchange_api" or None.
   Tensors(const pybind11::object& tensor, const pybind11::object& exchange);
 
-  pybind11::object grad(PyObject* param) const { return grad_(param); }
+  pybind11::object grad(PyObject* param) const { return grad_(checked(param)); }
 
-  // Good until the next call. Throws what torch raises for a tensor without memory of its own.
+  // Good until the next call. Throws what torch raises for a tensor without memory of its own, TypeError for what is no tensor.
   View operator()(PyObject* tensor) const;
 
  private:
+  // The object, if it is a tensor: accessors trust that it is.
+  PyObject* checked(PyObject* object) const;
+
+  const pybind11::object type_;
   const Accessor grad_, data_ptr_, stride_, dtype_, shape_;
   const DLPackExchangeAPI* exchange_ = nullptr;
   mutable std::vector<int64_t> sizes_, strides_;

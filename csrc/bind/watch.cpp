@@ -1,32 +1,96 @@
 #include "bind/watch.h"
 
+#include <unordered_set>
+
 namespace py = pybind11;
 
 namespace gradfused::bind {
-Watch::Seen::Seen(const View& v)
-    : address(v.address), dtype(v.dtype), sizes(v.sizes, v.sizes + v.dims), strides(v.strides, v.strides + v.dims) {}
+namespace {
 
-View Watch::Seen::view() const { return {address, dtype, sizes.size(), sizes.data(), strides.data()}; }
+std::vector<std::pair<PyObject*, PyObject*>> pairs_of(const py::dict& dict) {
+  std::vector<std::pair<PyObject*, PyObject*>> pairs;
+  for (auto item : dict) pairs.emplace_back(item.first.ptr(), item.second.ptr());
+  return pairs;
+}
 
-Watch::Watch(py::object tensor, py::object exchange, py::list groups, py::dict state) : tensors_(tensor, exchange) {
+bool same_pairs(const py::dict& dict, const std::vector<std::pair<PyObject*, PyObject*>>& known) {
+  if (size_t(PyDict_GET_SIZE(dict.ptr())) != known.size()) return false;
+  auto pair = known.begin();
+  PyObject *key, *value;
+  for (Py_ssize_t at = 0; PyDict_Next(dict.ptr(), &at, &key, &value); ++pair) {
+    if (pair->first != key || pair->second != value) return false;
+  }
+  return true;
+}
+
+std::unordered_map<PyObject*, Py_ssize_t> places_of(const std::vector<std::pair<PyObject*, PyObject*>>& pairs) {
+  std::unordered_map<PyObject*, Py_ssize_t> places;
+  for (const auto& pair : pairs) places.emplace(pair.first, Py_ssize_t(places.size()));
+  return places;
+}
+
+Py_ssize_t find(const py::handle& key, const std::unordered_map<PyObject*, Py_ssize_t>& places) {
+  const auto found = places.find(key.ptr());
+  return found == places.end() ? -1 : found->second;
+}
+
+void append(const py::list& list, PyObject* object) {
+  if (PyList_Append(list.ptr(), object) != 0) throw py::error_already_set();
+}
+
+}  // namespace
+
+Watch::Watch(py::object tensor, py::object exchange, py::list groups, py::dict state, py::dict sources, py::list rows)
+    : tensors_(tensor, exchange), states_(pairs_of(state)), sources_(pairs_of(sources)) {
   for (py::handle group : groups) {
     const py::list params = group["params"];
     group_sizes_.push_back(Py_ssize_t(params.size()));
-    for (py::handle p : params) params_.push_back(py::reinterpret_borrow<py::object>(p));
+    for (py::handle p : params) params_.push_back(p.ptr());
   }
-  for (const py::object& p : params_) has_row_[p.ptr()] = false;
-  for (auto item : state) states_.emplace_back(item.first.ptr(), item.second.ptr());
+  const Places states = places_of(states_), from = places_of(sources_);
+  for (py::handle row : rows) add(py::reinterpret_borrow<py::tuple>(row), states, from);
+  std::unordered_set<PyObject*> stepped;
+  for (py::handle row : rows) stepped.insert(py::object(row[py::int_(1)]).ptr());
+  for (PyObject* p : params_) stepped_.push_back(stepped.count(p) != 0);
 }
 
-void Watch::add(py::object param, py::dict state, py::list keys) {
-  Watched row{param, Seen(tensors_(param.ptr())),  Seen(tensors_(tensors_.grad(param.ptr()).ptr())),
-              state, PyDict_GET_SIZE(state.ptr()), {}};
-  for (py::handle key : keys) {
-    const py::object tensor = state[key];
-    row.kept.push_back({py::reinterpret_borrow<py::object>(key), tensor, Seen(tensors_(tensor.ptr()))});
+void Watch::add(const py::tuple& row, const Places& states, const Places& sources) {
+  const py::object param = row[1];
+  Watched watched{row[0].cast<size_t>(), find(param, states), find(param, sources), 0, row[4].cast<bool>(), {}};
+  complete_ &= watched.number < params_.size() && params_[watched.number] == param.ptr();
+  see(param);
+  add_state(watched, row[3]);
+  if (watched.source >= 0) see(sources_[size_t(watched.source)].second);
+  see(row[2]);
+  rows_.push_back(std::move(watched));
+}
+
+void Watch::add_state(Watched& row, const py::dict& kept) {
+  if (row.state >= 0) {
+    Py_ssize_t place = 0;
+    row.keys = PyDict_GET_SIZE(states_[size_t(row.state)].second);
+    for (auto item : py::reinterpret_borrow<py::dict>(states_[size_t(row.state)].second)) {
+      if (kept.contains(item.first)) {
+        row.kept.push_back({place, py::reinterpret_borrow<py::object>(item.first), item.second.ptr()});
+        complete_ &= item.second.is(kept[item.first]);
+        see(item.second);
+      }
+      ++place;
+    }
   }
-  rows_.push_back(std::move(row));
-  has_row_[param.ptr()] = true;
+  complete_ &= row.kept.size() == kept.size();
+}
+
+void Watch::see(const py::handle& tensor) {
+  const View v = tensors_(tensor.ptr());
+  seen_.push_back({v.address, v.dtype, v.dims, shapes_.size()});
+  shapes_.insert(shapes_.end(), v.sizes, v.sizes + v.dims);
+  shapes_.insert(shapes_.end(), v.strides, v.strides + v.dims);
+}
+
+View Watch::view(const Seen& seen) const {
+  const int64_t* const sizes = shapes_.data() + seen.shape;
+  return {seen.address, seen.dtype, seen.dims, sizes, sizes + seen.dims};
 }
 
 bool Watch::same_parameters(const py::list& groups) const {
@@ -37,57 +101,102 @@ bool Watch::same_parameters(const py::list& groups) const {
     const py::list params = group["params"];
     if (Py_ssize_t(params.size()) != *size++) return false;
     for (py::handle p : params) {
-      if (!p.is(*known++)) return false;
+      if (p.ptr() != *known++) return false;
     }
   }
   return true;
 }
 
-bool Watch::same_states(const py::dict& state) const {
-  if (size_t(PyDict_GET_SIZE(state.ptr())) != states_.size()) return false;
-  auto known = states_.begin();
+bool Watch::gather_state(const Watched& row, const py::list& written) const {
+  if (row.state >= 0 && PyDict_GET_SIZE(states_[size_t(row.state)].second) != row.keys) return false;
+  if (row.kept.empty()) return true;
+  auto kept = row.kept.begin();
   PyObject *key, *value;
-  for (Py_ssize_t at = 0; PyDict_Next(state.ptr(), &at, &key, &value); ++known) {
-    if (known->first != key || known->second != value) return false;
+  Py_ssize_t place = 0;
+  for (Py_ssize_t at = 0; PyDict_Next(states_[size_t(row.state)].second, &at, &key, &value); ++place) {
+    if (place != kept->place) continue;
+    if (key != kept->key.ptr() || value != kept->tensor) return false;
+    append(written, value);
+    if (++kept == row.kept.end()) return true;
+  }
+  return false;
+}
+
+// No Python code runs in here, so that no other thread can take away what is not yet held.
+bool Watch::gather(const Held& held) const {
+  for (const Watched& row : rows_) {
+    append(held.params, params_[row.number]);
+    append(held.written, params_[row.number]);
+    if (!gather_state(row, held.written)) return false;
+    if (row.source >= 0) append(held.read, sources_[size_t(row.source)].second);
+  }
+  if (rows_.size() == params_.size()) return true;
+  for (size_t i = 0; i < params_.size(); ++i) {
+    if (!stepped_[i]) append(held.others, params_[i]);
   }
   return true;
 }
 
-bool Watch::same_state(const Watched& row) const {
-  if (PyDict_GET_SIZE(row.state.ptr()) != row.keys) return false;
-  for (const Kept& k : row.kept) {
-    PyObject* const tensor = PyDict_GetItemWithError(row.state.ptr(), k.key.ptr());
-    if (tensor != k.tensor.ptr() || !k.seen.still(tensors_(tensor))) return false;
+bool Watch::gather_gradients(const Held& held) const {
+  for (py::handle p : held.others) {
+    if (!tensors_.grad(p.ptr()).is_none()) return false;
+  }
+  for (py::handle p : held.params) {
+    const py::object grad = tensors_.grad(p.ptr());
+    if (grad.is_none()) return false;
+    append(held.read, grad.ptr());
   }
   return true;
 }
 
-bool Watch::same_gradient(const Watched& row, const py::object& grad, Rows& rows, size_t at) const {
-  const View now = tensors_(grad.ptr());
-  if (!now.lies_as(row.grad.view())) return false;
-  if (now.address == reinterpret_cast<uintptr_t>(rows.row(at).grad.data)) return true;
-  if (now.address == 0) return false;  // no memory of its own: a wrapper, to be refused
-  return rows.move_grad(at, reinterpret_cast<char*>(now.address));
+bool Watch::same_gradient(const Seen& seen, PyObject* grad, const std::vector<Rows*>& tables, size_t at) const {
+  const View now = tensors_(grad);
+  if (!now.lies_as(view(seen))) return false;
+  for (Rows* table : tables) {
+    if (now.address == reinterpret_cast<uintptr_t>(table->row(at).grad.data)) continue;
+    if (now.address == 0) return false;  // no memory of its own: a wrapper, to be refused
+    table->move_grad(at, reinterpret_cast<char*>(now.address));
+  }
+  return true;
 }
 
-bool Watch::refresh(py::list groups, py::dict state, Rows& rows) const {
-  if (!same_parameters(groups) || !same_states(state)) return false;
-  if (rows_.size() < has_row_.size()) {
-    for (const py::object& p : params_) {
-      if (!has_row_.at(p.ptr()) && !tensors_.grad(p.ptr()).is_none()) return false;
+bool Watch::lies_still(const Held& held, const std::vector<Rows*>& tables) const {
+  const Seen* seen = seen_.data();
+  const auto still = [&](PyObject* tensor) {
+    const View now = tensors_(tensor);
+    const bool same = now.address == seen->address && now.lies_as(view(*seen));
+    ++seen;
+    return same;
+  };
+  PyObject *const written = held.written.ptr(), *const read = held.read.ptr();
+  Py_ssize_t to = 0, from = 0, grads = PyList_GET_SIZE(read) - Py_ssize_t(rows_.size());
+  for (size_t i = 0; i < rows_.size(); ++i) {
+    for (size_t k = 0; k <= rows_[i].kept.size(); ++k) {
+      if (!still(PyList_GET_ITEM(written, to++))) return false;
     }
+    if (rows_[i].source >= 0 && !still(PyList_GET_ITEM(read, from++))) return false;
+    if (!same_gradient(*seen++, PyList_GET_ITEM(read, grads++), tables, i)) return false;
   }
+  return true;
+}
+
+py::object Watch::refresh(py::list groups, py::dict state, py::dict sources, py::list tables) const {
+  if (!complete_ || !same_parameters(groups) || !same_pairs(state, states_) || !same_pairs(sources, sources_)) return py::none();
+  std::vector<Rows*> known;
+  for (py::handle table : tables) known.push_back(table.cast<Rows*>());
+  Held held;
   try {
-    for (size_t i = 0; i < rows_.size(); ++i) {
-      const Watched& row = rows_[i];
-      const py::object grad = tensors_.grad(row.param.ptr());
-      if (grad.is_none() || !row.seen.still(tensors_(row.param.ptr()))) return false;
-      if (!same_state(row) || !same_gradient(row, grad, rows, i)) return false;
-    }
-  } catch (const py::error_already_set&) {  // a tensor that cannot be described, sparse say: whoever builds a table says what is wrong
-    return false;
+    if (!gather(held) || !gather_gradients(held) || !lies_still(held, known)) return py::none();
+  } catch (const py::error_already_set& error) {
+    // A tensor that cannot be described, sparse say: whoever builds a table says what is wrong.
+    if (!error.matches(PyExc_Exception)) throw;
+    return py::none();
   }
-  return rows.zeroes_apart();
+  const Py_ssize_t grads = PyList_GET_SIZE(held.read.ptr()) - Py_ssize_t(rows_.size());
+  for (size_t i = 0; i < rows_.size(); ++i) {
+    if (rows_[i].zeroed) append(held.written, PyList_GET_ITEM(held.read.ptr(), grads + Py_ssize_t(i)));
+  }
+  return py::make_tuple(held.params, held.written, held.read);
 }
 
 }  // namespace gradfused::bind

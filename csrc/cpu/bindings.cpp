@@ -99,7 +99,9 @@ PYBIND11_MODULE(_cpu, m) {
       .def(
           "apply",
           [](cpu::Table& t, double unscale, uintptr_t sums, int threads) {
-            return t.apply(unscale, reinterpret_cast<double*>(sums), threads);
+            const bool taken = t.apply(unscale, reinterpret_cast<double*>(sums), threads);
+            t.count_taken(taken);
+            return taken;
           },
           py::arg("unscale"), py::arg("sums"), py::arg("threads"), py::call_guard<py::gil_scoped_release>());
 
@@ -126,6 +128,8 @@ PYBIND11_MODULE(_cpu, m) {
                due.emplace_back(reinterpret_cast<uintptr_t>(patch.to), py::bytes(patch.bytes.data(), patch.bytes.size()));
              return due;
            })
+      .def("count_taken", [](device::Plan& p) { p.count_taken(); })
+      .def("forget_patches", &device::Plan::forget_patches)
       .def("rehearses", &device::Plan::rehearses)
       .def("weighs_first", &device::Plan::weighs_first)
       .def("weighs", &device::Plan::weighs)

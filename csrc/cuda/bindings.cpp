@@ -54,6 +54,7 @@ PYBIND11_MODULE(GRADFUSED_CUDA_MODULE, m) {
           "apply",
           [](cuda::Table& t, int device, uintptr_t stream, uintptr_t grad_scale, uintptr_t found_inf) {
             t.apply(device, reinterpret_cast<void*>(stream), scalar(grad_scale), scalar(found_inf));
+            t.count_taken();
           },
           py::arg("device"), py::arg("stream"), py::arg("grad_scale"), py::arg("found_inf"), py::call_guard<py::gil_scoped_release>());
 }

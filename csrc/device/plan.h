@@ -30,6 +30,9 @@ class Plan : public Rows {
   // An option changed: uploaded with the next launch.
   void reconfigured() { stale_ = true; }
 
+  // An upload was interrupted: everything that may be missing goes with the next launch.
+  void forget_patches() { stale_ = moved_ = true; }
+
   bool needs_stats() const;
 
   // What changes between steps, as it is to stand in device memory.

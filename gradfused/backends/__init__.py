@@ -10,12 +10,13 @@ from functools import cache
 from torch import Tensor
 
 from . import cpu, cuda, reference, triton
-from .base import Availability, BackendTable, Row, Scaling, Settings
+from .base import Availability, BackendTable, Held, Row, Scaling, Settings
 
 __all__ = [
     "NAMES",
     "Availability",
     "BackendTable",
+    "Held",
     "Row",
     "Scaling",
     "Settings",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from numbers import Real
 from typing import Any
@@ -157,10 +157,36 @@ class Scaling:
         return Scaling(*moved)
 
 
+@dataclass(frozen=True, slots=True)
+class Held:
+    """The tensors of one step, kept alive until its kernels have run or, on a device, are enqueued.
+
+    Whatever other threads do meanwhile, such as clearing or replacing gradients, the memory that the kernels use stays.
+
+    Attributes:
+        params: The parameters that are stepped.
+        written: Every tensor that the step writes: parameters, their state, and gradients that are left at zero.
+        read: Every tensor that the step only reads: gradients, and where else weights are read.
+    """
+
+    params: list[Tensor]
+    written: list[Tensor]
+    read: list[Tensor]
+
+    @classmethod
+    def of(cls, rows: Sequence[Row], state: Mapping[Tensor, Mapping[str, Any]], zeroed: Sequence[bool]) -> Held:
+        """The tensors of rows; ``zeroed`` says whose gradient the step leaves at zero."""
+        written = [t for row in rows for t in (row.param, *(state[row.param][key] for key in row.kept))]
+        written += [row.grad for row, zero in zip(rows, zeroed, strict=True) if zero]
+        read = [t for row in rows for t in (row.grad, row.source, row.master) if t is not None]
+        return cls([row.param for row in rows], written, read)
+
+
 class BackendTable(ABC):
     """Rows made ready for one backend. A step is ``stats`` if a norm is wanted, then ``apply``.
 
-    It may not keep gradients alive beyond the step: ``zero_grad`` has to free them.
+    Between steps it keeps no tensor of the optimizer alive: ``zero_grad`` has to free gradients, and parameters may be replaced.
+    During a step its owner holds them.
     """
 
     #: Overflow and skipped steps are found out on the device: ``apply`` heeds ``found_inf`` and always returns True.
@@ -192,15 +218,27 @@ class BackendTable(ABC):
         """Take over new numbers. What decides the shape of the table may not have changed."""
         self.settings = list(settings)
 
-    def watch(self, rows: Sequence[Row], groups: list[dict[str, Any]], state: dict[Any, Any]) -> None:  # noqa: B027
+    @property
+    @abstractmethod
+    def taken(self) -> int:
+        """How many steps have written something. An interrupt of whoever calls ``apply`` can make it miss none of them."""
+
+    def watch(  # noqa: B027
+        self, rows: Sequence[Row], groups: list[dict[str, Any]], state: dict[Any, Any], sources: dict[Tensor, Tensor]
+    ) -> None:
         """Remember the optimizer as it is, for ``refresh``. Optional."""
 
-    def refresh(self, groups: list[dict[str, Any]], state: dict[Any, Any]) -> bool:
-        """Whether the table still describes the optimizer; moved gradients are taken over.
+    def refresh(
+        self, groups: list[dict[str, Any]], state: dict[Any, Any], sources: dict[Tensor, Tensor]
+    ) -> Held | None:
+        """What the next step works on, if the table still describes the optimizer; moved gradients are taken over.
 
-        The default asks for a new table before every step.
+        None asks for a new table. So does the default before every step.
         """
-        return False
+        return None
+
+    def release(self) -> None:  # noqa: B027
+        """The step is over: let go of tensors that were kept for it."""
 
     @property
     def needs_stats(self) -> bool:

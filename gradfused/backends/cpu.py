@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from . import native as natives
-from .base import Availability, BackendTable, Row, Scaling, Settings
+from .base import Availability, BackendTable, Held, Row, Scaling, Settings
 
 _native: ModuleType | None
 _error: str | None = None
@@ -65,7 +65,7 @@ class Table(BackendTable):
         super().__init__(rows, settings)
         self._native = native().Table(len(settings))
         self._sums = torch.zeros(len(rows), dtype=torch.float64, device="cpu")
-        self._watch: Any = None
+        self._watch: natives.Watch | None = None
         self._configured: list[Settings | None] = [None] * len(settings)
         self.configure(settings)
         for row in rows:
@@ -76,11 +76,19 @@ class Table(BackendTable):
         self._configured = list(settings)
         super().configure(settings)
 
-    def watch(self, rows: Sequence[Row], groups: list[dict[str, Any]], state: dict[Any, Any]) -> None:
-        self._watch = natives.watch(native(), rows, groups, state)
+    @property
+    def taken(self) -> int:
+        return int(self._native.taken())
 
-    def refresh(self, groups: list[dict[str, Any]], state: dict[Any, Any]) -> bool:
-        return self._watch is not None and bool(self._watch.refresh(groups, state, self._native))
+    def watch(
+        self, rows: Sequence[Row], groups: list[dict[str, Any]], state: dict[Any, Any], sources: dict[Tensor, Tensor]
+    ) -> None:
+        self._watch = natives.Watch(native(), rows, groups, state, sources, self.settings)
+
+    def refresh(
+        self, groups: list[dict[str, Any]], state: dict[Any, Any], sources: dict[Tensor, Tensor]
+    ) -> Held | None:
+        return None if self._watch is None else self._watch.refresh(groups, state, sources, [self._native])
 
     @property
     def needs_stats(self) -> bool:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .. import gpu
 from . import native as natives
-from .base import BackendTable, Row, Scaling, Settings
+from .base import BackendTable, Held, Row, Scaling, Settings
 
 
 def checked(scalar: Tensor | None, device: torch.device) -> Tensor | None:
@@ -114,7 +114,7 @@ class DeviceTable(BackendTable):
             self.part(rows[owners.index(key)].param.device, rows, [o == key for o in owners], settings)
             for key in dict.fromkeys(owners)
         ]
-        self._watch: Any = None
+        self._watch: natives.Watch | None = None
 
     @staticmethod
     def _owners(rows: Sequence[Row]) -> list[Any]:
@@ -130,13 +130,20 @@ class DeviceTable(BackendTable):
             part.configure(settings)
         super().configure(settings)
 
-    def watch(self, rows: Sequence[Row], groups: list[dict[str, Any]], state: dict[Any, Any]) -> None:
-        self._watch = natives.watch(self.part.module(), rows, groups, state)
+    @property
+    def taken(self) -> int:
+        return sum(part.native.taken() for part in self._parts)
 
-    def refresh(self, groups: list[dict[str, Any]], state: dict[Any, Any]) -> bool:
-        # A step without gradients has no part, and still has to be asked whether there are any now.
-        tables = [part.native for part in self._parts] or [self.part.make(0)]
-        return self._watch is not None and all(self._watch.refresh(groups, state, table) for table in tables)
+    def watch(
+        self, rows: Sequence[Row], groups: list[dict[str, Any]], state: dict[Any, Any], sources: dict[Tensor, Tensor]
+    ) -> None:
+        self._watch = natives.Watch(self.part.module(), rows, groups, state, sources, self.settings)
+
+    def refresh(
+        self, groups: list[dict[str, Any]], state: dict[Any, Any], sources: dict[Tensor, Tensor]
+    ) -> Held | None:
+        tables = [part.native for part in self._parts]
+        return None if self._watch is None else self._watch.refresh(groups, state, sources, tables)
 
     @property
     def needs_stats(self) -> bool:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..memory import has_values
-from .base import Row, Settings
+from .base import Held, Row, Settings
 
 DTYPES = {
     torch.float32: "float32",
@@ -129,9 +129,42 @@ def configure(module: ModuleType, rows: Any, known: Sequence[Settings | None], n
     return changed
 
 
-def watch(module: ModuleType, rows: Sequence[Row], groups: list[dict[str, Any]], state: dict[Any, Any]) -> Any:
-    """A native watch over an optimizer as it is now."""
-    made = module.Watch(torch._C.TensorBase, EXCHANGE, groups, state)
-    for row in rows:
-        made.add(row.param, state.get(row.param, {}), row.kept)
-    return made
+class Watch:
+    """Notices, in native code, what changed in an optimizer since a table was made of it. Keeps no tensor alive.
+
+    Args:
+        module: The compiled module whose tables these are.
+        rows: The tables' rows.
+        groups: The optimizer's parameter groups.
+        state: Its state.
+        sources: Where the weights of some parameters are read in their place.
+        settings: The groups' options.
+    """
+
+    def __init__(
+        self,
+        module: ModuleType,
+        rows: Sequence[Row],
+        groups: list[dict[str, Any]],
+        state: dict[Any, Any],
+        sources: dict[Tensor, Tensor],
+        settings: Sequence[Settings],
+    ) -> None:
+        described = [
+            (
+                row.number,
+                row.param,
+                row.grad,
+                {key: state[row.param][key] for key in row.kept},
+                settings[row.group].zero_grad,
+            )
+            for row in rows
+        ]
+        self._native = module.Watch(torch._C.TensorBase, EXCHANGE, groups, state, sources, described)
+
+    def refresh(
+        self, groups: list[dict[str, Any]], state: dict[Any, Any], sources: dict[Tensor, Tensor], tables: Sequence[Any]
+    ) -> Held | None:
+        """What the next step works on, if the native ``tables`` still describe it; moved gradients are taken over into them."""
+        found = self._native.refresh(groups, state, sources, tables)
+        return None if found is None else Held(*found)

@@ -194,27 +194,39 @@ def stochastically_rounded(x: Tensor, dtype: torch.dtype, seed: int, parameter: 
 
 
 class Writes:
-    """What a step is to write: all of it is written, or nothing."""
+    """What a step is to write: all of it is written, or nothing.
+
+    Attributes:
+        done: Everything was written.
+    """
 
     def __init__(self) -> None:
         self._due: list[tuple[Tensor, Tensor]] = []
+        self.done = False
 
     def add(self, to: Tensor, value: Tensor) -> None:
         """Have ``value`` written to a tensor."""
         self._due.append((to, value.to(to.dtype)))
 
     def commit(self) -> None:
-        """Write everything. If that raises, the tensors hold again what they held."""
+        """Write everything. If that raises before all is written, the tensors hold again what they held."""
         begun = 0
         try:
             for i, (to, value) in enumerate(self._due):
                 self._due[i] = (to, to.clone())  # in place of the value, which nothing needs any more
                 begun = i + 1
                 to.copy_(value)
+            self.done = True
         except BaseException:
+            if self.done:  # an interrupt just after the last one
+                raise
             for to, before in reversed(self._due[:begun]):
                 to.copy_(before)
             raise
+
+    def forget(self) -> None:
+        """Let go of all tensors."""
+        self._due.clear()
 
 
 class Table(BackendTable):
@@ -225,6 +237,7 @@ class Table(BackendTable):
         self.rows = list(rows)
         device = rows[0].param.device if rows else torch.device("cpu")
         self._sums = torch.zeros(len(rows), dtype=torch.float64, device=device)
+        self._writes = Writes()
 
     @property
     def sums(self) -> Tensor:
@@ -263,16 +276,23 @@ class Table(BackendTable):
         finite = self._finite()
         if finite:
             self._apply_rows(scaling.unscale)
-        self.rows.clear()
         return finite
+
+    @property
+    def taken(self) -> int:
+        return int(self._writes.done)
+
+    def release(self) -> None:
+        """See BackendTable. A table of this backend serves one step."""
+        self.rows.clear()
+        self._writes.forget()
 
     def _apply_rows(self, unscale: float) -> None:
         norms = [self._norm(i) for i in range(len(self.rows))]
         settings = [s if s.lr_tensor is None else replace(s, lr=float(s.lr_tensor)) for s in self.settings]
-        writes = Writes()
         for i, row in enumerate(self.rows):
-            self._apply_row(i, row, settings[row.group], unscale, norms[i], writes)
-        writes.commit()
+            self._apply_row(i, row, settings[row.group], unscale, norms[i], self._writes)
+        self._writes.commit()
 
     def _apply_row(
         self, index: int, row: Row, s: Settings, unscale: float, norm: Tensor | None, writes: Writes

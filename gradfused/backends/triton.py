@@ -261,18 +261,26 @@ class _Part(Part):
 
     def _upload(self) -> None:
         """Copy what changed since the last launch: addresses of gradients, options."""
-        patches = self.native.patches()
-        for at, data in patches:
-            host = torch.frombuffer(bytearray(data), dtype=torch.uint8)
-            start = at - self.image.data_ptr()
-            place = slice(start, start + host.numel())
-            if gpu.capturing():  # once: the table is the graph's from now on
-                host = self._staged[place].copy_(host)
-            elif self.device.type != "cpu":
-                host = host.pin_memory()
-            self.image[place].copy_(host, non_blocking=True)
-        if patches:
-            self._chosen = self._choose()
+        try:
+            patches = self.native.patches()
+            for at, data in patches:
+                self._copy(at, data)
+            if patches:
+                self._chosen = self._choose()
+        except BaseException:
+            self.native.forget_patches()
+            raise
+
+    def _copy(self, at: int, data: bytes) -> None:
+        """Bytes to their address in the table."""
+        host = torch.frombuffer(bytearray(data), dtype=torch.uint8)
+        start = at - self.image.data_ptr()
+        place = slice(start, start + host.numel())
+        if gpu.capturing():  # once: the table is the graph's from now on
+            host = self._staged[place].copy_(host)
+        elif self.device.type != "cpu":
+            host = host.pin_memory()
+        self.image[place].copy_(host, non_blocking=True)
 
     def _launch(self, kernel: Any, *arguments: Any, **constants: Any) -> None:
         full = self._options.full or self.native.weighs() or self.native.weighs_first()
@@ -298,6 +306,7 @@ class _Part(Part):
         constants = self._chosen[1] | self._options.keywords
         for phase in self._phases():
             self._launch(self._kernels.apply, *scalars, PHASE=self._kernels.phases[phase], **constants)
+        self.native.count_taken()
 
     def _phases(self) -> Iterator[str]:
         """The launches of a step, in order."""

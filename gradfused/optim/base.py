@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import weakref
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator
@@ -21,7 +22,7 @@ from ..memory import check_disjoint, has_values
 from ..plans import Plans
 from ..rows import GroupPlan, check_parameter, may_train, named_parameters, parameter_name
 from ..spelling import refuse_misspelt, refuse_unknown
-from ..state import RIDERS, SCALARS, SHORT, state_dtype
+from ..state import RIDERS, SCALARS, SHORT, States, state_dtype
 from ..table import StepTable
 
 Params = Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]]
@@ -54,15 +55,14 @@ class Optimizer(torch.optim.Optimizer):
 
     def _begin(self) -> None:
         """What is not part of the saved state."""
-        self._itself = weakref.ref(
-            self
-        )  # in a wrapper that inherits this class, or copied these attributes, another one
+        # In a wrapper that inherits this class, or copied these attributes, it is another object than self.
+        self._itself = weakref.ref(self)
+        self._lock = getattr(self, "_lock", None) or threading.RLock()  # around whatever steps, loads or swaps
         self._tables: list[StepTable] = []  # the last one used comes first
         self._captured: list[StepTable] = []  # by CUDA graphs, which may be replayed for as long as this lives
         self._seen: StepTable | None = None  # the last step's
         self._plans = Plans()
         self._skipped: int | Tensor = 0
-        self._stepped: list[Tensor] = []  # parameters that the last step moved
         self._averaged = False  # swap_ema() is under way
 
     # ---- the rule
@@ -173,54 +173,68 @@ class Optimizer(torch.optim.Optimizer):
         return loss
 
     @_disable_dynamo
-    def _take_step(self, sources: dict[Tensor, Tensor], scaling: Scaling) -> None:
-        """Takes the step unless the host knows reasons not to.
+    def _take_step(self, sources: dict[Tensor, Tensor], scaling: Scaling, stepped: list[Tensor] | None = None) -> None:
+        """Takes the step unless the host knows reasons not to. All of it or, whatever is raised meanwhile, nothing.
 
         Args:
             sources: Where SAM keeps the weights of some parameters between its two halves.
             scaling: What GradScaler says.
+            stepped: Is given the parameters that the step moved, also if an interrupt is raised right after it.
         """
-        self._stepped = []
-        self._refuse_averaged("step()")
-        if scaling.found_inf is not None and not gpu.holds(scaling.found_inf) and scaling.forbids:
-            self._zero_gradients()
-            return
-        table = self._table_for(self._current_plans(), sources)
+        with self._lock:
+            self._refuse_averaged("step()")
+            if scaling.found_inf is not None and not gpu.holds(scaling.found_inf) and scaling.forbids:
+                self._zero_gradients()
+                return
+            states, table = States(self.state), None
+            try:
+                table = self._table_for(self._current_plans(), sources, states)
+                self._run(table, states, scaling, stepped)
+            except BaseException:
+                if table is not None and table.taken:
+                    self._conclude(table, states, scaling, stepped)
+                else:
+                    states.take_back()
+                    self._drop_tables()
+                raise
+            finally:
+                for known in self._tables:
+                    known.release()
+
+    def _run(self, table: StepTable, states: States, scaling: Scaling, stepped: list[Tensor] | None) -> None:
+        """Have the backend take the step that ``table`` holds."""
         if not table.params:
             self._seen = table
             return
         if not table.table.on_device and scaling.forbids:
-            self._forget(table)
+            self._forget(states)
             return
-        uncertain = table.table.on_device and (scaling.found_inf is not None or table.may_skip)
-        taken = self._run(table, scaling, uncertain)
+        if table.measures:
+            table.table.stats(scaling)
+        taken = table.table.apply(scaling)
         self._seen = table
-        if not taken:
-            if not table.table.on_device:
-                self._skipped += 1
-            self._forget(table)
-            return
-        table.keep_state()
-        self._stepped = table.params
-        torch.autograd.graph.increment_version(table.params)
-        if uncertain or table.zero_apart:
-            self._zero_gradients()
+        if taken:
+            self._conclude(table, states, scaling, stepped)
+        else:
+            self._skipped += 1
+            self._forget(states)
 
-    def _run(self, table: StepTable, scaling: Scaling, uncertain: bool) -> bool:
-        """Have the backend take a step. False if it was skipped, as far as the host knows.
+    def _conclude(self, table: StepTable, states: States, scaling: Scaling, stepped: list[Tensor] | None) -> None:
+        """What remains after the kernels: new state stays, autograd learns what was written. May be done twice.
 
-        The host asks a device, and waits for it, only where state was created for a step that may have been skipped: new
+        The host asks a device whether it skipped the step, and waits for it, only where state was created for that step: new
         state has to go then, so that the next step is known as the first one, by checkpoints and copies too.
         """
-        try:
-            if table.measures:
-                table.table.stats(scaling)
-            if not table.table.apply(scaling):
-                return False
-            return not (uncertain and table.created_state and table.table.skipped_its_first(scaling))
-        except Exception:
-            self._take_back_state(table)
-            raise
+        uncertain = table.table.on_device and (scaling.found_inf is not None or table.may_skip)
+        if uncertain and states.created and table.table.skipped_its_first(scaling):
+            self._forget(states)
+            return
+        states.keep()
+        table.finish()
+        if stepped is not None:
+            stepped[:] = table.params
+        if uncertain or table.zero_apart:
+            self._zero_gradients()
 
     @torch.no_grad()
     def _zero_gradients(self) -> None:
@@ -230,34 +244,37 @@ class Optimizer(torch.optim.Optimizer):
         if grads:
             torch._foreach_zero_(grads)
 
-    def _forget(self, table: StepTable) -> None:
+    def _forget(self, states: States) -> None:
         """The step was not taken: state that it created goes, and the tables that know it."""
         self._zero_gradients()
-        self._take_back_state(table)
+        if states.take_back():
+            self._drop_tables()
 
-    def _take_back_state(self, table: StepTable) -> None:
-        if table.take_back_state():
-            for known in self._tables:
-                self._keep_count(known)
-            self._tables.clear()
+    def _drop_tables(self) -> None:
+        """Have the next step make a new table."""
+        for table in self._tables:
+            self._keep_count(table)
+        self._tables = []
 
-    def _table_for(self, plans: list[GroupPlan], sources: dict[Tensor, Tensor]) -> StepTable:
+    def _table_for(self, plans: list[GroupPlan], sources: dict[Tensor, Tensor], states: States) -> StepTable:
         """The table that describes this step: the last one's, or one of a few kept for models whose gradients come and go."""
         capturing = gpu.capturing()
-        for i, table in enumerate(self._tables):
+        for table in self._tables:
             if table.still_describes(self.param_groups, self.state, plans, sources):
-                del self._tables[i]
+                others = [known for known in self._tables if known is not table]
                 if capturing:  # the graph's from now on: it replays with the addresses that are in it
+                    table.pin()
                     self._captured.append(table)
+                    self._tables = others
                 else:
-                    self._tables.insert(0, table)
+                    self._tables = [table, *others]
                 return table
         if capturing:
             raise RuntimeError(
                 "capturing step() in a CUDA graph: no table describes it, and building one cannot be captured. Take a "
                 "step with these parameters, gradients and options before the capture, and one between two captures"
             )
-        table = StepTable(self.param_groups, self.state, plans, sources)
+        table = StepTable(self.param_groups, states, plans, sources)
         for old in self._tables[_TABLES_KEPT - 1 :]:
             self._keep_count(old)
         self._tables = [table, *self._tables[: _TABLES_KEPT - 1]]
