@@ -65,7 +65,8 @@ class Rows {
     if (written_) return *written_;
     written_ = std::make_unique<Spans>();
     for (const Row& row : rows_) {
-      for (const Operand* x : {&row.param, &row.source, &row.rest, &row.ema}) written_->add(x->data ? span_of(*x, row.numel) : Span());
+      for (const Operand* x : {&row.param, &row.source, &row.master, &row.rest, &row.ema})
+        written_->add(x->data ? span_of(*x, row.numel) : Span());
       for (const Operand& x : row.state) written_->add(x.data ? span_of(x, row.numel) : Span());
     }
     written_->sort();

@@ -7,6 +7,8 @@ namespace gradfused {
 
 enum class DType : int8_t { float32, float64, float16, bfloat16 };
 
+constexpr int64_t itemsize(DType d) { return d == DType::float64 ? 8 : d == DType::float32 ? 4 : 2; }
+
 enum class Rule : int8_t {
 #define GRADFUSED_RULE(name, type, family) name,
 #include "rules.def"

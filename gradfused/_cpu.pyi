@@ -53,6 +53,7 @@ class Watch:
     def __init__(
         self,
         tensor: type,
+        storage: type,
         exchange: object,
         groups: list[dict[str, Any]],
         state: dict[Any, Any],

@@ -32,6 +32,11 @@ def _bytes_needed(t: Tensor) -> int:
     return (last + 1) * t.element_size()
 
 
+def has_storage(t: Tensor) -> bool:
+    """Whether the elements of a tensor lie in its storage."""
+    return t.untyped_storage().nbytes() >= _bytes_needed(t)
+
+
 def check_storage(name: str, t: Tensor, like: Tensor | None = None) -> None:
     """Raise ValueError unless the elements of a tensor lie in its storage, and it is plain memory if ``like`` is.
 
@@ -40,13 +45,12 @@ def check_storage(name: str, t: Tensor, like: Tensor | None = None) -> None:
     """
     if not has_values(t) or t.layout != torch.strided:
         return
-    storage, needed = t.untyped_storage(), _bytes_needed(t)
-    if storage.nbytes() < needed:
+    if not has_storage(t):
         raise ValueError(
-            f"{name}: expected a storage of {needed} bytes or more, got {storage.nbytes()}: it was freed or resized. "
-            "Bring its values back, or assign a new tensor, before the step"
+            f"{name}: expected a storage of {_bytes_needed(t)} bytes or more, got {t.untyped_storage().nbytes()}: it was "
+            "freed or resized. Bring its values back, or assign a new tensor, before the step"
         )
-    if needed and like is not None and (t.data_ptr() == 0) != (like.data_ptr() == 0):
+    if t.numel() and like is not None and (t.data_ptr() == 0) != (like.data_ptr() == 0):
         raise ValueError(
             f"{name}: expected a tensor of the parameter's own kind, {type(like).__name__}, got a {type(t).__name__}: "
             "convert it, with .full_tensor() or distribute_tensor say"

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .memory import check_storage
+from .memory import check_storage, has_storage
 
 State = dict[Tensor, dict[str, Any]]
 FLOATING = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
@@ -122,7 +122,8 @@ class States:
         counts: dict[torch.device, list[tuple[Tensor, Tensor]]] = {}
         for p in params:
             count = self._get(p, "step")
-            if isinstance(count, Tensor) and count.dtype == torch.float32 and count.numel() == 1:
+            # One whose storage was freed is refused where the row is made.
+            if isinstance(count, Tensor) and count.dtype == torch.float32 and count.numel() == 1 and has_storage(count):
                 counts.setdefault(count.device, []).append((p, count))
         for found in counts.values():
             numbers = torch.stack([count.detach().reshape(()) for _, count in found]).tolist()

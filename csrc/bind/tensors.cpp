@@ -52,18 +52,36 @@ bool View::lies_as(const View& other) const {
   return true;
 }
 
-Tensors::Tensors(const py::object& tensor, const py::object& exchange)
+uintptr_t View::end(size_t itemsize) const {
+  int64_t last = 0;
+  for (size_t d = 0; d < dims; ++d) {
+    if (sizes[d] == 0) return address;
+    last += (sizes[d] - 1) * strides[d];
+  }
+  return address + uintptr_t(last + 1) * itemsize;
+}
+
+Tensors::Tensors(const py::object& tensor, const py::object& storage, const py::object& exchange)
     : type_(tensor),
       grad_(tensor.attr("grad")),
       data_ptr_(tensor.attr("data_ptr")),
       stride_(tensor.attr("stride")),
       dtype_(tensor.attr("dtype")),
       shape_(tensor.attr("shape")),
+      storage_(tensor.attr("untyped_storage")),
+      storage_data_ptr_(storage.attr("data_ptr")),
+      storage_bytes_(storage.attr("nbytes")),
       exchange_(exchange_of(exchange)) {}
 
 PyObject* Tensors::checked(PyObject* object) const {
   if (!PyObject_TypeCheck(object, reinterpret_cast<PyTypeObject*>(type_.ptr()))) throw py::type_error("expected a tensor");
   return object;
+}
+
+bool Tensors::in_storage(PyObject* tensor, uintptr_t address, uintptr_t end) const {
+  const py::object storage = storage_(tensor);
+  const uintptr_t first = uintptr_t(PyLong_AsUnsignedLongLong(storage_data_ptr_(storage.ptr()).ptr()));
+  return first <= address && end <= first + uintptr_t(PyLong_AsUnsignedLongLong(storage_bytes_(storage.ptr()).ptr()));
 }
 
 View Tensors::operator()(PyObject* tensor) const {

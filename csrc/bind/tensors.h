@@ -31,25 +31,31 @@ struct View {
 
   // Equal dtypes and shapes, and the elements lie alike: the stride of a dimension of size 1 means nothing.
   bool lies_as(const View& other) const;
+
+  // One past the last byte of its elements, of `itemsize` bytes each.
+  uintptr_t end(size_t itemsize) const;
 };
 
 // Describes tensors through DLPack's exchange where torch offers it, else through their methods, which takes over three times as long.
 class Tensors {
  public:
-  // `tensor` is torch's tensor type, `exchange` a capsule named "dlpack_exchange_api" or None.
-  Tensors(const pybind11::object& tensor, const pybind11::object& exchange);
+  // `tensor` and `storage` are torch's types, `exchange` is a capsule named "dlpack_exchange_api" or None.
+  Tensors(const pybind11::object& tensor, const pybind11::object& storage, const pybind11::object& exchange);
 
   pybind11::object grad(PyObject* param) const { return grad_(checked(param)); }
 
   // Good until the next call. Throws what torch raises for a tensor without memory of its own, TypeError for what is no tensor.
   View operator()(PyObject* tensor) const;
 
+  // Whether the bytes from `address` to `end` lie in the tensor's storage, which may have been resized under it.
+  bool in_storage(PyObject* tensor, uintptr_t address, uintptr_t end) const;
+
  private:
   // The object, if it is a tensor: accessors trust that it is.
   PyObject* checked(PyObject* object) const;
 
   const pybind11::object type_;
-  const Accessor grad_, data_ptr_, stride_, dtype_, shape_;
+  const Accessor grad_, data_ptr_, stride_, dtype_, shape_, storage_, storage_data_ptr_, storage_bytes_;
   const DLPackExchangeAPI* exchange_ = nullptr;
   mutable std::vector<int64_t> sizes_, strides_;
 };

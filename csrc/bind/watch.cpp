@@ -40,8 +40,8 @@ void append(const py::list& list, PyObject* object) {
 
 }  // namespace
 
-Watch::Watch(py::object tensor, py::object exchange, py::list groups, py::dict state, py::dict sources, py::list rows)
-    : tensors_(tensor, exchange), states_(pairs_of(state)), sources_(pairs_of(sources)) {
+Watch::Watch(py::object tensor, py::object storage, py::object exchange, py::list groups, py::dict state, py::dict sources, py::list rows)
+    : tensors_(tensor, storage, exchange), states_(pairs_of(state)), sources_(pairs_of(sources)) {
   for (py::handle group : groups) {
     const py::list params = group["params"];
     group_sizes_.push_back(Py_ssize_t(params.size()));
@@ -152,10 +152,14 @@ bool Watch::gather_gradients(const Held& held) const {
 bool Watch::same_gradient(const Seen& seen, PyObject* grad, const std::vector<Rows*>& tables, size_t at) const {
   const View now = tensors_(grad);
   if (!now.lies_as(view(seen))) return false;
+  bool checked = false;
   for (Rows* table : tables) {
-    if (now.address == reinterpret_cast<uintptr_t>(table->row(at).grad.data)) continue;
-    if (now.address == 0) return false;  // no memory of its own: a wrapper, to be refused
-    table->move_grad(at, reinterpret_cast<char*>(now.address));
+    const Operand& known = table->row(at).grad;
+    if (now.address == reinterpret_cast<uintptr_t>(known.data)) continue;
+    // Without memory of its own it is a wrapper, or its storage was freed: to be refused by whoever builds a table.
+    if (!checked && (now.address == 0 || !tensors_.in_storage(grad, now.address, now.end(itemsize(known.dtype))))) return false;
+    checked = true;
+    if (!table->move_grad(at, reinterpret_cast<char*>(now.address))) return false;
   }
   return true;
 }
@@ -191,6 +195,9 @@ py::object Watch::refresh(py::list groups, py::dict state, py::dict sources, py:
     // A tensor that cannot be described, sparse say: whoever builds a table says what is wrong.
     if (!error.matches(PyExc_Exception)) throw;
     return py::none();
+  }
+  for (Rows* table : known) {
+    if (!table->zeroes_apart()) return py::none();
   }
   const Py_ssize_t grads = PyList_GET_SIZE(held.read.ptr()) - Py_ssize_t(rows_.size());
   for (size_t i = 0; i < rows_.size(); ++i) {

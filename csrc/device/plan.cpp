@@ -12,8 +12,6 @@ namespace {
 
 bool late(const Row& row, const Hyper& h) { return row.centre && h.centralize_at != Centre::gradient; }
 
-int64_t itemsize(DType d) { return d == DType::float64 ? 8 : d == DType::float32 ? 4 : 2; }
-
 // Whether the rule has lean kernels.
 bool is_lean(Rule rule) {
   switch (rule) {

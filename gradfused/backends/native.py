@@ -160,7 +160,9 @@ class Watch:
             )
             for row in rows
         ]
-        self._native = module.Watch(torch._C.TensorBase, EXCHANGE, groups, state, sources, described)
+        self._native = module.Watch(
+            torch._C.TensorBase, torch.UntypedStorage, EXCHANGE, groups, state, sources, described
+        )
 
     def refresh(
         self, groups: list[dict[str, Any]], state: dict[Any, Any], sources: dict[Tensor, Tensor], tables: Sequence[Any]
