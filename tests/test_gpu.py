@@ -23,7 +23,10 @@ def answer(monkeypatch: pytest.MonkeyPatch, module: Any, **answers: Any) -> None
 
 
 def tensor_on(device: torch.device) -> Any:
-    return SimpleNamespace(device=device, dtype=torch.float32, numel=lambda: 1, data_ptr=lambda: 16)
+    storage = SimpleNamespace(device=device)
+    return SimpleNamespace(
+        device=device, dtype=torch.float32, numel=lambda: 1, data_ptr=lambda: 16, untyped_storage=lambda: storage
+    )
 
 
 @pytest.fixture(autouse=True)

@@ -73,6 +73,9 @@ class Index:
     def __index__(self) -> int:
         return self.value
 
+    def __repr__(self) -> str:
+        return f"Index({self.value})"
+
 
 WHOLE = [3, np.int64(3), np.uint8(3), np.array(3), torch.tensor(3), torch.tensor([3], dtype=torch.int32), Index(3)]
 NOT_WHOLE = [1.7, 3.0, True, np.float32(3), np.bool_(True), "3", None, [3], torch.tensor(3.0), np.array([3, 3]), 3j]

@@ -371,7 +371,6 @@ def test_a_schedule_may_return_any_number(form, backend):
         ("weight_decay", torch.tensor(0.5), lambda x: x.fill_(0.25), "weight_decay", 0.25),
         ("clip_value", torch.tensor(0.5), lambda x: x.fill_(0.25), "clip_value", 0.25),
     ],
-    ids=repr,
 )
 def test_an_option_changed_in_place_is_noticed(name, value, change, field, expected):
     opt = made("AdamW", **{name: copy.deepcopy(value)})

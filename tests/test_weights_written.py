@@ -335,7 +335,7 @@ def test_sam_descends_from_the_weights_that_were_written(
             sam = gradfused.SAM(t.optimizer, rho=0.5, adaptive=adaptive)
             t.fill()
             sam.first_step()
-            backups = [sam._backups[p] for p in t.params]
+            backups = [sam._halves.backups[p] for p in t.params]
             assert all(torch.equal(b, o.param) for b, o in zip(backups, t.oracles, strict=True))
             sam.second_step()
             t.follow()
