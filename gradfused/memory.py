@@ -29,7 +29,7 @@ def _bytes_needed(t: Tensor) -> int:
     if t.numel() == 0:
         return 0
     last = t.storage_offset() + sum((n - 1) * s for n, s in zip(t.shape, t.stride(), strict=True))
-    return (last + 1) * t.element_size()
+    return int((last + 1) * t.element_size())
 
 
 def has_storage(t: Tensor) -> bool:
