@@ -5,6 +5,7 @@ from __future__ import annotations
 import weakref
 from collections import defaultdict
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -86,6 +87,11 @@ class Halves:
         Halves.__init__(self, state["base"], state["options"])
         self.begin(state["backups"], state["ascended"])
 
+    @property
+    def lock(self) -> AbstractContextManager[Any]:
+        """Around whatever steps, loads or swaps: the base's own, so that both are used by one thread at a time."""
+        return self.base._lock
+
     # ---- the ascent
 
     @property
@@ -138,7 +144,7 @@ class Halves:
 
     def ascend(self, scaling: Scaling) -> None:
         """Move the weights up, unless the scaler or the recipe forbids it. The descent is due then in any case."""
-        with self.base._lock:
+        with self.lock:
             self.base._refuse_averaged("first_step()")
             self._ascend(scaling)
             self.ascended = True
@@ -186,7 +192,7 @@ class Halves:
     @_disable_dynamo
     def descend(self, scaling: Scaling) -> None:
         """Take the optimizer's step from where the weights were."""
-        with self.base._lock:
+        with self.lock:
             self.base._refuse_averaged("second_step()")
             # Whether a step is skipped for its norm is known to the device alone: it must find the weights where they were.
             on_device = any(p.device.type != "cpu" for p in self.backups)
@@ -242,7 +248,7 @@ class Halves:
 
     def no_way_up(self) -> bool:
         """Whether every gradient is zero, or there is none: the ascent would leave the weights where they are."""
-        grads = (p.grad for group in self._groups for p in group["params"] if p.grad is not None)
+        grads = (grad for group in self._groups for p in group["params"] if (grad := p.grad) is not None)
         return not any(map(_points_somewhere, grads))
 
     def gradients_seen(self) -> Callable[[], bool]:

@@ -12,7 +12,7 @@ from torch.nn.parameter import is_lazy
 
 from .backends import BackendTable, Row, Settings
 from .memory import check_disjoint, check_storage, check_writable, same_place, share_memory
-from .state import COPIES, FLOATING, SHORT, State, States
+from .state import COPIES, FLOATING, SHORT, States
 
 Group = dict[str, Any]
 
@@ -147,15 +147,19 @@ def check_source(name: str, p: Tensor, source: Tensor) -> None:
     check_storage(f"kept weights of parameter {name}", source, like=p)
 
 
-def with_gradient(groups: Sequence[Group]) -> Iterator[tuple[int, int, str, Tensor]]:
-    """(group, number in the optimizer, name, parameter) of each parameter to step; a repeated one counts once."""
+def with_gradient(groups: Sequence[Group]) -> Iterator[tuple[int, int, str, Tensor, Tensor]]:
+    """(group, number in the optimizer, name, parameter, gradient) of each parameter to step; a repeated one counts once.
+
+    Each gradient is asked for once, because another thread may replace or clear it at any time.
+    """
     seen: set[int] = set()
     number = 0
     for g, group in enumerate(groups):
         for i, p in enumerate(group["params"]):
-            if p.grad is not None and id(p) not in seen:
+            grad = p.grad
+            if grad is not None and id(p) not in seen:
                 seen.add(id(p))
-                yield g, number, parameter_name(groups, g, i), p
+                yield g, number, parameter_name(groups, g, i), p, grad
             number += 1
 
 
@@ -171,6 +175,7 @@ def _unit_shape(p: Tensor, plan: GroupPlan) -> tuple[int, bool, bool]:
 def make_row(
     name: str,
     p: Tensor,
+    grad: Tensor,
     plan: GroupPlan,
     group: int,
     number: int,
@@ -183,6 +188,7 @@ def make_row(
     Args:
         name: How messages call the parameter.
         p: The parameter.
+        grad: Its gradient.
         plan: Its group's options.
         group: Its group's number.
         number: Its own number in the optimizer.
@@ -215,12 +221,11 @@ def make_row(
     if plan.product:
         kept["mu_product"] = states.scalar(name, p, "mu_product", make.step_device(p), 1.0)
     states.drop(p, COPIES.difference(kept))
-    assert p.grad is not None
     return Row(
         name=name,
         rule=plan.rule,
         param=p,
-        grad=p.grad,
+        grad=grad,
         state=state,
         source=source,
         master=master,
@@ -235,21 +240,20 @@ def make_row(
         centre=centre,
         whole=whole,
         first=first,
-        kept=list(kept),
+        kept=kept,
     )
 
 
-def _written(row: Row, state: State) -> Iterator[tuple[str, Tensor]]:
+def _written(row: Row) -> Iterator[tuple[str, Tensor]]:
     """(what, tensor) of each tensor of a row that a step writes, and of where it reads the weights."""
     yield f"parameter {row.name}", row.param
-    kept = state.get(row.param, {})
-    for key in row.kept:
-        yield f"{key} of parameter {row.name}", kept[key]
-    if row.source is not None and row.source is not kept.get("master"):
+    for key, tensor in row.kept.items():
+        yield f"{key} of parameter {row.name}", tensor
+    if row.source is not None and row.source is not row.master:
         yield f"kept weights of parameter {row.name}", row.source
 
 
-def check_memory(rows: Sequence[Row], zeroed: Sequence[bool], state: State) -> bool:
+def check_memory(rows: Sequence[Row], zeroed: Sequence[bool]) -> bool:
     """Raise ValueError if what a step writes shares memory with what it reads or writes besides, or cannot be written.
 
     A gradient may be its own parameter, each element its own: that is read before it is written. Not if it is left at zero.
@@ -257,7 +261,7 @@ def check_memory(rows: Sequence[Row], zeroed: Sequence[bool], state: State) -> b
     Returns:
         Whether a gradient that is left at zero shares memory with another one.
     """
-    written = [tensor for row in rows for tensor in _written(row, state)]
+    written = [tensor for row in rows for tensor in _written(row)]
     grads = [(f"gradient of parameter {row.name}", row.grad) for row in rows]
     cleared = [grad for grad, zero in zip(grads, zeroed, strict=True) if zero]
     own = [not zero and same_place(row.param, row.grad) for row, zero in zip(rows, zeroed, strict=True)]

@@ -227,11 +227,12 @@ class SAM(torch.optim.Optimizer):
             RuntimeError: The descent is due, or the weights are swapped for their average.
             TypeError, ValueError: A gradient, parameter or option cannot be used; nothing has changed.
         """
-        if self._halves.ascended:
-            raise RuntimeError(
-                "first_step() twice: the weights went up already; take second_step(), or restore() to go back"
-            )
-        self._halves.ascend(Scaling.of(self))
+        with self._halves.lock:
+            if self._halves.ascended:
+                raise RuntimeError(
+                    "first_step() twice: the weights went up already; take second_step(), or restore() to go back"
+                )
+            self._halves.ascend(Scaling.of(self))
 
     def second_step(self) -> None:
         """Take the descent: the optimizer's step on the present gradients, from where the weights were.
@@ -240,9 +241,12 @@ class SAM(torch.optim.Optimizer):
             RuntimeError: There was no ascent, or the weights are swapped for their average.
             TypeError, ValueError: A gradient, state or option cannot be used; nothing has changed, and the descent is still due.
         """
-        if not self._halves.ascended:
-            raise RuntimeError("second_step() without first_step(): there was no ascent; call first_step() before it")
-        self._halves.descend(Scaling.of(self))
+        with self._halves.lock:
+            if not self._halves.ascended:
+                raise RuntimeError(
+                    "second_step() without first_step(): there was no ascent; call first_step() before it"
+                )
+            self._halves.descend(Scaling.of(self))
 
     def restore(self) -> None:
         """Give up a step between its halves: the weights go back to where they were. Without an ascent, nothing happens.
@@ -251,7 +255,8 @@ class SAM(torch.optim.Optimizer):
             RuntimeError: The weights are swapped for their average.
             ValueError: A parameter was replaced since the ascent; nothing has changed.
         """
-        self._halves.restore()
+        with self._halves.lock:
+            self._halves.restore()
 
     @overload
     def step(self, closure: None = None, half: str | None = None) -> None: ...
@@ -274,11 +279,12 @@ class SAM(torch.optim.Optimizer):
                 due; or the closure did nothing.
             ValueError: ``half`` is none of the two.
         """
-        try:
-            return self._step(closure, half)
-        except BaseException:
-            forget_scale(self)
-            raise
+        with self._halves.lock:  # a whole step of two halves comes after that of another thread
+            try:
+                return self._step(closure, half)
+            except BaseException:
+                forget_scale(self)
+                raise
 
     def _step(self, closure: Callable[[], float] | None, half: str | None) -> float | None:
         scaling = Scaling.of(self)
@@ -336,7 +342,8 @@ class SAM(torch.optim.Optimizer):
         """
         for before in self._optimizer_state_dict_pre_hooks.values():
             before(self)
-        saved = self._halves.base.state_dict() | {"sam": self._own_state()}
+        with self._halves.lock:
+            saved = self._halves.base.state_dict() | {"sam": self._own_state()}
         for after in self._optimizer_state_dict_post_hooks.values():
             saved = after(self, saved) or saved
         return saved
@@ -361,6 +368,10 @@ class SAM(torch.optim.Optimizer):
             TypeError, ValueError: The state is another optimizer's, its shapes are not these parameters', or an option of
                 SAM's cannot be used; nothing has changed.
         """
+        with self._halves.lock:
+            self._load(state_dict)
+
+    def _load(self, state_dict: dict[str, Any]) -> None:
         state_dict = dict(state_dict)
         for before in self._optimizer_load_state_dict_pre_hooks.values():
             state_dict = before(self, state_dict) or state_dict

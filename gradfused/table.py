@@ -43,18 +43,21 @@ class StepTable:
     ) -> None:
         sources = {} if sources is None else sources
         found = list(with_gradient(groups))
-        for _, _, name, p in found:
+        for _, _, name, p, grad in found:
             check_parameter(name, p)
-            check_gradient(name, p, p.grad)  # type: ignore[arg-type]
+            check_gradient(name, p, grad)
             check_storage(f"parameter {name}", p)
-            check_storage(f"gradient of parameter {name}", p.grad)  # type: ignore[arg-type]
-        make = _backend(plans, [t for _, _, _, p in found for t in (p, p.grad) if t is not None])
+            check_storage(f"gradient of parameter {name}", grad)
+        make = _backend(plans, [t for *_, p, grad in found for t in (p, grad)])
         self._steps_left = WIDE_COUNT  # float32 counts that were below it do not stop before this is 0
-        state.widen_counts([p for _, _, _, p in found])
-        rows = [make_row(name, p, plans[g], g, number, state, make, sources.get(p)) for g, number, name, p in found]
+        state.widen_counts([p for *_, p, _ in found])
+        rows = [
+            make_row(name, p, grad, plans[g], g, number, state, make, sources.get(p))
+            for g, number, name, p, grad in found
+        ]
         zeroed = [plans[row.group].settings.zero_grad for row in rows]
-        self.zero_apart = check_memory(rows, zeroed, state.all)
-        self.held: Held | None = Held.of(rows, state.all, zeroed)
+        self.zero_apart = check_memory(rows, zeroed)
+        self.held: Held | None = Held.of(rows, zeroed)
         self.table = make(rows, self._settings(plans))
         self.table.watch(rows, groups, state.all, sources)
         self._taken_before = self.table.taken

@@ -7,6 +7,12 @@ namespace py = pybind11;
 namespace gradfused::bind {
 namespace {
 
+py::dict copy_of(const py::handle& dict) {
+  PyObject* const copy = PyDict_Copy(dict.ptr());
+  if (copy == nullptr) throw py::error_already_set();
+  return py::reinterpret_steal<py::dict>(copy);
+}
+
 std::vector<std::pair<PyObject*, PyObject*>> pairs_of(const py::dict& dict) {
   std::vector<std::pair<PyObject*, PyObject*>> pairs;
   for (auto item : dict) pairs.emplace_back(item.first.ptr(), item.second.ptr());
@@ -41,7 +47,11 @@ void append(const py::list& list, PyObject* object) {
 }  // namespace
 
 Watch::Watch(py::object tensor, py::object storage, py::object exchange, py::list groups, py::dict state, py::dict sources, py::list rows)
-    : tensors_(tensor, storage, exchange), states_(pairs_of(state)), sources_(pairs_of(sources)) {
+    : tensors_(tensor, storage, exchange) {
+  // Alive until all is read, whatever other threads do: a garbage collection, which a new object may start, lets them run.
+  const py::dict state_now = copy_of(state), sources_now = copy_of(sources);
+  states_ = pairs_of(state_now);
+  sources_ = pairs_of(sources_now);
   for (py::handle group : groups) {
     const py::list params = group["params"];
     group_sizes_.push_back(Py_ssize_t(params.size()));
@@ -68,8 +78,9 @@ void Watch::add(const py::tuple& row, const Places& states, const Places& source
 void Watch::add_state(Watched& row, const py::dict& kept) {
   if (row.state >= 0) {
     Py_ssize_t place = 0;
-    row.keys = PyDict_GET_SIZE(states_[size_t(row.state)].second);
-    for (auto item : py::reinterpret_borrow<py::dict>(states_[size_t(row.state)].second)) {
+    const py::dict state = copy_of(states_[size_t(row.state)].second);
+    row.keys = PyDict_GET_SIZE(state.ptr());
+    for (auto item : state) {
       if (kept.contains(item.first)) {
         row.kept.push_back({place, py::reinterpret_borrow<py::object>(item.first), item.second.ptr()});
         complete_ &= item.second.is(kept[item.first]);
@@ -122,7 +133,7 @@ bool Watch::gather_state(const Watched& row, const py::list& written) const {
   return false;
 }
 
-// No Python code runs in here, so that no other thread can take away what is not yet held.
+// No Python code runs in here, nor since the objects were compared with what they were, so that no other thread can take away what is not yet held.
 bool Watch::gather(const Held& held) const {
   for (const Watched& row : rows_) {
     append(held.params, params_[row.number]);
@@ -185,10 +196,11 @@ bool Watch::lies_still(const Held& held, const std::vector<Rows*>& tables) const
 }
 
 py::object Watch::refresh(py::list groups, py::dict state, py::dict sources, py::list tables) const {
-  if (!complete_ || !same_parameters(groups) || !same_pairs(state, states_) || !same_pairs(sources, sources_)) return py::none();
+  // Made before anything is compared: a new list may start a garbage collection, whose callbacks are Python code.
+  Held held;
   std::vector<Rows*> known;
   for (py::handle table : tables) known.push_back(table.cast<Rows*>());
-  Held held;
+  if (!complete_ || !same_parameters(groups) || !same_pairs(state, states_) || !same_pairs(sources, sources_)) return py::none();
   try {
     if (!gather(held) || !gather_gradients(held) || !lies_still(held, known)) return py::none();
   } catch (const py::error_already_set& error) {

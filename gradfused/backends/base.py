@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from numbers import Real
 from typing import Any
@@ -75,7 +75,7 @@ class Row:
         centre: Centralisation applies.
         whole: It applies to the whole tensor although ``unit`` is shorter.
         first: The state holds nothing yet.
-        kept: Keys of the optimizer's state that it uses.
+        kept: All of the parameter's state that it uses, by its key in the optimizer's state.
     """
 
     name: str
@@ -96,7 +96,7 @@ class Row:
     centre: bool
     whole: bool
     first: bool
-    kept: list[str]
+    kept: dict[str, Tensor]
 
     @property
     def weights(self) -> Tensor:
@@ -174,9 +174,9 @@ class Held:
     read: list[Tensor]
 
     @classmethod
-    def of(cls, rows: Sequence[Row], state: Mapping[Tensor, Mapping[str, Any]], zeroed: Sequence[bool]) -> Held:
+    def of(cls, rows: Sequence[Row], zeroed: Sequence[bool]) -> Held:
         """The tensors of rows; ``zeroed`` says whose gradient the step leaves at zero."""
-        written = [t for row in rows for t in (row.param, *(state[row.param][key] for key in row.kept))]
+        written = [t for row in rows for t in (row.param, *row.kept.values())]
         written += [row.grad for row, zero in zip(rows, zeroed, strict=True) if zero]
         read = [t for row in rows for t in (row.grad, row.source, row.master) if t is not None]
         return cls([row.param for row in rows], written, read)

@@ -155,7 +155,7 @@ class Watch:
                 row.number,
                 row.param,
                 row.grad,
-                {key: state[row.param][key] for key in row.kept},
+                row.kept,
                 settings[row.group].zero_grad,
             )
             for row in rows

@@ -125,6 +125,10 @@ class Optimizer(torch.optim.Optimizer):
                 the wrong type.
             ValueError: An option is out of range or contradicts another, or parameters overlap in memory.
         """
+        with self._lock:
+            self._add_param_group(param_group)
+
+    def _add_param_group(self, param_group: dict[str, Any]) -> None:
         super().add_param_group(param_group)
         try:
             group, index = self.param_groups[-1], len(self.param_groups) - 1
@@ -240,7 +244,7 @@ class Optimizer(torch.optim.Optimizer):
     def _zero_gradients(self) -> None:
         """Leaves gradients at zero where the options ask for it and the kernels have not done it."""
         groups = (group for group in self.param_groups if group["zero_grad_in_step"])
-        grads = [p.grad for group in groups for p in group["params"] if p.grad is not None]
+        grads = [grad for group in groups for p in group["params"] if (grad := p.grad) is not None]
         if grads:
             torch._foreach_zero_(grads)
 
@@ -308,17 +312,19 @@ class Optimizer(torch.optim.Optimizer):
         self = self._itself() or self  # not the wrapper whose class inherits this method
         if all(group["ema"] is None for group in self.param_groups):
             raise RuntimeError("swap_ema(): no parameter group keeps an average; give the optimizer ema=0.999, say")
-        self._refuse_averaged("swap_ema()")
-        averaging = (p for group in self.param_groups if group["ema"] is not None for p in group["params"])
-        averages = {p: self.state[p]["ema"] for p in averaging if "ema" in self.state.get(p, {})}
-        kept = {p: p.detach().clone() for p in averages}
-        self._averaged = True
+        with self._lock:  # not within the block, where other threads are refused and need not wait
+            self._refuse_averaged("swap_ema()")
+            averaging = (p for group in self.param_groups if group["ema"] is not None for p in group["params"])
+            averages = {p: self.state[p]["ema"] for p in averaging if "ema" in self.state.get(p, {})}
+            kept = {p: p.detach().clone() for p in averages}
+            self._averaged = True
         try:
             _overwrite(averages)
             yield
         finally:
-            self._averaged = False
-            _overwrite(kept)
+            with self._lock:
+                self._averaged = False
+                _overwrite(kept)
 
     def _refuse_averaged(self, what: str) -> None:
         """Raise RuntimeError while the weights are put aside for their average."""
@@ -348,11 +354,15 @@ class Optimizer(torch.optim.Optimizer):
     def state_dict(self) -> dict[str, Any]:
         """The state and options, as in torch.optim.
 
+        It waits for a step that another thread is taking. The tensors are the optimizer's own, so the steps after it write to
+        them: copy them, while no thread steps, to keep what they hold.
+
         Raises:
             RuntimeError: Within ``swap_ema()``.
         """
-        self._refuse_averaged("state_dict()")
-        return super().state_dict()
+        with self._lock:
+            self._refuse_averaged("state_dict()")
+            return super().state_dict()
 
     def __getstate__(self) -> dict[str, Any]:
         self._refuse_averaged("copying or pickling the optimizer")
@@ -375,14 +385,19 @@ class Optimizer(torch.optim.Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state dict of this optimizer or of its ``torch.optim`` twin.
 
-        Options that the saved groups lack keep their present values, so a recipe survives a checkpoint of torch's.
+        Options that the saved groups lack keep their present values, so a recipe survives a checkpoint of torch's. It waits for
+        a step that another thread is taking.
 
         Raises:
             ValueError: The state is another optimizer's, a part of it is missing, or its shapes are not these parameters';
                 nothing has changed.
             RuntimeError: Within ``swap_ema()``.
         """
-        self._refuse_averaged("load_state_dict()")
+        with self._lock:
+            self._refuse_averaged("load_state_dict()")
+            self._load(state_dict)
+
+    def _load(self, state_dict: dict[str, Any]) -> None:
         # As the last of the hooks, this sees what theirs made of the state dict.
         seen: list[dict[str, Any]] = []
 
