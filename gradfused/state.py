@@ -42,6 +42,7 @@ class States:
     def __init__(self, state: State) -> None:
         self._state = state
         self._undo: list[tuple[Tensor, str, Any]] = []
+        self._scalars: set[int] = set()  # where those of the parameters so far lie
 
     def has(self, p: Tensor, keys: Iterable[str]) -> bool:
         """Whether the parameter has state, these among it."""
@@ -85,9 +86,12 @@ class States:
         return value
 
     def scalar(self, name: str, p: Tensor, key: str, device: torch.device, initial: float = 0.0) -> Tensor:
-        """A one-element state, such as the count of steps."""
+        """A one-element state, such as the count of steps: each parameter's own, though loaded ones may have shared a tensor."""
         value = self._get(p, key)
         if isinstance(value, Tensor) and value.numel() == 1 and value.device == device and value.dtype in FLOATING[:2]:
+            if value.data_ptr() in self._scalars:
+                return self._set(p, key, value.clone())
+            self._scalars.add(value.data_ptr())
             return value
         if value is not None and not (
             isinstance(value, (int, float)) or (isinstance(value, Tensor) and value.numel() == 1)
