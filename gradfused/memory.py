@@ -23,6 +23,11 @@ def has_values(t: Tensor) -> bool:
         return True
 
 
+def address(t: Tensor) -> int:
+    """Where a tensor's first element lies; 0 for one without memory of its own: empty, fake, or a wrapper such as DTensor."""
+    return t.data_ptr() if t.numel() and has_values(t) else 0
+
+
 def _region(t: Tensor) -> Region:
     if t.is_contiguous():
         return Region(t.data_ptr(), (), t.nbytes)
@@ -53,9 +58,9 @@ def _refusal(found: Sequence[_Held], sure: bool) -> ValueError:
 
 
 def _held(tensors: Iterable[Named], written: bool) -> Iterator[_Held]:
-    """Those that have memory: an empty tensor has none, and a wrapper such as DTensor has address 0."""
+    """Those that have memory."""
     for name, t in tensors:
-        start = t.data_ptr() if t.numel() and has_values(t) else 0
+        start = address(t)
         if start:
             reach = t.nbytes if t.is_contiguous() else _region(t).span
             yield start, start + reach, written, name, t
@@ -104,15 +109,16 @@ def share_memory(tensors: Sequence[Tensor], others: Sequence[Tensor] = ()) -> bo
 
 def same_place(a: Tensor, b: Tensor) -> bool:
     """Whether each element of ``a`` is that of ``b``: the same memory in the same layout."""
-    return a.data_ptr() == b.data_ptr() and a.dtype == b.dtype and a.stride() == b.stride()
+    return address(a) == address(b) != 0 and a.dtype == b.dtype and a.stride() == b.stride()
 
 
 # ---- where nobody may write
 
 
 def _foreign(t: Tensor) -> bool:
-    """In memory that torch did not allocate on the CPU, which may be a file opened to be read."""
-    return t.device.type == "cpu" and bool(t.numel() and t.data_ptr()) and not t.untyped_storage().resizable()
+    """In memory on the CPU that torch did not allocate, which may be a file opened to be read."""
+    storage = t.untyped_storage()
+    return not storage.resizable() and storage.device.type == "cpu"
 
 
 def _unwritable() -> list[tuple[int, int]]:

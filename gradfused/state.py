@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .memory import address, has_values
+
 State = dict[Tensor, dict[str, Any]]
 FLOATING = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 SHORT = (torch.float16, torch.bfloat16)
@@ -89,9 +91,10 @@ class States:
         """A one-element state, such as the count of steps: each parameter's own, though loaded ones may have shared a tensor."""
         value = self._get(p, key)
         if isinstance(value, Tensor) and value.numel() == 1 and value.device == device and value.dtype in FLOATING[:2]:
-            if value.data_ptr() in self._scalars:
+            place = address(value)
+            if place in self._scalars:
                 return self._set(p, key, value.clone())
-            self._scalars.add(value.data_ptr())
+            self._scalars |= {place} - {0}
             return value
         if value is not None and not (
             isinstance(value, (int, float)) or (isinstance(value, Tensor) and value.numel() == 1)
@@ -116,7 +119,7 @@ class States:
         counts: dict[torch.device, list[tuple[Tensor, Tensor]]] = {}
         for p in params:
             count = self._get(p, "step")
-            if isinstance(count, Tensor) and count.dtype == torch.float32 and count.numel() == 1:
+            if isinstance(count, Tensor) and count.dtype == torch.float32 and count.numel() == 1 and has_values(count):
                 counts.setdefault(count.device, []).append((p, count))
         for found in counts.values():
             numbers = torch.stack([count.detach().reshape(()) for _, count in found]).tolist()
