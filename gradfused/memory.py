@@ -24,6 +24,11 @@ def has_values(t: Tensor) -> bool:
         return True
 
 
+def address(t: Tensor) -> int:
+    """Where a tensor's first element lies; 0 for one without memory of its own: empty, fake, or a wrapper such as DTensor."""
+    return t.data_ptr() if t.numel() and has_values(t) else 0
+
+
 def _bytes_needed(t: Tensor) -> int:
     """How far the elements of a tensor reach into its storage."""
     if t.numel() == 0:
@@ -50,7 +55,7 @@ def check_storage(name: str, t: Tensor, like: Tensor | None = None) -> None:
             f"{name}: expected a storage of {_bytes_needed(t)} bytes or more, got {t.untyped_storage().nbytes()}: it was "
             "freed or resized. Bring its values back, or assign a new tensor, before the step"
         )
-    if t.numel() and like is not None and (t.data_ptr() == 0) != (like.data_ptr() == 0):
+    if t.numel() and like is not None and (address(t) == 0) != (address(like) == 0):
         raise ValueError(
             f"{name}: expected a tensor of the parameter's own kind, {type(like).__name__}, got a {type(t).__name__}: "
             "convert it, with .full_tensor() or distribute_tensor say"
@@ -87,9 +92,9 @@ def _refusal(found: Sequence[_Held], sure: bool) -> ValueError:
 
 
 def _held(tensors: Iterable[Named], written: bool) -> Iterator[_Held]:
-    """Those that have memory: an empty tensor has none, and a wrapper such as DTensor has address 0."""
+    """Those that have memory."""
     for name, t in tensors:
-        start = t.data_ptr() if t.numel() and has_values(t) else 0
+        start = address(t)
         if start:
             reach = t.nbytes if t.is_contiguous() else _region(t).span
             yield start, start + reach, written, name, t
@@ -138,15 +143,16 @@ def share_memory(tensors: Sequence[Tensor], others: Sequence[Tensor] = ()) -> bo
 
 def same_place(a: Tensor, b: Tensor) -> bool:
     """Whether each element of ``a`` is that of ``b``: the same memory in the same layout."""
-    return a.data_ptr() == b.data_ptr() and a.dtype == b.dtype and a.stride() == b.stride()
+    return address(a) == address(b) != 0 and a.dtype == b.dtype and a.stride() == b.stride()
 
 
 # ---- where nobody may write
 
 
 def _foreign(t: Tensor) -> bool:
-    """In memory that torch did not allocate on the CPU, which may be a file opened to be read."""
-    return t.device.type == "cpu" and bool(t.numel() and t.data_ptr()) and not t.untyped_storage().resizable()
+    """In memory on the CPU that torch did not allocate, which may be a file opened to be read."""
+    storage = t.untyped_storage()
+    return not storage.resizable() and storage.device.type == "cpu"
 
 
 def _unwritable() -> list[tuple[int, int]]:

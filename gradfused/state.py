@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .memory import check_storage, has_storage
+from .memory import address, check_storage, has_storage, has_values
 
 State = dict[Tensor, dict[str, Any]]
 FLOATING = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
@@ -44,6 +44,7 @@ class States:
     def __init__(self, state: State) -> None:
         self._state = state
         self._undo: list[tuple[Tensor, str, Any]] = []
+        self._scalars: set[int] = set()  # where those of the parameters so far lie
 
     @property
     def all(self) -> State:
@@ -93,11 +94,15 @@ class States:
         return value
 
     def scalar(self, name: str, p: Tensor, key: str, device: torch.device, initial: float = 0.0) -> Tensor:
-        """A one-element state, such as the count of steps."""
+        """A one-element state, such as the count of steps: each parameter's own, though loaded ones may have shared a tensor."""
         value = self._get(p, key)
         if isinstance(value, Tensor):
             check_storage(f"state '{key}' of parameter {name}", value)
         if isinstance(value, Tensor) and value.numel() == 1 and value.device == device and value.dtype in FLOATING[:2]:
+            place = address(value)
+            if place in self._scalars:
+                return self._set(p, key, value.clone())
+            self._scalars |= {place} - {0}
             return value
         if value is not None and not (
             isinstance(value, (int, float)) or (isinstance(value, Tensor) and value.numel() == 1)
@@ -123,7 +128,8 @@ class States:
         for p in params:
             count = self._get(p, "step")
             # One whose storage was freed is refused where the row is made.
-            if isinstance(count, Tensor) and count.dtype == torch.float32 and count.numel() == 1 and has_storage(count):
+            there = isinstance(count, Tensor) and count.numel() == 1 and has_values(count) and has_storage(count)
+            if there and count.dtype == torch.float32:
                 counts.setdefault(count.device, []).append((p, count))
         for found in counts.values():
             numbers = torch.stack([count.detach().reshape(()) for _, count in found]).tolist()

@@ -7,6 +7,7 @@
 #include <exception>
 #include <memory>
 #include <mutex>
+#include <new>
 #include <thread>
 #include <vector>
 
@@ -32,26 +33,50 @@ GompParallel openmp() {
   return f;
 }
 
-// How many threads of the OpenMP pool that belongs to a thread have worked for it and not ended since.
-using Alive = std::shared_ptr<std::atomic<int>>;
-
-// A thread's place in such a pool. OpenMP ends threads when a region wants fewer, torch's regions too.
-class Membership {
- public:
-  ~Membership() { move_to(nullptr); }
-  void move_to(const Alive& pool) {
-    if (pool == pool_) return;
-    if (pool_) pool_->fetch_sub(1, std::memory_order_relaxed);
-    if (pool) pool->fetch_add(1, std::memory_order_relaxed);
-    pool_ = pool;
+// The OpenMP threads of one calling thread. OpenMP ends some when a region wants fewer, torch's regions too.
+struct Pool {
+  std::atomic<int> alive{0};  // that have worked for the caller and not ended since
+  std::atomic<int> users{1};  // those, and the caller
+  void release() {
+    if (users.fetch_sub(1) == 1) delete this;
   }
-
- private:
-  Alive pool_;
 };
 
-thread_local const Alive own_pool = std::make_shared<std::atomic<int>>(0);
-thread_local Membership membership;
+void leave(void* pool) {
+  static_cast<Pool*>(pool)->alive.fetch_sub(1, std::memory_order_relaxed);
+  static_cast<Pool*>(pool)->release();
+}
+
+// A pointer to a pool that each thread has of its own. A thread_local would end the process where a thread has no memory for it.
+class PoolOfThread {
+ public:
+  explicit PoolOfThread(void (*at_end)(void*)) : usable_(pthread_key_create(&key_, at_end) == 0) {}
+  Pool* get() const { return usable_ ? static_cast<Pool*>(pthread_getspecific(key_)) : nullptr; }
+  bool set(Pool* pool) const { return usable_ && pthread_setspecific(key_, pool) == 0; }
+
+ private:
+  pthread_key_t key_;
+  const bool usable_;
+};
+
+const PoolOfThread owned([](void* pool) { static_cast<Pool*>(pool)->release(); });
+const PoolOfThread joined(leave);
+
+// The calling thread's, or null where there is no memory for it.
+Pool* own_pool() {
+  if (Pool* const pool = owned.get()) return pool;
+  std::unique_ptr<Pool> made(new (std::nothrow) Pool);
+  return made && owned.set(made.get()) ? made.release() : nullptr;
+}
+
+// The calling thread works for this pool from now on; not counted where there is no memory to remember it.
+void join(Pool* pool) {
+  Pool* const before = joined.get();
+  if (before == pool || !joined.set(pool)) return;
+  pool->users.fetch_add(1);
+  pool->alive.fetch_add(1, std::memory_order_relaxed);
+  if (before) leave(before);
+}
 
 struct Team {
   const std::function<void(int)>& work;
@@ -60,10 +85,14 @@ struct Team {
 };
 
 struct OpenmpTeam : Team {
-  const Alive& pool;
-  const std::thread::id caller;
+  Pool* const pool;
+  std::unique_lock<std::mutex>& starting;  // the caller's
   void join() {
-    if (std::this_thread::get_id() != caller) membership.move_to(pool);
+    if (owned.get() != pool) {
+      cpu::join(pool);
+    } else if (starting) {  // the caller's turn comes when all have been started
+      starting.unlock();
+    }
     Team::join();
   }
 };
@@ -83,6 +112,9 @@ void wait_for(std::vector<std::thread>& threads) {
   for (std::thread& t : threads) t.join();
 }
 
+// Between finding that threads can be started and OpenMP's starting them, no other thread here may start its own. Not used after fork().
+std::mutex to_start;
+
 // Whether so many threads can be started now, on top of those there are. OpenMP ends the process where it cannot start one.
 bool can_start(int count) {
   if (count <= 0) return true;
@@ -99,13 +131,20 @@ bool can_start(int count) {
 void parallel(int threads, const std::function<void(int)>& work) {
   if (threads <= 1) return work(0);
   const GompParallel run = forked ? nullptr : openmp();
-  if (run && can_start(threads - 1 - own_pool->load(std::memory_order_relaxed))) {
-    OpenmpTeam team{{work}, own_pool, std::this_thread::get_id()};
-    run([](void* t) { static_cast<OpenmpTeam*>(t)->join(); }, &team, unsigned(threads), 0);
-    return;
+  Pool* const pool = run ? own_pool() : nullptr;
+  std::unique_lock<std::mutex> starting(to_start, std::defer_lock);
+  if (pool) {
+    const int missing = threads - 1 - pool->alive.load(std::memory_order_relaxed);
+    if (missing > 0) starting.lock();
+    if (can_start(missing)) {
+      OpenmpTeam team{{work}, pool, starting};
+      run([](void* t) { static_cast<OpenmpTeam*>(t)->join(); }, &team, unsigned(threads), 0);
+      return;
+    }
   }
   Team team{work};
   std::vector<std::thread> others = started(threads - 1, [&team] { team.join(); });
+  if (starting) starting.unlock();
   team.join();
   wait_for(others);
 }
