@@ -166,7 +166,7 @@ bool Watch::same_gradient(const Seen& seen, PyObject* grad, const std::vector<Ro
   for (Rows* table : tables) {
     if (now.address == reinterpret_cast<uintptr_t>(table->row(at).grad.data)) continue;
     if (now.address == 0) return false;  // no memory of its own: a wrapper, to be refused
-    table->move_grad(at, reinterpret_cast<char*>(now.address));
+    if (!table->move_grad(at, reinterpret_cast<char*>(now.address))) return false;
   }
   return true;
 }
@@ -203,6 +203,9 @@ py::object Watch::refresh(py::list groups, py::dict state, py::dict sources, py:
     // A tensor that cannot be described, sparse say: whoever builds a table says what is wrong.
     if (!error.matches(PyExc_Exception)) throw;
     return py::none();
+  }
+  for (Rows* table : known) {
+    if (!table->zeroes_apart()) return py::none();
   }
   const Py_ssize_t grads = PyList_GET_SIZE(held.read.ptr()) - Py_ssize_t(rows_.size());
   for (size_t i = 0; i < rows_.size(); ++i) {
