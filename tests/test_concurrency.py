@@ -153,7 +153,7 @@ def test_steps_while_other_threads_replace_what_they_work_on(name: str) -> None:
     end, counts = time.monotonic() + SECONDS, [0, 0]
 
     def going() -> bool:
-        enough = stepper.taken >= 10 and min(counts) >= 10
+        enough = stepper.taken >= 5 and min(counts) >= 5
         return time.monotonic() < end or (not enough and time.monotonic() < end + 60)
 
     def step() -> None:
@@ -164,10 +164,11 @@ def test_steps_while_other_threads_replace_what_they_work_on(name: str) -> None:
         while going():
             disturbers[which].disturb()
             counts[which] += 1
+            time.sleep(5e-4)  # else the two keep the interpreter's lock from the steps
 
     together(step, lambda: disturb(0), lambda: disturb(1))
-    assert stepper.taken >= 10
-    assert min(counts) >= 10
+    assert stepper.taken >= 5
+    assert min(counts) >= 5
     for p in [*optimizer.param_groups[0]["params"], *disturbers[0].original]:
         assert bool(torch.isfinite(p).all())
 
@@ -255,7 +256,7 @@ def test_garbage_collection_while_the_table_is_compared(backend: str) -> None:
     gc.callbacks.append(replace)
     try:
         gc.set_threshold(1)
-        held = table.refresh(group and optimizer.param_groups, optimizer.state, {})
+        held = table.refresh(optimizer.param_groups, optimizer.state, {})
     finally:
         gc.set_threshold(*threshold)
         gc.callbacks.remove(replace)
@@ -273,8 +274,8 @@ def outcome(optimizer: Any) -> list[Tensor]:
 
 @pytest.mark.parametrize("backend", ["cpu", "cuda", "reference"])
 def test_steps_of_four_threads_come_one_after_another(backend: str) -> None:
-    """Bitwise 200 steps of one thread; another thread looks at the state between them meanwhile."""
-    each = 10 if backend == "cuda" else 50
+    """Bitwise as many steps of one thread, 200 on the CPU; another thread looks at the state between them meanwhile."""
+    each = 50 if backend == "cpu" else 10
     alone, shared = (make("AdamW", parameters(4, 300, backend), backend=backend, **CLIP) for _ in range(2))
     for _ in range(4 * each):
         alone.step()
@@ -337,6 +338,7 @@ WAITING: dict[str, Callable[[Any, Any], Any]] = {
 }
 
 
+@pytest.mark.filterwarnings("ignore:SAM.state_dict")
 @pytest.mark.parametrize("name", ["AdamW", "SAM"])
 @pytest.mark.parametrize("what", WAITING)
 def test_what_another_thread_does_waits_for_the_step(what: str, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
