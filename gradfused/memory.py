@@ -23,6 +23,11 @@ def has_values(t: Tensor) -> bool:
         return True
 
 
+def _address(t: Tensor) -> int:
+    """Where a tensor's memory begins; 0 without any, as for an empty tensor, one without values, a wrapper such as DTensor."""
+    return t.data_ptr() if t.numel() and has_values(t) else 0
+
+
 def _region(t: Tensor) -> Region:
     if t.is_contiguous():
         return Region(t.data_ptr(), (), t.nbytes)
@@ -53,9 +58,9 @@ def _refusal(found: Sequence[_Held], sure: bool) -> ValueError:
 
 
 def _held(tensors: Iterable[Named], written: bool) -> Iterator[_Held]:
-    """Those that have memory: an empty tensor has none, and a wrapper such as DTensor has address 0."""
+    """Those that have memory."""
     for name, t in tensors:
-        start = t.data_ptr() if t.numel() and has_values(t) else 0
+        start = _address(t)
         if start:
             reach = t.nbytes if t.is_contiguous() else _region(t).span
             yield start, start + reach, written, name, t
@@ -104,7 +109,7 @@ def share_memory(tensors: Sequence[Tensor], others: Sequence[Tensor] = ()) -> bo
 
 def same_place(a: Tensor, b: Tensor) -> bool:
     """Whether each element of ``a`` is that of ``b``: the same memory in the same layout."""
-    return a.data_ptr() == b.data_ptr() and a.dtype == b.dtype and a.stride() == b.stride()
+    return _address(a) == _address(b) and a.dtype == b.dtype and a.stride() == b.stride()
 
 
 # ---- where nobody may write
@@ -112,7 +117,7 @@ def same_place(a: Tensor, b: Tensor) -> bool:
 
 def _foreign(t: Tensor) -> bool:
     """In memory that torch did not allocate on the CPU, which may be a file opened to be read."""
-    return t.device.type == "cpu" and bool(t.numel() and t.data_ptr()) and not t.untyped_storage().resizable()
+    return t.device.type == "cpu" and bool(_address(t)) and not t.untyped_storage().resizable()
 
 
 def _unwritable() -> list[tuple[int, int]]:
