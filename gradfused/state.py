@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .memory import has_values
+
 State = dict[Tensor, dict[str, Any]]
 FLOATING = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 SHORT = (torch.float16, torch.bfloat16)
@@ -112,7 +114,7 @@ class States:
         counts: dict[torch.device, list[tuple[Tensor, Tensor]]] = {}
         for p in params:
             count = self._get(p, "step")
-            if isinstance(count, Tensor) and count.dtype == torch.float32 and count.numel() == 1:
+            if isinstance(count, Tensor) and count.dtype == torch.float32 and count.numel() == 1 and has_values(count):
                 counts.setdefault(count.device, []).append((p, count))
         for found in counts.values():
             numbers = torch.stack([count.detach().reshape(()) for _, count in found]).tolist()
