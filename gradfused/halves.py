@@ -203,14 +203,17 @@ class Halves:
             stepped: list[Tensor] = []
             try:
                 self.step_base(scaling, {} if early else self.backups, stepped)
+                self._went_down(stepped, early)
             except BaseException:
                 if stepped:
                     self._went_down(stepped, early)
                 raise
-            self._went_down(stepped, early)
 
     def _went_down(self, stepped: list[Tensor], early: bool) -> None:
-        """The base's step was taken or skipped: parameters that it did not move go back, and the next ascent is due."""
+        """The base's step was taken or skipped: parameters that it did not move go back, and the next ascent is due.
+
+        May be done twice.
+        """
         if not early:
             self._take_back({p: self.backups[p] for p in self.backups.keys() - stepped})
         self.backups, self.ascended = {}, False

@@ -81,7 +81,7 @@ class StepTable:
 
         New numbers and moved gradients are taken over.
         """
-        if self._steps_left == 0:
+        if self._steps_left <= 0:
             return False
         if plans != self._plans:
             if [plan.structure for plan in plans] != [plan.structure for plan in self._plans]:

@@ -160,8 +160,9 @@ class DeviceTable(BackendTable):
             self._share(self._parts)
 
     def apply(self, scaling: Scaling) -> bool:
-        for part in self._parts:
-            part.apply(scaling.on(part.device))
+        scalings = [scaling.on(part.device) for part in self._parts]  # before the first launch: this may fail
+        for part, scaled in zip(self._parts, scalings, strict=True):
+            part.apply(scaled)
         return True
 
     @staticmethod

@@ -215,13 +215,12 @@ class Optimizer(torch.optim.Optimizer):
             return
         if table.measures:
             table.table.stats(scaling)
-        taken = table.table.apply(scaling)
-        self._seen = table
-        if taken:
+        if table.table.apply(scaling):
             self._conclude(table, states, scaling, stepped)
         else:
-            self._skipped += 1
+            self._seen = table
             self._forget(states)
+            self._skipped += 1
 
     def _conclude(self, table: StepTable, states: States, scaling: Scaling, stepped: list[Tensor] | None) -> None:
         """What remains after the kernels: new state stays, autograd learns what was written. May be done twice.
@@ -229,6 +228,7 @@ class Optimizer(torch.optim.Optimizer):
         The host asks a device whether it skipped the step, and waits for it, only where state was created for that step: new
         state has to go then, so that the next step is known as the first one, by checkpoints and copies too.
         """
+        self._seen = table
         uncertain = table.table.on_device and (scaling.found_inf is not None or table.may_skip)
         if uncertain and states.created and table.table.skipped_its_first(scaling):
             self._forget(states)
