@@ -55,7 +55,7 @@ def check_storage(name: str, t: Tensor, like: Tensor | None = None) -> None:
             f"{name}: expected a storage of {_bytes_needed(t)} bytes or more, got {t.untyped_storage().nbytes()}: it was "
             "freed or resized. Bring its values back, or assign a new tensor, before the step"
         )
-    if t.numel() and like is not None and (address(t) == 0) != (address(like) == 0):
+    if t.numel() and like is not None and address(t) == 0 and address(like):
         raise ValueError(
             f"{name}: expected a tensor of the parameter's own kind, {type(like).__name__}, got a {type(t).__name__}: "
             "convert it, with .full_tensor() or distribute_tensor say"
