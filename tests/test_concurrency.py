@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+import triton_interpreter
 from cases import device_of
 from torch import Tensor
 from torch.nn import Parameter
@@ -251,7 +252,8 @@ def cases() -> list[Any]:
         for before in (0, 2)
         for at in ("stats", "apply")
     ]
-    return [*found, ("AdamW", "triton", 2, "apply")]
+    needs_triton = pytest.mark.skipif(not triton_interpreter.RUNS, reason=triton_interpreter.REASON)
+    return [*found, pytest.param("AdamW", "triton", 2, "apply", marks=needs_triton)]
 
 
 @pytest.mark.parametrize(("name", "backend", "before", "at"), cases())

@@ -9,13 +9,15 @@ from typing import Any
 
 import pytest
 import torch
+import triton_interpreter
 from cases import EMULATED_CUDA
 from torch import Tensor, nn
 from torch.utils.weak import TensorWeakRef
 
 import gradfused
 
-BACKENDS = ("cpu", "reference", EMULATED_CUDA, "triton")
+TRITON = pytest.param("triton", marks=pytest.mark.skipif(not triton_interpreter.RUNS, reason=triton_interpreter.REASON))
+BACKENDS = ("cpu", "reference", EMULATED_CUDA, TRITON)
 every_backend = pytest.mark.parametrize("backend", BACKENDS)
 
 KINDS: dict[str, tuple[type, torch.dtype, dict[str, Any]]] = {
