@@ -173,3 +173,26 @@ def test_replacing_parameters_again_and_again_takes_no_memory(kind, sam):
         if i in (11, 35, 59):
             counts.append(sum(1 for _ in tensors_alive()))
     assert counts[0] == counts[1] == counts[2]
+
+
+@every_backend
+@pytest.mark.parametrize("error", [KeyboardInterrupt, MemoryError])
+@pytest.mark.parametrize("when", ["apply", "stats"])
+def test_a_step_that_fails_holds_no_gradient(when, error, backend, monkeypatch):
+    """Not even through the table that norms are asked of."""
+    training = Training("adamw", backend)
+    training.step()
+
+    def fail(self: Any, scaling: Any) -> bool:
+        raise error("made up")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(type(training.base._seen.table), when, fail)
+        with pytest.raises(error):
+            training.step()
+    grads = [TensorWeakRef(p.grad) for p in training.params]
+    training.base.zero_grad()
+    gc.collect()
+    assert all(ref() is None for ref in grads)
+    assert training.base.grad_norm is not None
+    training.step()

@@ -255,9 +255,10 @@ class Optimizer(torch.optim.Optimizer):
             self._drop_tables()
 
     def _drop_tables(self) -> None:
-        """Have the next step make a new table."""
+        """Have the next step make a new table. Norms may be asked of the old one still, which holds no tensor any more."""
         for table in self._tables:
             self._keep_count(table)
+            table.release()
         self._tables = []
 
     def _table_for(self, plans: list[GroupPlan], sources: dict[Tensor, Tensor], states: States) -> StepTable:
