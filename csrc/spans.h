@@ -16,9 +16,8 @@ using Span = std::pair<uintptr_t, uintptr_t>;  // first byte, and one past the l
 inline Span span_of(const Operand& x, int64_t numel) {
   int64_t reach = x.dims ? 1 : numel;
   for (int d = 0; d < x.dims; ++d) reach += (x.sizes[d] - 1) * x.strides[d];
-  const int64_t size = x.dtype == DType::float64 ? 8 : x.dtype == DType::float32 ? 4 : 2;
   const uintptr_t first = reinterpret_cast<uintptr_t>(x.data);
-  return {first, first + uintptr_t(numel ? reach * size : 0)};
+  return {first, first + uintptr_t(numel ? reach * itemsize(x.dtype) : 0)};
 }
 
 class Spans {

@@ -16,7 +16,7 @@ from torch.utils.weak import TensorWeakRef
 
 from .backends import Scaling, Settings
 from .optim.base import Optimizer
-from .options import INF, choice, finite
+from .options import INF, choice, finite, plain
 from .rows import GroupPlan, check_source, named_parameters
 from .state import SHORT, States
 from .table import StepTable
@@ -35,9 +35,9 @@ class Options:
     def __post_init__(self) -> None:
         for name in ("rho", "eta"):
             object.__setattr__(self, name, finite(name, getattr(self, name)))
-        if type(self.adaptive).__name__ not in ("bool", "bool_"):  # Python's and NumPy's
+        object.__setattr__(self, "adaptive", plain(self.adaptive))
+        if not isinstance(self.adaptive, bool):
             raise TypeError(f"adaptive: expected True or False, got {self.adaptive!r}")
-        object.__setattr__(self, "adaptive", bool(self.adaptive))
         if self.eta and not self.adaptive:
             raise ValueError(
                 f"eta={self.eta!r} is added to each weight's size in adaptive SAM: expected adaptive=True with it, "

@@ -29,17 +29,19 @@ def address(t: Tensor) -> int:
     return t.data_ptr() if t.numel() and has_values(t) else 0
 
 
-def _bytes_needed(t: Tensor) -> int:
+def _reach(t: Tensor) -> int:
+    """Bytes from a tensor's first element to the end of its last."""
+    return t.nbytes if t.is_contiguous() else region(0, t.element_size(), t.shape, t.stride()).span
+
+
+def bytes_needed(t: Tensor) -> int:
     """How far the elements of a tensor reach into its storage."""
-    if t.numel() == 0:
-        return 0
-    last = t.storage_offset() + sum((n - 1) * s for n, s in zip(t.shape, t.stride(), strict=True))
-    return int((last + 1) * t.element_size())
+    return int(t.storage_offset()) * t.element_size() + _reach(t) if t.numel() else 0
 
 
 def has_storage(t: Tensor) -> bool:
     """Whether the elements of a tensor lie in its storage."""
-    return t.untyped_storage().nbytes() >= _bytes_needed(t)
+    return t.untyped_storage().nbytes() >= bytes_needed(t)
 
 
 def check_storage(name: str, t: Tensor, like: Tensor | None = None) -> None:
@@ -52,7 +54,7 @@ def check_storage(name: str, t: Tensor, like: Tensor | None = None) -> None:
         return
     if not has_storage(t):
         raise ValueError(
-            f"{name}: expected a storage of {_bytes_needed(t)} bytes or more, got {t.untyped_storage().nbytes()}: it was "
+            f"{name}: expected a storage of {bytes_needed(t)} bytes or more, got {t.untyped_storage().nbytes()}: it was "
             "freed or resized. Bring its values back, or assign a new tensor, before the step"
         )
     if t.numel() and like is not None and address(t) == 0 and address(like):
@@ -96,8 +98,7 @@ def _held(tensors: Iterable[Named], written: bool) -> Iterator[_Held]:
     for name, t in tensors:
         start = address(t)
         if start:
-            reach = t.nbytes if t.is_contiguous() else _region(t).span
-            yield start, start + reach, written, name, t
+            yield start, start + _reach(t), written, name, t
 
 
 def _suspects(held: Sequence[_Held]) -> list[_Held]:

@@ -133,6 +133,22 @@ def _integer(value: Any) -> int | None:
         return None
 
 
+def whole(name: str, value: Any, least: int | None = None) -> int:
+    """``value``, of whatever kind ``operator.index`` takes but a bool, as an int of ``least`` or more.
+
+    Raises:
+        TypeError: It is no integer.
+        ValueError: It is less.
+    """
+    wanted = "an int" if least is None else f"an int of {least} or more"
+    found = _integer(plain(value))
+    if found is None:
+        raise TypeError(f"{name}: expected {wanted}, got {value!r} of type {type(value).__name__}")
+    if least is not None and found < least:
+        raise ValueError(f"{name}: expected {wanted}, got {value!r}")
+    return found
+
+
 def _real(value: Any) -> Any:
     """``value`` if it is a number, or the integer that it stands for; None for bools and all else."""
     return value if isinstance(value, Real) and not isinstance(value, bool) else _integer(value)
@@ -279,10 +295,7 @@ _FAMILY = {
 
 def _seed(value: Any) -> int:
     """``value`` as an integer of 64 bits without sign."""
-    value = plain(value)
-    seed = _integer(value)
-    if seed is None:
-        raise TypeError(f"seed: expected an int, got {value!r}")
+    seed = whole("seed", value)
     if not 0 <= seed < 2**64:
         raise ValueError(f"seed: expected 0 <= seed < 2**64, got {seed}")
     return seed

@@ -66,6 +66,18 @@ def frozen_statistics(model: nn.Module) -> Iterator[None]:
             instance_norm.momentum = momentum
 
 
+def _option(name: str, what: str) -> property:
+    """One of SAM's options, checked with the others whenever it is assigned to."""
+
+    def read(sam: SAM) -> Any:
+        return getattr(sam._halves.options, name)
+
+    def assign(sam: SAM, value: Any) -> None:
+        sam._halves.options = replace(sam._halves.options, **{name: value})
+
+    return property(read, assign, doc=what)
+
+
 class SAM(torch.optim.Optimizer):
     """Sharpness-aware minimization (Foret et al. 2021): steps along the gradient at the worst weights nearby.
 
@@ -121,32 +133,9 @@ class SAM(torch.optim.Optimizer):
 
     # ---- its options
 
-    @property
-    def rho(self) -> float:
-        """Length of the ascent."""
-        return self._halves.options.rho
-
-    @rho.setter
-    def rho(self, rho: float) -> None:
-        self._halves.options = replace(self._halves.options, rho=rho)
-
-    @property
-    def adaptive(self) -> bool:
-        """Whether each weight moves in proportion to its square."""
-        return self._halves.options.adaptive
-
-    @adaptive.setter
-    def adaptive(self, adaptive: bool) -> None:
-        self._halves.options = replace(self._halves.options, adaptive=adaptive)
-
-    @property
-    def eta(self) -> float:
-        """Added to each weight's size, if adaptive."""
-        return self._halves.options.eta
-
-    @eta.setter
-    def eta(self, eta: float) -> None:
-        self._halves.options = replace(self._halves.options, eta=eta)
+    rho = _option("rho", "Length of the ascent.")
+    adaptive = _option("adaptive", "Whether each weight moves in proportion to its square.")
+    eta = _option("eta", "Added to each weight's size, if adaptive.")
 
     # ---- what is the optimizer's
 

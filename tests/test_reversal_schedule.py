@@ -6,6 +6,7 @@ import math
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -186,3 +187,10 @@ def test_the_example_runs_and_trains() -> None:
     assert names["schedule"].steps == 5
     assert names["domain_head"][0].lambda_ == pytest.approx(formula(1.0))
     assert not torch.equal(before, names["extractor"].weight)
+
+
+@pytest.mark.parametrize("total", [np.int64(10), np.array(10), torch.tensor(10)], ids=["numpy", "array", "tensor"])
+def test_whole_numbers_of_every_kind_count_steps(total: object) -> None:
+    schedule = DANNSchedule(GradientReversal(), total_steps=total)
+    assert schedule.state_dict() == DANNSchedule(GradientReversal(), total_steps=10).state_dict()
+    assert type(schedule.total_steps) is int

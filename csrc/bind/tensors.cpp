@@ -52,15 +52,6 @@ bool View::lies_as(const View& other) const {
   return true;
 }
 
-uintptr_t View::end(size_t itemsize) const {
-  int64_t last = 0;
-  for (size_t d = 0; d < dims; ++d) {
-    if (sizes[d] == 0) return address;
-    last += (sizes[d] - 1) * strides[d];
-  }
-  return address + uintptr_t(last + 1) * itemsize;
-}
-
 Tensors::Tensors(const py::object& tensor, const py::object& storage, const py::object& exchange)
     : type_(tensor),
       grad_(tensor.attr("grad")),
@@ -78,10 +69,10 @@ PyObject* Tensors::checked(PyObject* object) const {
   return object;
 }
 
-bool Tensors::in_storage(PyObject* tensor, uintptr_t address, uintptr_t end) const {
+bool Tensors::in_storage(PyObject* tensor, const Span& span) const {
   const py::object storage = storage_(tensor);
   const uintptr_t first = uintptr_t(PyLong_AsUnsignedLongLong(storage_data_ptr_(storage.ptr()).ptr()));
-  return first <= address && end <= first + uintptr_t(PyLong_AsUnsignedLongLong(storage_bytes_(storage.ptr()).ptr()));
+  return first <= span.first && span.second <= first + uintptr_t(PyLong_AsUnsignedLongLong(storage_bytes_(storage.ptr()).ptr()));
 }
 
 View Tensors::operator()(PyObject* tensor) const {

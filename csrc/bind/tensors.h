@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "bind/dlpack.h"
+#include "spans.h"
 
 namespace gradfused::bind {
 
@@ -31,9 +32,6 @@ struct View {
 
   // Equal dtypes and shapes, and the elements lie alike: the stride of a dimension of size 1 means nothing.
   bool lies_as(const View& other) const;
-
-  // One past the last byte of its elements, of `itemsize` bytes each.
-  uintptr_t end(size_t itemsize) const;
 };
 
 // Describes tensors through DLPack's exchange where torch offers it, else through their methods, which takes over three times as long.
@@ -47,8 +45,8 @@ class Tensors {
   // Good until the next call. Throws what torch raises for a tensor without memory of its own, TypeError for what is no tensor.
   View operator()(PyObject* tensor) const;
 
-  // Whether the bytes from `address` to `end` lie in the tensor's storage, which may have been resized under it.
-  bool in_storage(PyObject* tensor, uintptr_t address, uintptr_t end) const;
+  // Whether a span lies in the tensor's storage, which may have been resized under it.
+  bool in_storage(PyObject* tensor, const Span& span) const;
 
  private:
   // The object, if it is a tensor: accessors trust that it is.

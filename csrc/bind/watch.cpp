@@ -163,14 +163,13 @@ bool Watch::gather_gradients(const Held& held) const {
 bool Watch::same_gradient(const Seen& seen, PyObject* grad, const std::vector<Rows*>& tables, size_t at) const {
   const View now = tensors_(grad);
   if (!now.lies_as(view(seen))) return false;
-  bool checked = false;
   for (Rows* table : tables) {
-    const Operand& known = table->row(at).grad;
-    if (now.address == reinterpret_cast<uintptr_t>(known.data)) continue;
+    Operand moved = table->row(at).grad;
+    if (now.address == reinterpret_cast<uintptr_t>(moved.data)) continue;
+    moved.data = reinterpret_cast<char*>(now.address);
     // Without memory of its own it is a wrapper, or its storage was freed: to be refused by whoever builds a table.
-    if (!checked && (now.address == 0 || !tensors_.in_storage(grad, now.address, now.end(itemsize(known.dtype))))) return false;
-    checked = true;
-    if (!table->move_grad(at, reinterpret_cast<char*>(now.address))) return false;
+    if (now.address == 0 || !tensors_.in_storage(grad, span_of(moved, table->row(at).numel))) return false;
+    if (!table->move_grad(at, moved.data)) return false;
   }
   return true;
 }

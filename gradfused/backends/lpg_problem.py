@@ -9,6 +9,8 @@ from typing import NoReturn
 import torch
 from torch import Tensor
 
+from ..memory import bytes_needed, has_storage
+
 
 @dataclass(frozen=True, slots=True)
 class Problem:
@@ -53,13 +55,9 @@ def refuse_stray(problem: Problem, row: int) -> NoReturn:
 def check_memory(**tensors: Tensor | None) -> None:
     """Raise for a tensor whose storage has been freed or shrunk under it: kernels would read beyond its end."""
     for name, tensor in tensors.items():
-        if tensor is None or not tensor.numel():
-            continue
-        reach = sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
-        needed = (tensor.storage_offset() + reach + 1) * tensor.element_size()
-        if tensor.untyped_storage().nbytes() < needed:
+        if tensor is not None and not has_storage(tensor):
             raise RuntimeError(
-                f"{name}: expected a storage of {needed} bytes or more under shape {tuple(tensor.shape)}, got "
+                f"{name}: expected a storage of {bytes_needed(tensor)} bytes or more under shape {tuple(tensor.shape)}, got "
                 f"{tensor.untyped_storage().nbytes()}: keep it whole until backward has run"
             )
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..memory import has_values
+from ..memory import address
 from .base import Held, Row, Settings
 
 DTYPES = {
@@ -33,9 +33,7 @@ def refusal(tensor: Tensor, *devices: str) -> str | None:
         return f"works on {' and '.join(map(str.upper, devices))} tensors, got one on {tensor.device}"
     if tensor.dtype not in DTYPES:
         return f"works on {', '.join(DTYPES.values())}, got {tensor.dtype}"
-    if tensor.numel() and not (
-        has_values(tensor) and tensor.data_ptr()
-    ):  # wrappers such as DTensor run their operators on another tensor
+    if tensor.numel() and not address(tensor):  # wrappers such as DTensor run their operators on another tensor
         return f"reads plain tensors' memory, got a {type(tensor).__name__}"
     return None
 

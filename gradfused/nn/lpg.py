@@ -6,7 +6,6 @@ what is the paper's and what is this package's reading of it.
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NoReturn
@@ -17,7 +16,7 @@ from torch._compile import _disable_dynamo
 
 from ..backends import lpg as backends
 from ..backends.lpg import Kernels, Measured, Perturbation, Problem
-from ..options import finite, number
+from ..options import finite, number, whole
 
 SCOPES = ("class", "sample")
 REDUCTIONS = ("mean", "sum", "none")
@@ -47,25 +46,6 @@ class PGD:
         object.__setattr__(self, "steps", whole("PGD steps", self.steps, 1))
         if self.step_size is not None:
             finite("PGD step_size", self.step_size)
-
-
-def whole(name: str, value: Any, least: int | None = None) -> int:
-    """``value``, of any integer kind, as an int of ``least`` or more.
-
-    Raises:
-        TypeError: It is no integer, or a bool.
-        ValueError: It is less.
-    """
-    wanted = "an int" if least is None else f"an int of {least} or more"
-    try:
-        found = None if isinstance(value, bool) else operator.index(value)
-    except TypeError:
-        found = None
-    if found is None:
-        raise TypeError(f"{name}: expected {wanted}, got {value!r} of type {type(value).__name__}")
-    if least is not None and found < least:
-        raise ValueError(f"{name}: expected {wanted}, got {value!r}")
-    return found
 
 
 @dataclass(frozen=True)

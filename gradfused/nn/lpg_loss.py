@@ -11,7 +11,7 @@ from torch._compile import _disable_dynamo
 
 from ..backends import lpg as backends
 from ..backends.lpg import Kernels, Measured, Perturbation, Problem
-from ..options import number
+from ..options import number, whole
 from . import lpg_modes
 from .lpg import (
     PGD,
@@ -25,7 +25,6 @@ from .lpg import (
     options,
     per_class,
     signed_bound,
-    whole,
 )
 
 #: Bytes of class-mean gradients, (C, C) in float32, beyond which momentum is refused.

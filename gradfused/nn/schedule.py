@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 from torch.optim import Optimizer
 
-from ..options import finite
+from ..options import finite, whole
 from .reversal import GradientReversal, ReversalLinear
 
 Target = nn.Module | Optimizer | tuple[Optimizer, int]
@@ -99,13 +99,11 @@ class DANNSchedule:
 
 def _checked(values: Mapping[str, Any]) -> dict[str, Any]:
     """The numbers of a schedule, each of its type and in its range."""
+    counts = {name: whole(name, values[name]) for name in ("total_steps", "steps")}
     for name, least in (("total_steps", 1), ("steps", 0)):
-        value = values[name]
-        if isinstance(value, bool) or not isinstance(value, int):
-            raise TypeError(f"{name}: expected an int, got {value!r}")
-        if value < least:
-            raise ValueError(f"{name}: expected {least} or more, got {value}")
-    return dict(values) | {name: finite(name, values[name]) for name in ("gamma", "lo", "hi")}
+        if counts[name] < least:
+            raise ValueError(f"{name}: expected {least} or more, got {counts[name]}")
+    return dict(values) | counts | {name: finite(name, values[name]) for name in ("gamma", "lo", "hi")}
 
 
 def _layers(module: nn.Module) -> list[GradientReversal | ReversalLinear]:
