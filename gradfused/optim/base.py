@@ -1,4 +1,4 @@
-"""What all gradfused optimizers share: options, the step, state dicts."""
+"""What all gradfused optimizers share: groups and their options, the step, saving and loading."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ from typing import Any, overload
 import torch
 from torch import Tensor
 from torch._compile import _disable_dynamo
-from torch.nn.parameter import is_lazy
 
 from .. import gpu, options
 from ..amp import LeavesScalingToStep, forget_scale
@@ -22,8 +21,9 @@ from ..memory import check_disjoint, has_values
 from ..plans import Plans
 from ..rows import GroupPlan, check_parameter, may_train, named_parameters, parameter_name
 from ..spelling import refuse_misspelt, refuse_unknown
-from ..state import RIDERS, SCALARS, SHORT, States, state_dtype
+from ..state import States
 from ..table import StepTable
+from .checkpoint import Kind, restore_dtypes
 
 Params = Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]]
 _NOT_OPTIONS = frozenset(("params", "param_names"))
@@ -411,74 +411,19 @@ class Optimizer(torch.optim.Optimizer):
             super().load_state_dict(state_dict)
         finally:
             check.remove()
-        self._restore_dtypes(seen[-1])
-
-    def _restore_dtypes(self, saved: dict[str, Any]) -> None:
-        """torch casts loaded state to the parameters' dtypes: what is to have another one gets its own values back."""
-        numbers = iter([i for group in saved["param_groups"] for i in group["params"]])
-        for group in self.param_groups:
-            asked = options.STATE_DTYPES.get(options.choice("state_dtype", group["state_dtype"]))
-            as_saved = asked is None and options.choice("precision", group["precision"]) == "master"
-            for p, number in zip(group["params"], numbers, strict=False):
-                for key, value in saved["state"].get(number, {}).items():
-                    if not isinstance(value, Tensor) or not value.is_floating_point():
-                        continue
-                    cast = self.state[p][key]
-                    dtype = state_dtype(key, p, value.dtype if as_saved and p.dtype in SHORT else asked) or value.dtype
-                    if cast.dtype != dtype:  # shared with the state dict, as torch does where nothing is cast
-                        self.state[p][key] = value.detach().to(device=cast.device, dtype=dtype)
+        restore_dtypes(seen[-1], self.param_groups, self.state)
 
     def _checked(self, state_dict: dict[str, Any]) -> dict[str, Any]:
-        """The state dict with options that it lacks filled in."""
+        """The state dict with options that it lacks filled in. Raises ValueError unless it is of this kind."""
+        scalars = [*["step"] * self._counts_steps, *["mu_product"] * self._keeps_product]
+        keys = (*sorted(self._state_keys), *scalars)
+        kind = Kind(type(self).__name__, self._own_options, keys, self._optional_keys)
         saved = [dict(group) for group in state_dict["param_groups"]]
         for group, mine in zip(saved, self.param_groups, strict=False):
-            self._check_saved_group(group)
+            kind.check_group(group)
             for name, value in mine.items():
                 if name not in _NOT_OPTIONS:
                     group.setdefault(name, value)
             self._plan(group)
-        self._check_saved_state(saved, state_dict["state"])
+        kind.check_state(saved, state_dict["state"], self.param_groups)
         return state_dict | {"param_groups": saved}
-
-    def _check_saved_group(self, group: dict[str, Any]) -> None:
-        missing = [name for name in self._own_options if name not in group]
-        if missing:
-            raise ValueError(
-                f"state dict is not of {type(self).__name__}: its parameter group has no '{missing[0]}'; "
-                "load it into an optimizer of the kind that saved it"
-            )
-
-    def _check_saved_state(self, groups: list[dict[str, Any]], state: dict[int, dict[str, Any]]) -> None:
-        saved = [i for group, _ in zip(groups, self.param_groups, strict=False) for i in group["params"]]
-        if len(set(saved)) < len(saved):
-            twice = next(i for i in saved if saved.count(i) > 1)
-            raise ValueError(
-                f"state dict has parameter {twice!r} more than once in its groups, expected each once: it is damaged"
-            )
-        for index, (name, p) in zip(saved, named_parameters(self.param_groups), strict=False):
-            values = {key: value for key, value in state.get(index, {}).items() if value is not None}
-            self._check_keys(name, values)
-            for key, value in values.items():
-                if key in SCALARS or not isinstance(value, Tensor) or is_lazy(p) or value.shape == p.shape:
-                    continue
-                raise ValueError(
-                    f"state '{key}' of parameter {name} has shape {tuple(value.shape)}, expected {tuple(p.shape)}: "
-                    "the state dict is of another model"
-                )
-
-    def _check_keys(self, name: str, saved: Iterable[str]) -> None:
-        """Raise ValueError unless a parameter's state is this rule's, and whole; none at all is a start."""
-        own = [*sorted(self._state_keys), *["step"] * self._counts_steps, *["mu_product"] * self._keeps_product]
-        saved = list(saved)
-        for key in saved:
-            if key not in own and key not in self._optional_keys | RIDERS:
-                raise ValueError(
-                    f"state dict is not of {type(self).__name__}: parameter {name} has state '{key}', "
-                    f"expected {', '.join([*own, *sorted(self._optional_keys)])}"
-                )
-        missing = [key for key in own if key not in saved]
-        if saved and missing:
-            raise ValueError(
-                f"state dict has '{saved[0]}' of parameter {name} but no '{missing[0]}', which {type(self).__name__} cannot "
-                "go on without: save it again, or leave out the parameter's whole state for a new start"
-            )
