@@ -103,7 +103,7 @@ class StepTable:
         return self.table.taken != self._taken_before
 
     def finish(self) -> None:
-        """After a step that was taken: tell autograd what was written. To do it twice changes nothing."""
+        """After a step that was taken: tell autograd what was written. May be done twice."""
         self._steps_left -= 1
         written = [] if self.held is None else self.held.written
         try:

@@ -50,8 +50,7 @@ class Limit(NamedTuple):
 # a chunk's walk keeps around its loops, and around calls of pow and log, once a row. In the lean step the loops with
 # three states in 16 bits, eight elements of five operands at once, keep two or three values there: more registers would
 # cost a third of the threads. In the full one the loops of the family with Adan, of four states and up to five operands
-# besides, keep four, among some thousand instructions, and two of them eleven since means are taken around a unit's first
-# element and copies of 16-bit weights are compared with the weights.
+# besides, keep four, among some thousand instructions, and two of them eleven.
 LIMITS = {
     "step_lean": Limit(registers=80, outside=175, inside=4, bodies=3),
     "step_full": Limit(registers=128, outside=500, inside=11, strict=False, bodies=4),
