@@ -3,7 +3,8 @@
 from . import nn
 from ._version import __version__
 from .optim import LAMB, LARS, SGD, Adagrad, Adam, AdamW, Adan, Lion, NAdam, RAdam, RMSprop
-from .sam import SAM, frozen_statistics
+from .optim.sam import SAM, frozen_statistics
+from .step.options import Recipe
 
 __all__ = [
     "LAMB",
@@ -18,6 +19,7 @@ __all__ = [
     "NAdam",
     "RAdam",
     "RMSprop",
+    "Recipe",
     "__version__",
     "frozen_statistics",
     "nn",

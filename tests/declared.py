@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import gradfused
-from gradfused import options
+from gradfused.step import options
 
 OPTIMIZERS: dict[str, type[Any]] = {
     name: cls

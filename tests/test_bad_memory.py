@@ -22,7 +22,7 @@ from twins import (
 )
 
 import gradfused
-from gradfused import memory
+from gradfused.step import memory
 
 interpreted = pytest.mark.skipif(not triton_interpreter.INTERPRETED, reason=triton_interpreter.REASON)
 all_backends = pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from twins import (
 )
 
 import gradfused
-from gradfused.rows import check_gradient
+from gradfused.step.rows import check_gradient
 
 # ---- parameters
 

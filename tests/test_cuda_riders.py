@@ -16,9 +16,9 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from gradfused.backends import Scaling, Settings, cuda
-from gradfused.rows import GroupPlan
-from gradfused.state import SHORT, States
-from gradfused.table import StepTable
+from gradfused.step.rows import GroupPlan
+from gradfused.step.state import SHORT, States
+from gradfused.step.table import StepTable
 
 pytestmark = [pytest.mark.kernels, pytest.mark.parametrize("backend", [EMULATED_CUDA])]
 

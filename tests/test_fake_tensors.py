@@ -13,7 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from twins import states
 
 import gradfused
-from gradfused.memory import has_values
+from gradfused.step.memory import has_values
 
 RECIPES = [
     {},

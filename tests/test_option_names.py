@@ -9,7 +9,7 @@ import torch
 from declared import OPTIMIZERS
 from torch import nn
 
-from gradfused.spelling import distance
+from gradfused.step.spelling import distance
 
 # Written into groups by trainers, schedulers and models' own recipes.
 REAL = """

@@ -20,8 +20,8 @@ from torch import nn
 from twins import EXACT, assert_same, every_backend, refuses, small_model, train
 
 import gradfused
-from gradfused import options, plans
-from gradfused.plans import Plans
+from gradfused.step import options, plans
+from gradfused.step.plans import Plans
 
 np = pytest.importorskip("numpy")
 

@@ -10,8 +10,8 @@ from torch import nn
 from twins import small_model
 
 import gradfused
-from gradfused import options
 from gradfused.backends import Settings
+from gradfused.step import options
 
 OPTIMIZERS = ["SGD", "Adam", "AdamW"]
 INF, NAN = math.inf, math.nan

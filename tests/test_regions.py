@@ -11,8 +11,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from gradfused import memory, regions
-from gradfused.regions import Item, Search, meet, region, repeats
+from gradfused.step import memory, regions
+from gradfused.step.regions import Item, Search, meet, region, repeats
 
 Layout = tuple[int, int, tuple[int, ...], tuple[int, ...]]  # start, size of an element, shape, strides
 

@@ -17,8 +17,8 @@ from declared import OPTIMIZERS, RECIPE, Option, own_options
 from torch import Tensor, nn
 from twins import EXACT, assert_same, refuses, states
 
-from gradfused import options
-from gradfused.state import RIDERS
+from gradfused.step import options
+from gradfused.step.state import RIDERS
 
 SHAPES = ((3, 4), (5,))
 CHOSEN = {"number": (0.5,), "integer": (3,), "flag": (True,)}

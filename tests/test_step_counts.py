@@ -13,7 +13,7 @@ import triton_interpreter
 from torch import Tensor, nn
 
 import gradfused
-from gradfused import state, table
+from gradfused.step import state, table
 
 BACKENDS = [
     "cpu",

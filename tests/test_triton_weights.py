@@ -14,9 +14,9 @@ from test_riders import float32_average_of_float64_weights
 
 import gradfused
 from gradfused.backends.base import Scaling, Settings
-from gradfused.rows import GroupPlan
-from gradfused.state import States
-from gradfused.table import StepTable
+from gradfused.step.rows import GroupPlan
+from gradfused.step.state import States
+from gradfused.step.table import StepTable
 
 pytestmark = [
     pytest.mark.kernels,

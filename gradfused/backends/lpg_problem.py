@@ -9,7 +9,7 @@ from typing import NoReturn
 import torch
 from torch import Tensor
 
-from ..memory import bytes_needed, has_storage
+from ..step.memory import bytes_needed, has_storage
 
 
 @dataclass(frozen=True, slots=True)

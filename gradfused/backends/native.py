@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..memory import address
+from ..step.memory import address
 from .base import Held, Row, Settings
 
 DTYPES = {

@@ -16,7 +16,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from ..memory import has_values
+from ..step.memory import has_values
 from .base import WIDE_SCOPES, BackendTable, Row, Scaling, Settings
 from .rules import RULES, Count
 

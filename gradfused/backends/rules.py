@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..memory import has_values
+from ..step.memory import has_values
 from .base import Row, Settings
 
 State = dict[str, Tensor]

@@ -16,7 +16,7 @@ from torch._compile import _disable_dynamo
 
 from ..backends import lpg as backends
 from ..backends.lpg import Kernels, Measured, Perturbation, Problem
-from ..options import finite, number, whole
+from ..step.options import finite, number, whole
 
 SCOPES = ("class", "sample")
 REDUCTIONS = ("mean", "sum", "none")

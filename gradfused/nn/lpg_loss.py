@@ -11,7 +11,7 @@ from torch._compile import _disable_dynamo
 
 from ..backends import lpg as backends
 from ..backends.lpg import Kernels, Measured, Perturbation, Problem
-from ..options import number, whole
+from ..step.options import number, whole
 from . import lpg_modes
 from .lpg import (
     PGD,

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .. import gpu
-from ..options import finite
+from ..step.options import finite
 
 Factor = float | Tensor  # minus lambda; in a tensor of no dims where that may move under what was recorded
 _ELEMENTWISE = (torch.strided, torch.jagged)  # layouts that have a view and a product

@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 from torch.optim import Optimizer
 
-from ..options import finite, whole
+from ..step.options import finite, whole
 from .reversal import GradientReversal, ReversalLinear
 
 Target = nn.Module | Optimizer | tuple[Optimizer, int]

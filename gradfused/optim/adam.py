@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 from typing_extensions import Unpack
 
-from ..options import Recipe, adam_numbers, flag, items
+from ..step.options import Recipe, adam_numbers, flag, items
 from .base import Optimizer, Params
 
 
@@ -38,7 +38,7 @@ class Adam(Optimizer):
         foreach, fused, capturable: Accepted and ignored: every step is fused.
         differentiable: Must be False.
         decoupled_weight_decay: Decay the weights as AdamW does.
-        **recipe: See gradfused.options.Recipe.
+        **recipe: See gradfused.Recipe.
 
     Raises:
         TypeError, ValueError: An option is unknown, out of range or contradicts another.

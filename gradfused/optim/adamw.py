@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 from typing_extensions import Unpack
 
-from ..options import Recipe
+from ..step.options import Recipe
 from .adam import Adam
 from .base import Params
 
@@ -25,7 +25,7 @@ class AdamW(Adam):
         maximize: Ascend.
         foreach, fused, capturable: Accepted and ignored: every step is fused.
         differentiable: Must be False.
-        **recipe: See gradfused.options.Recipe.
+        **recipe: See gradfused.Recipe.
 
     Raises:
         TypeError, ValueError: An option is unknown, out of range or contradicts another.

@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 from typing_extensions import Unpack
 
-from ..options import Recipe, beta_numbers, finite_numbers, flag
+from ..step.options import Recipe, beta_numbers, finite_numbers, flag
 from .base import Optimizer, Params
 
 
@@ -22,7 +22,7 @@ class Adan(Optimizer):
         weight_decay: Decoupled weight decay.
         no_prox: Shrink the weights before the update, as AdamW does, instead of dividing by ``1 + lr * weight_decay`` after it.
         maximize: Ascend.
-        **recipe: See gradfused.options.Recipe.
+        **recipe: See gradfused.Recipe.
 
     Raises:
         TypeError, ValueError: An option is unknown, out of range or contradicts another.

@@ -14,15 +14,16 @@ import torch
 from torch import Tensor
 from torch._compile import _disable_dynamo
 
-from .. import gpu, options
-from ..amp import LeavesScalingToStep, forget_scale
+from .. import gpu
 from ..backends import Scaling, Settings
-from ..memory import check_disjoint, has_values
-from ..plans import Plans
-from ..rows import GroupPlan, check_parameter, may_train, named_parameters, parameter_name
-from ..spelling import refuse_misspelt, refuse_unknown
-from ..state import States
-from ..table import StepTable
+from ..step import options
+from ..step.amp import LeavesScalingToStep, forget_scale
+from ..step.memory import check_disjoint, has_values
+from ..step.plans import Plans
+from ..step.rows import GroupPlan, check_parameter, may_train, named_parameters, parameter_name
+from ..step.spelling import refuse_misspelt, refuse_unknown
+from ..step.state import States
+from ..step.table import StepTable
 from .checkpoint import Kind, restore_dtypes
 
 Params = Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]]

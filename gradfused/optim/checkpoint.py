@@ -9,9 +9,9 @@ from typing import Any
 from torch import Tensor
 from torch.nn.parameter import is_lazy
 
-from .. import options
-from ..rows import Group, named_parameters
-from ..state import RIDERS, SCALARS, SHORT, State, state_dtype
+from ..step import options
+from ..step.rows import Group, named_parameters
+from ..step.state import RIDERS, SCALARS, SHORT, State, state_dtype
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 from typing_extensions import Unpack
 
-from ..options import Recipe, beta_numbers, finite_numbers, flag
+from ..step.options import Recipe, beta_numbers, finite_numbers, flag
 from .base import Optimizer, Params
 
 
@@ -23,7 +23,7 @@ class LAMB(Optimizer):
         adapt: Take the trust ratio ``||p|| / ||update||``; False where steps shall be AdamW's: biases
             and norms, say.
         maximize: Ascend.
-        **recipe: See gradfused.options.Recipe.
+        **recipe: See gradfused.Recipe.
 
     Raises:
         TypeError, ValueError: An option is unknown, out of range or contradicts another.

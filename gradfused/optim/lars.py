@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 from typing_extensions import Unpack
 
-from ..options import Recipe, finite, finite_numbers, flag, momentum_numbers
+from ..step.options import Recipe, finite, finite_numbers, flag, momentum_numbers
 from .base import Optimizer, Params
 
 
@@ -25,7 +25,7 @@ class LARS(Optimizer):
         eps: Added to the denominator of the trust ratio.
         adapt: Take the trust ratio; False where steps shall be SGD's: biases and norms, say.
         maximize: Ascend.
-        **recipe: See gradfused.options.Recipe.
+        **recipe: See gradfused.Recipe.
 
     Raises:
         TypeError, ValueError: An option is unknown, out of range or contradicts another.

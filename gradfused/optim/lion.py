@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 from typing_extensions import Unpack
 
-from ..options import Recipe, beta_numbers, finite_numbers
+from ..step.options import Recipe, beta_numbers, finite_numbers
 from .base import Optimizer, Params
 
 
@@ -20,7 +20,7 @@ class Lion(Optimizer):
         betas: Share of the average in the direction, and decay of the average.
         weight_decay: Decoupled weight decay.
         maximize: Ascend.
-        **recipe: See gradfused.options.Recipe.
+        **recipe: See gradfused.Recipe.
 
     Raises:
         TypeError, ValueError: An option is unknown, out of range or contradicts another.

@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 from typing_extensions import Unpack
 
-from ..options import Recipe, adam_numbers, finite_numbers
+from ..step.options import Recipe, adam_numbers, finite_numbers
 from .base import Optimizer, Params
 
 
@@ -25,7 +25,7 @@ class NAdam(Optimizer):
         foreach, capturable: Accepted and ignored: every step is fused.
         maximize: Ascend.
         differentiable: Must be False.
-        **recipe: See gradfused.options.Recipe.
+        **recipe: See gradfused.Recipe.
 
     Raises:
         TypeError, ValueError: An option is unknown, out of range or contradicts another.

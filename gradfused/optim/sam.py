@@ -12,11 +12,11 @@ import torch
 from torch import Tensor, nn
 from torch._compile import _disable_dynamo
 
-from .amp import LeavesScalingToStep, forget_scale
-from .backends import Scaling
+from ..backends import Scaling
+from ..step.amp import LeavesScalingToStep, forget_scale
+from ..step.rows import named_parameters
+from .base import Optimizer
 from .halves import Halves, Options
-from .optim.base import Optimizer
-from .rows import named_parameters
 
 _ALONE = (
     "SAM.step() without a closure and without first_step(): a step takes two gradients, and there is but one. Call first_step() "

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.parameter import is_lazy
 
-from .backends import BackendTable, Row, Settings
+from ..backends import BackendTable, Row, Settings
 from .memory import check_disjoint, check_storage, check_writable, same_place, share_memory
 from .state import COPIES, FLOATING, SHORT, States
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
-from .backends import BackendTable, Held, Settings, choose
+from ..backends import BackendTable, Held, Settings, choose
 from .memory import check_storage
 from .rows import Group, GroupPlan, check_gradient, check_memory, check_parameter, make_row, with_gradient
 from .state import WIDE_COUNT, State, States

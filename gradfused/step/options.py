@@ -10,7 +10,7 @@ from typing import Any, TypedDict
 
 import torch
 
-from .backends import NAMES as BACKENDS
+from ..backends import NAMES as BACKENDS
 
 INF = math.inf
 STATE_DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}

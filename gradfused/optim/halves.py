@@ -14,12 +14,12 @@ from torch import Tensor
 from torch._compile import _disable_dynamo
 from torch.utils.weak import TensorWeakRef
 
-from .backends import Scaling, Settings
-from .optim.base import Optimizer
-from .options import INF, choice, finite, plain
-from .rows import GroupPlan, check_source, named_parameters
-from .state import SHORT, States
-from .table import StepTable
+from ..backends import Scaling, Settings
+from ..step.options import INF, choice, finite, plain
+from ..step.rows import GroupPlan, check_source, named_parameters
+from ..step.state import SHORT, States
+from ..step.table import StepTable
+from .base import Optimizer
 
 _TINY = 1e-12
 

@@ -8,7 +8,8 @@ from typing import Any
 
 from torch import Tensor
 
-from . import gpu, options
+from .. import gpu
+from . import options
 from .rows import Group, GroupPlan
 
 

@@ -1,0 +1,1 @@
+"""A step: its options, rows, state and memory, and the table that takes it."""
