@@ -9,12 +9,12 @@ from pathlib import Path
 
 import torch
 
-from . import cuda
-from .function_runner import FUNCTIONS, SIZES, WAYS
-from .models import MODELS, Model
+from .cases.models import MODELS, Model
+from .cases.recipes import RECIPES, RULES
+from .cases.steps import bytes_available, bytes_needed, sets_needed
+from .measure.functions import FUNCTIONS, SIZES, WAYS
 from .peers import PEERS
-from .recipes import RECIPES, RULES
-from .workload import bytes_available, bytes_needed, sets_needed
+from .timing import cuda
 
 DEFAULT_MODELS = {"cpu": "small-400,resnet50,gpt2", "cuda": "small-400,resnet50,gpt2,llama-1b"}
 DEFAULT_RECIPES = {"cpu": "plain,centralize,clip,reversal,lpg", "cuda": "plain,centralize,clip,full,reversal,lpg"}

@@ -14,19 +14,20 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from . import cuda, report
-from .environment import describe
-from .function_runner import FUNCTIONS, SIZES, measure_function
-from .functions import Function, FunctionCase, Way
-from .models import MODELS
-from .peer import Peer
+from .cases.functions import Function, FunctionCase, Way
+from .cases.models import MODELS
+from .cases.recipes import RECIPES, RULES
+from .cases.steps import Case, Workload, make_sets
+from .measure.functions import FUNCTIONS, SIZES, measure_function
+from .measure.steps import Plan, measure, meter_for, threads_agree
 from .peers import PEERS, chosen_peers
-from .recipes import RECIPES, RULES
-from .results import OURS, CaseResult, Results
-from .runner import Plan, measure, meter_for, threads_agree
-from .targets import evaluate
-from .timing import Budget
-from .workload import Case, Workload, make_sets
+from .peers.peer import Peer
+from .report import tables as report
+from .report.environment import describe
+from .report.results import OURS, CaseResult, Results
+from .report.targets import evaluate
+from .timing import cuda
+from .timing.rounds import Budget
 
 ShareOut = Callable[["Case | FunctionCase"], Budget]  # the time of a case
 
@@ -258,6 +259,6 @@ def write_files(args: argparse.Namespace, results: Results) -> None:
     if args.csv:
         results.write_csv(args.csv)
     if args.plot:
-        from .plot import write_plot
+        from .report.plot import write_plot
 
         write_plot(results, args.plot)

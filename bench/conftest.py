@@ -5,10 +5,10 @@ from __future__ import annotations
 from functools import cache
 
 import pytest
-from gradfused.bench.check import Checker
-from gradfused.bench.models import MODELS
-from gradfused.bench.recipes import RECIPES, RULES
-from gradfused.bench.workload import Case, Workload, workload_of
+from gradfused.bench.cases.models import MODELS
+from gradfused.bench.cases.recipes import RECIPES, RULES
+from gradfused.bench.cases.steps import Case, Workload, workload_of
+from gradfused.bench.measure.check import Checker
 
 MODEL_NAMES = ("small-400", "resnet50")
 RECIPE_NAMES = ("plain", "centralize", "clip")

@@ -5,8 +5,8 @@ from __future__ import annotations
 from functools import cache
 
 import pytest
-from gradfused.bench.function_runner import FUNCTIONS, SIZES, FunctionChecker
-from gradfused.bench.functions import FunctionCase, Way
+from gradfused.bench.cases.functions import FunctionCase, Way
+from gradfused.bench.measure.functions import FUNCTIONS, SIZES, FunctionChecker
 from pytest_benchmark.fixture import BenchmarkFixture
 
 ROUNDS = 7

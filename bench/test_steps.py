@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import pytest
-from gradfused.bench.check import Checker
-from gradfused.bench.eager import NoiseSource
+from gradfused.bench.cases.steps import Case, Workload
+from gradfused.bench.measure.check import Checker
 from gradfused.bench.peers import PEERS
-from gradfused.bench.roof import roof_of
-from gradfused.bench.workload import Case, Workload
+from gradfused.bench.peers.eager import NoiseSource
+from gradfused.bench.timing.roof import roof_of
 from pytest_benchmark.fixture import BenchmarkFixture
 
 from .conftest import case_of

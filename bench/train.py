@@ -14,9 +14,9 @@ from torch.optim import Optimizer
 
 import gradfused
 
-from .eager import NoiseSource, Transforms
-from .recipes import RECIPES, Recipe
-from .timing import no_collector
+from .cases.recipes import RECIPES, Recipe
+from .peers.eager import NoiseSource, Transforms
+from .timing.rounds import no_collector
 
 EPOCHS, BATCH, LR, WEIGHT_DECAY = 12, 64, 3e-3, 0.05
 TEST_SHARE = 0.25

@@ -5,12 +5,12 @@ from __future__ import annotations
 from dataclasses import replace
 
 import torch
-from gradfused.bench.models import MODELS, Model
-from gradfused.bench.peer import Peer
+from gradfused.bench.cases.models import MODELS, Model
+from gradfused.bench.cases.recipes import RECIPES, RULES
+from gradfused.bench.cases.steps import Case, Workload
 from gradfused.bench.peers import PEERS
-from gradfused.bench.recipes import RECIPES, RULES
-from gradfused.bench.results import CaseResult, Record, case_fields
-from gradfused.bench.workload import Case, Workload
+from gradfused.bench.peers.peer import Peer
+from gradfused.bench.report.results import CaseResult, Record, case_fields
 
 TINY = Model("tiny", "a convolution, a matrix and a bias", lambda: iter([(6, 5, 3, 3), (33, 20), (33,)]))
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)

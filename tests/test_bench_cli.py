@@ -13,16 +13,17 @@ from pathlib import Path
 import pytest
 import torch
 from bench_cases import CPU, result_of
-from gradfused.bench import cli, commands, targets
+from gradfused.bench import cli, commands
 from gradfused.bench import train as training
-from gradfused.bench.environment import describe
-from gradfused.bench.models import MODELS
-from gradfused.bench.peer import Peer
+from gradfused.bench.cases.models import MODELS
+from gradfused.bench.cases.recipes import RECIPES, RULES
+from gradfused.bench.cases.steps import bytes_needed
 from gradfused.bench.peers import PEERS
-from gradfused.bench.recipes import RECIPES, RULES
-from gradfused.bench.report import print_case
-from gradfused.bench.results import FUSED_PLAIN, OURS, ROOF, Record, Results
-from gradfused.bench.workload import bytes_needed
+from gradfused.bench.peers.peer import Peer
+from gradfused.bench.report import targets
+from gradfused.bench.report.environment import describe
+from gradfused.bench.report.results import FUSED_PLAIN, OURS, ROOF, Record, Results
+from gradfused.bench.report.tables import print_case
 from rich.console import Console
 
 # ---- targets

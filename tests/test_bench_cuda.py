@@ -11,17 +11,18 @@ from types import SimpleNamespace
 import pytest
 import torch
 from bench_cases import CPU, TINY, tiny_case, workload_of
-from gradfused.bench import cli, commands, cuda
-from gradfused.bench.models import MODELS
-from gradfused.bench.peer import Peer
+from gradfused.bench import cli, commands
+from gradfused.bench.cases.models import MODELS
+from gradfused.bench.cases.recipes import RULES
+from gradfused.bench.cases.steps import MAX_SETS, Workload, bytes_needed, make_sets, sets_needed
+from gradfused.bench.measure.steps import Plan, first_of, measure, told
 from gradfused.bench.peers import PEERS
-from gradfused.bench.peers_torch import torch_optimizer
-from gradfused.bench.recipes import RULES
-from gradfused.bench.results import EVENTS, GRAPH, OURS, ROOF, CaseResult, Results
-from gradfused.bench.roof import copy_on
-from gradfused.bench.runner import Plan, first_of, measure, told
-from gradfused.bench.timing import Budget, Clock, Meter, Series, Step, in_turn, interleave
-from gradfused.bench.workload import MAX_SETS, Workload, bytes_needed, make_sets, sets_needed
+from gradfused.bench.peers.in_torch import torch_optimizer
+from gradfused.bench.peers.peer import Peer
+from gradfused.bench.report.results import EVENTS, GRAPH, OURS, ROOF, CaseResult, Results
+from gradfused.bench.timing import cuda
+from gradfused.bench.timing.roof import copy_on
+from gradfused.bench.timing.rounds import Budget, Clock, Meter, Series, Step, in_turn, interleave
 
 H200_L2 = 60 << 20
 

@@ -7,14 +7,17 @@ from dataclasses import replace
 
 import pytest
 import torch
-from gradfused.bench import cli, commands, function_runner, targets
-from gradfused.bench import lpg as lpg_case
-from gradfused.bench.function_runner import FUNCTIONS, SIZES, WAYS, FunctionChecker, chosen_ways, measure_function
-from gradfused.bench.functions import FunctionCase, Size, Way
-from gradfused.bench.lpg import LPG
-from gradfused.bench.models import MODELS
-from gradfused.bench.recipes import RECIPES
-from gradfused.bench.results import (
+from gradfused.bench import cli, commands
+from gradfused.bench.cases.functions import FunctionCase, Size, Way
+from gradfused.bench.cases.models import MODELS
+from gradfused.bench.cases.recipes import RECIPES
+from gradfused.bench.measure import functions as function_runner
+from gradfused.bench.measure.functions import FUNCTIONS, SIZES, WAYS, FunctionChecker, chosen_ways, measure_function
+from gradfused.bench.peers import lpg as lpg_case
+from gradfused.bench.peers.lpg import LPG
+from gradfused.bench.peers.reversal import LAMBDA, REVERSAL
+from gradfused.bench.report import targets
+from gradfused.bench.report.results import (
     CROSS_ENTROPY,
     NO_REVERSAL,
     OURS,
@@ -25,8 +28,7 @@ from gradfused.bench.results import (
     bytes_moved,
     case_fields,
 )
-from gradfused.bench.reversal import LAMBDA, REVERSAL
-from gradfused.bench.timing import Budget
+from gradfused.bench.timing.rounds import Budget
 from torch.nn import functional as F
 
 HEAD = Size("head", "a small head", (40, 12), 5)

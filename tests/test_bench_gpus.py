@@ -12,16 +12,20 @@ from types import SimpleNamespace
 import pytest
 import torch
 from bench_cases import CPU, CUDA, forgets, result_of, tiny_case
-from gradfused.bench import cli, commands, cuda, peers, report, runner, targets
-from gradfused.bench.check import Checker
-from gradfused.bench.models import MODELS
-from gradfused.bench.peer import Peer
+from gradfused.bench import cli, commands, peers
+from gradfused.bench.cases.models import MODELS
+from gradfused.bench.cases.recipes import RECIPES, RULES
+from gradfused.bench.measure import steps as runner
+from gradfused.bench.measure.check import Checker
+from gradfused.bench.measure.steps import memory_reason
 from gradfused.bench.peers import PEERS, chosen_peers
-from gradfused.bench.peers_other import decay_after_update
-from gradfused.bench.recipes import RECIPES, RULES
-from gradfused.bench.report import environment_line, print_case, print_closing
-from gradfused.bench.results import EVENTS, FUSED_PLAIN, GRAPH, OURS, ROOF, CaseResult, Results
-from gradfused.bench.runner import memory_reason
+from gradfused.bench.peers.packages import decay_after_update
+from gradfused.bench.peers.peer import Peer
+from gradfused.bench.report import tables as report
+from gradfused.bench.report import targets
+from gradfused.bench.report.results import EVENTS, FUSED_PLAIN, GRAPH, OURS, ROOF, CaseResult, Results
+from gradfused.bench.report.tables import environment_line, print_case, print_closing
+from gradfused.bench.timing import cuda
 from rich.console import Console
 
 from gradfused.backends import Availability
@@ -56,7 +60,7 @@ def usable(*names: str) -> Callable[[], dict[str, Availability]]:
 def test_gradfused_appears_once_a_backend(names, expected, monkeypatch):
     monkeypatch.delenv("GRADFUSED_BACKEND", raising=False)
     monkeypatch.setattr(peers, "availability", usable(*names))
-    monkeypatch.setattr("gradfused.bench.peers_torch.availability", usable(*names))
+    monkeypatch.setattr("gradfused.bench.peers.in_torch.availability", usable(*names))
     assert peers.backend_on(CUDA) == expected
     columns = [peer.name for peer in chosen_peers(None, CUDA) if peer.name.startswith(OURS)]
     assert columns == [OURS, *(f"{OURS}-{name}" for name in ("cuda", "triton") if name != expected)]

@@ -7,16 +7,16 @@ from dataclasses import replace
 import pytest
 import torch
 from bench_cases import CPU, TINY, TORCH_PEERS, forgets, tiny_case, workload_of
-from gradfused.bench.check import Checker, NoiseTape, OracleNoise, crop, cropped_shapes, same_on_any_threads
-from gradfused.bench.eager import FoldedTransforms, NoiseSource, Transforms
-from gradfused.bench.models import MODELS
-from gradfused.bench.peer import Peer
+from gradfused.bench.cases.models import MODELS
+from gradfused.bench.cases.recipes import RECIPES, RULES
+from gradfused.bench.cases.steps import ALIGNMENT, Slab
+from gradfused.bench.measure.check import Checker, NoiseTape, OracleNoise, crop, cropped_shapes, same_on_any_threads
+from gradfused.bench.measure.steps import memory_reason
 from gradfused.bench.peers import PEERS, chosen_peers
-from gradfused.bench.recipes import RECIPES, RULES
-from gradfused.bench.results import OURS
-from gradfused.bench.roof import roof_of
-from gradfused.bench.runner import memory_reason
-from gradfused.bench.workload import ALIGNMENT, Slab
+from gradfused.bench.peers.eager import FoldedTransforms, NoiseSource, Transforms
+from gradfused.bench.peers.peer import Peer
+from gradfused.bench.report.results import OURS
+from gradfused.bench.timing.roof import roof_of
 
 # ---- data
 
@@ -188,7 +188,7 @@ def test_deepspeed_names_what_it_lacks():
 
 
 def test_a_peer_without_memory_has_a_reason(monkeypatch):
-    monkeypatch.setattr("gradfused.bench.runner.bytes_available", lambda device: 10)
+    monkeypatch.setattr("gradfused.bench.measure.steps.bytes_available", lambda device: 10)
     assert "GB are free" in memory_reason(PEERS["torch-foreach"], tiny_case())
 
 

@@ -6,13 +6,13 @@ from dataclasses import replace
 
 import pytest
 from bench_cases import TINY, forgets, tiny_case, workload_of
-from gradfused.bench import timing
-from gradfused.bench.peer import Peer
+from gradfused.bench.measure.steps import Plan, measure
 from gradfused.bench.peers import PEERS
-from gradfused.bench.quiet import TICKS, CpuWatch, busy_seconds, usable_cpus
-from gradfused.bench.results import FUSED_PLAIN, OURS, ROOF, CaseResult
-from gradfused.bench.runner import Plan, measure
-from gradfused.bench.timing import Budget, Clock, Samples, Series, interleave
+from gradfused.bench.peers.peer import Peer
+from gradfused.bench.report.results import FUSED_PLAIN, OURS, ROOF, CaseResult
+from gradfused.bench.timing import rounds as timing
+from gradfused.bench.timing.quiet import TICKS, CpuWatch, busy_seconds, usable_cpus
+from gradfused.bench.timing.rounds import Budget, Clock, Samples, Series, interleave
 
 # ---- timing
 

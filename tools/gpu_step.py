@@ -6,8 +6,8 @@ import sys
 from collections.abc import Iterator
 
 import torch
-from gradfused.bench.models import MODELS
-from gradfused.bench.recipes import RECIPES
+from gradfused.bench.cases.models import MODELS
+from gradfused.bench.cases.recipes import RECIPES
 
 import gradfused
 

@@ -12,12 +12,12 @@ from torch import Tensor
 
 import gradfused
 
-from .eager import NoiseSource
-from .models import Model, Shape
-from .peer import Peer
-from .peers import PEERS
-from .recipes import NOISE_DECAY, SEED, Recipe
-from .workload import CPU, Case, Workload, workload_of
+from ..cases.models import Model, Shape
+from ..cases.recipes import NOISE_DECAY, SEED, Recipe
+from ..cases.steps import CPU, Case, Workload, workload_of
+from ..peers import PEERS
+from ..peers.eager import NoiseSource
+from ..peers.peer import Peer
 
 STEPS = 5
 SMALL, LARGE = 1 << 14, 1 << 18  # elements: of most cropped tensors, of the largest

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils import clip_grad_norm_, get_total_norm
 
-from .recipes import Recipe
+from ..cases.recipes import Recipe
 
 CLIP_EPS = 1e-6  # as in torch's clip_grad_norm_
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from .timing import Clock, Meter, Step, no_collector
+from .rounds import Clock, Meter, Step, no_collector
 
 # Several steps a sample, so that the host runs ahead of the device as it does in training.
 BURST_MS, LEAST_BURST, MOST_BURST = 10.0, 5, 200

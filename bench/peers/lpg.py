@@ -11,8 +11,8 @@ from torch.nn import functional as F
 
 from gradfused.nn import lpg_cross_entropy
 
-from .functions import Function, Run, Size, Tensors, Way, gradients
-from .results import CROSS_ENTROPY, OURS
+from ..cases.functions import Function, Run, Size, Tensors, Way, gradients
+from ..report.results import CROSS_ENTROPY, OURS
 
 SIZES = (
     Size("8192x1000", "logits of 8192 images, 1000 classes", (8192, 1000)),

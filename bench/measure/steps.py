@@ -10,17 +10,28 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from . import cuda
+from ..cases.recipes import RECIPES
+from ..cases.steps import Case, Workload, bytes_available
+from ..peers import PEERS
+from ..peers.eager import NoiseSource
+from ..peers.peer import Peer
+from ..report.results import (
+    EVENTS,
+    FUSED_PLAIN,
+    GRAPH,
+    ROOF,
+    CaseResult,
+    Skipped,
+    case_fields,
+    is_ours,
+    record,
+    roof_record,
+)
+from ..timing import cuda
+from ..timing.quiet import CpuWatch
+from ..timing.roof import roof_of
+from ..timing.rounds import Budget, Meter, Samples, Series, Step, in_turn, interleave
 from .check import Checker, same_on_any_threads
-from .eager import NoiseSource
-from .peer import Peer
-from .peers import PEERS
-from .quiet import CpuWatch
-from .recipes import RECIPES
-from .results import EVENTS, FUSED_PLAIN, GRAPH, ROOF, CaseResult, Skipped, case_fields, is_ours, record, roof_record
-from .roof import roof_of
-from .timing import Budget, Meter, Samples, Series, Step, in_turn, interleave
-from .workload import Case, Workload, bytes_available
 
 THREAD_CHECK_ELEMENTS = 30_000_000  # larger models would only repeat the same code for longer
 WALL, DEVICE = "wall", "device"  # the two times of a variant

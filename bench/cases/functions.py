@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .models import Shape
-from .workload import CPU
+from .steps import CPU
 
 Tensors = dict[str, Tensor]
 Run = Callable[[Tensors], Sequence[Tensor]]  # the value and the gradients

@@ -13,9 +13,9 @@ import torch
 import gradfused
 from gradfused.backends import cpu
 
-from . import cuda
-from .peers import backend_on
-from .quiet import usable_cpus
+from ..peers import backend_on
+from ..timing import cuda
+from ..timing.quiet import usable_cpus
 
 PEER_PACKAGES = (
     "torch-optimi",

@@ -9,11 +9,11 @@ import torch
 
 from gradfused.backends import availability
 
+from ..cases.steps import CPU
+from ..report.results import OURS
+from .in_torch import TORCH_PEERS
+from .packages import OTHER_PEERS
 from .peer import Peer
-from .peers_other import OTHER_PEERS
-from .peers_torch import TORCH_PEERS
-from .results import OURS
-from .workload import CPU
 
 BACKENDS = {"cpu": ("cpu",), "cuda": ("cuda", "triton")}  # as backend="auto" tries them
 

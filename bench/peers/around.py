@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn.utils import get_total_norm
 
-from .recipes import Recipe
-from .timing import Step
+from ..cases.recipes import Recipe
+from ..timing.rounds import Step
 
 
 class Tensors(Protocol):

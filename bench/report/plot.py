@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .functions import FunctionCase
-from .report import environment_line, milliseconds
+from ..cases.functions import FunctionCase
+from ..cases.steps import Case
 from .results import CROSS_ENTROPY, NO_REVERSAL, OURS, ROOF, YARDSTICKS, CaseResult, Record, Results
-from .workload import Case
+from .tables import environment_line, milliseconds
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -8,8 +8,8 @@ import torch
 
 from gradfused.backends import cpu
 
-from .timing import Step
-from .workload import Case, Workload, bytes_available
+from ..cases.steps import Case, Workload, bytes_available
+from .rounds import Step
 
 COPY_BYTES = 1 << 31  # of each side of the copy: tens of times any GPU's L2
 

@@ -9,12 +9,12 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .quiet import LIMIT
-from .timing import Samples
-from .workload import Case
+from ..cases.steps import Case
+from ..timing.quiet import LIMIT
+from ..timing.rounds import Samples
 
 if TYPE_CHECKING:
-    from .functions import FunctionCase
+    from ..cases.functions import FunctionCase
 
 ROOF = "roof"
 OURS = "gradfused"

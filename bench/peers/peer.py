@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from ..cases.steps import Case, Slab, Workload
+from ..timing.rounds import Step
+from .around import around
 from .eager import NoiseSource, Transforms
-from .eager_riders import around
-from .timing import Step
-from .workload import Case, Slab, Workload
 
 
 class Steps(Protocol):

@@ -6,9 +6,9 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from .functions import FunctionCase
+from ..cases.functions import FunctionCase
+from ..cases.steps import Case
 from .results import CROSS_ENTROPY, FUSED_PLAIN, OURS, ROOF, CaseResult, Record, Results
-from .workload import Case
 
 Measure = Callable[[CaseResult], "float | None"]
 Time = Callable[[Record], float]

@@ -9,16 +9,16 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from ..cases.functions import Function, FunctionCase, Run, Size, Way
+from ..cases.steps import CPU, bytes_available
+from ..peers.lpg import LPG
+from ..peers.reversal import REVERSAL
+from ..report.results import OURS, ROOF, CaseResult, Skipped, case_fields
+from ..timing.quiet import CpuWatch
+from ..timing.roof import Roof, copy_of
+from ..timing.rounds import Budget, Meter, Series, interleave
 from .check import LIMITS, LOW_PRECISION_LIMITS, Verdict
-from .functions import Function, FunctionCase, Run, Size, Way
-from .lpg import LPG
-from .quiet import CpuWatch
-from .results import OURS, ROOF, CaseResult, Skipped, case_fields
-from .reversal import REVERSAL
-from .roof import Roof, copy_of
-from .runner import WALL, Progress, Ready, all_series, fill, hushed, meter_for, silent, told
-from .timing import Budget, Meter, Series, interleave
-from .workload import CPU, bytes_available
+from .steps import WALL, Progress, Ready, all_series, fill, hushed, meter_for, silent, told
 
 FUNCTIONS = {function.name: function for function in (REVERSAL, LPG)}
 SIZES: dict[str, Size] = {size.name: size for function in FUNCTIONS.values() for size in function.sizes}

@@ -12,13 +12,13 @@ from torch.optim import Optimizer
 import gradfused
 from gradfused.backends import NAMES, availability
 
+from ..cases.steps import Case, Workload
+from ..report.results import OURS
+from ..timing.rounds import Step
 from .eager import FoldedTransforms, NoiseSource, Transforms
 from .eager_rules import RULES as EAGER_RULES
 from .eager_rules import EagerOptimizer
 from .peer import Build, Peer, cuda_only, few_large, graph_options, rule_options, share_state, transform_then_step
-from .results import OURS
-from .timing import Step
-from .workload import Case, Workload
 
 
 def torch_optimizer(case: Case, workload: Workload, **options: object) -> Optimizer:

@@ -12,9 +12,9 @@ from torch.nn import functional as F
 
 from gradfused.nn import GradientReversal, reversal_linear
 
-from .functions import Function, FunctionCase, Run, Size, Tensors, Way, gradients
+from ..cases.functions import Function, FunctionCase, Run, Size, Tensors, Way, gradients
+from ..report.results import NO_REVERSAL, OURS
 from .peer import needs
-from .results import NO_REVERSAL, OURS
 
 LAMBDA = 0.5
 

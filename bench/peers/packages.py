@@ -12,6 +12,9 @@ from typing import Any
 import torch
 from torch.optim import Optimizer
 
+from ..cases.recipes import Recipe
+from ..cases.steps import Case, Workload
+from ..timing.rounds import Step
 from .eager import NoiseSource, Transforms
 from .peer import (
     Peer,
@@ -24,9 +27,6 @@ from .peer import (
     share_state,
     transform_then_step,
 )
-from .recipes import Recipe
-from .timing import Step
-from .workload import Case, Workload
 
 
 def eager_then(optimizer: Optimizer, case: Case, workload: Workload, source: NoiseSource) -> Step:

@@ -8,7 +8,7 @@ from math import sqrt
 import torch
 from torch import Tensor
 
-from .workload import Case, Workload
+from ..cases.steps import Case, Workload
 
 Lists = dict[str, list[Tensor]]
 Step = Callable[[], None]

@@ -1,0 +1,1 @@
+"""What is measured: parameter shapes of real models, recipes, update rules, functions, and their tensors."""

@@ -1,0 +1,1 @@
+"""Measuring a case: each variant is checked against the oracle, then all that passed are timed together."""
