@@ -1,4 +1,4 @@
-"""What imports what, in one direction (DESIGN 5), and names that must agree in several places."""
+"""What imports what, in one direction (docs/design.md#where-things-live), and names that must agree in several places."""
 
 from __future__ import annotations
 

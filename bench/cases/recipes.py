@@ -11,7 +11,7 @@ SEED = 0
 
 @dataclass(frozen=True)
 class Recipe:
-    """The gradient transforms that are on; DESIGN 2 defines each and their order.
+    """The gradient transforms that are on; docs/design.md#what-a-step-computes defines each and their order.
 
     Attributes:
         name: What `--recipes` calls it.
@@ -120,12 +120,12 @@ class Rule:
 
     @property
     def streams(self) -> int:
-        """Tensors read plus tensors written by one pass: DESIGN 3's floor, in elements."""
+        """Tensors that one pass reads plus those that it writes: the least that a step moves, in elements."""
         written = 1 + len(self.state)
         return 2 * written + 1
 
     def bytes_per_element(self, recipe: Recipe, itemsize: int) -> int:
-        """DESIGN 3's byte budget: the floor, what the recipe adds, and what a trust ratio reads before the step."""
+        """The byte budget: the rule's own pass, what the recipe adds, and what a trust ratio reads before the step."""
         weighing = 2 + len(self.state) * (self.class_name == "LAMB") if self.weighs else 0
         wider = 2 * max(0, 4 - itemsize) if recipe.ema is not None else 0  # averages of 16-bit weights are of float32
         return (self.streams + recipe.extra_streams + weighing) * itemsize + wider

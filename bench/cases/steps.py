@@ -79,7 +79,7 @@ class Case:
 
     @property
     def bytes_moved(self) -> int:
-        """What DESIGN 3 allows one step to move."""
+        """Bytes that one step may move: the budget of docs/design.md#byte-budgets."""
         return self.model.elements * self.rule.bytes_per_element(self.recipe, self.dtype.itemsize)
 
 

@@ -65,7 +65,7 @@ class Transforms:
 
     @torch.no_grad()
     def apply(self) -> None:
-        """Transforms the gradients, in DESIGN 2's order."""
+        """Transforms the gradients, in the order of docs/design.md#what-a-step-computes."""
         recipe, grads = self.recipe, gradients(self.params)
         if recipe.centralize:
             centralize(grads, foreach=self.foreach)

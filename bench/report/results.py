@@ -44,7 +44,7 @@ class Record:
         ms_median: Milliseconds a step.
         ms_p20: The same, of the fast steps.
         ms_p80: The same, of the slow steps.
-        gbps: DESIGN 3's byte budget by the median, on CUDA by the device's; 1 GB is 10^9 bytes.
+        gbps: The byte budget divided by the median time, on CUDA the device's; 1 GB is 10^9 bytes.
         roof_gbps: What the roof reached in the same rounds.
         elements: Of all parameters.
         tensors: Number of parameters.
@@ -159,7 +159,7 @@ def quantiles(samples: Samples, name: str, factor: float = 1.0) -> dict[str, Any
 
 
 def bytes_moved(case: Case | FunctionCase, variant: str) -> int:
-    """DESIGN 3's budget of what a variant computes; leaving a gradient alone moves nothing."""
+    """The byte budget of what a variant computes; leaving a gradient alone moves nothing."""
     if variant == NO_REVERSAL and len(case.model.shapes) == 1:
         return 0
     return (case.plain if variant == FUSED_PLAIN else case).bytes_moved
