@@ -64,14 +64,14 @@ def _repeats(item: pytest.Item) -> bool:
 def _is_late(item: pytest.Item, interpret_all: bool) -> bool:
     """Whether a test is left out: it repeats others in a slow way, or all of its kind are too slow for every run."""
     backend, file = backend_of(item), item.path.name
-    if backend == "triton" and triton_interpreter.INTERPRETED and file in ("test_conformance.py", "test_chunks.py"):
+    if backend == "triton" and triton_interpreter.INTERPRETED and file in ("test_kernels.py", "test_chunks.py"):
         return not interpret_all or _repeats(item)
     slow = bool(os.environ.get("GRADFUSED_SANITIZE_INSIDE")) or (backend == "cuda" and device_of("cuda") == "cpu")
-    return slow and file == "test_conformance.py" and _repeats(item)
+    return slow and file == "test_kernels.py" and item.path.parent.name == "conformance" and _repeats(item)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Interpreted, Triton's conformance suite takes some 20 minutes on two cores. test_triton.py has what always runs."""
+    """Interpreted, Triton's conformance suite takes some 20 minutes on two cores. The folder triton has what always runs."""
     late = {item for item in items if _is_late(item, config.getoption("--interpret-all"))}
     config.hook.pytest_deselected(items=[item for item in items if item in late])
     items[:] = [item for item in items if item not in late]

@@ -94,16 +94,16 @@ def all_steps(out: Path) -> Iterator[Step]:
     )
     yield Step("build", (build,), env={"GRADFUSED_CUDA": "1"})
     yield Step("report", ((python, "-m", "gradfused"),), expects=r"cuda +runs")
-    on_gpu = str(tests / "test_cuda_gpu.py")  # alone: it fills the memory
+    on_gpu = str(tests / "cuda" / "test_on_gpu.py")  # alone: it fills the memory
     conformance = ("-m", "kernels", "-k", "not triton", f"--ignore={on_gpu}", str(tests))
     yield Step("conformance", (pytest(*conformance, parallel=True),), expects=PASSED)
     yield Step("gpu", (pytest(on_gpu),), expects=PASSED)
-    riders = [str(tests / name) for name in ("test_riders.py", "test_sam.py")]
+    riders = [str(tests / "conformance" / name) for name in ("test_riders.py", "test_sam.py")]
     yield Step("riders", (pytest("-k", "cuda", *riders, parallel=True),), expects=PASSED)
     # Not the whole conformance suite, as for CUDA: every variant is compiled when it is first launched.
-    triton = sorted(map(str, tests.glob("test_*triton*.py")))
+    triton = (str(tests / "triton"), str(tests / "lpg" / "test_triton.py"))
     yield Step("triton", (pytest(*triton, parallel=True),), needs=("triton",), expects=PASSED)
-    few = pytest("-x", "-k", FEW_CASES, str(tests / "test_conformance.py"))
+    few = pytest("-x", "-k", FEW_CASES, str(tests / "conformance" / "test_kernels.py"))
     sanitizer = find_tool("compute-sanitizer") or "compute-sanitizer"
     # Without torch's cache an access past a tensor's end leaves its allocation, and is seen.
     yield Step(

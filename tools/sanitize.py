@@ -32,7 +32,7 @@ def build() -> None:
     env = {**os.environ, "GRADFUSED_SANITIZE": "1"}
     subprocess.run(command, cwd=ROOT, env=env, check=True)
     emulator = "from cuda_emulator import build; build.build(sanitize=True)"
-    subprocess.run([sys.executable, "-c", emulator], cwd=ROOT / "tests", check=True)
+    subprocess.run([sys.executable, "-c", emulator], cwd=ROOT / "tests" / "support", check=True)
 
 
 def runtime_library(name: str) -> str:
