@@ -160,11 +160,11 @@ def cpu_module(version: str, python_dirs: tuple[str, ...]) -> NativeModule:
     """
     bindings = Variant(
         "base",
-        (*glob("csrc/bind/*.cpp"), *glob("csrc/device/*.cpp"), *glob("csrc/cpu/*.cpp")),
+        (*glob("csrc/bind/*.cpp"), *glob("csrc/device/*.cpp"), *glob("csrc/cpu/*.cpp"), *glob("csrc/lpg/*.cpp")),
         flags=(f'-DGRADFUSED_VERSION="{version}"',),
         include_dirs=("csrc", *python_dirs),
     )
-    kernels = glob("csrc/cpu/kernels/*.cpp")
+    kernels = (*glob("csrc/cpu/kernels/*.cpp"), *glob("csrc/lpg/kernels/*.cpp"))
     per_isa = (Variant(isa, kernels, flags=(f"-DGRADFUSED_ISA={isa}", *flags)) for isa, flags in ISA_FLAGS.items())
     return NativeModule("gradfused._cpu", (bindings, *per_isa))
 
@@ -318,7 +318,7 @@ def module_statements(module: NativeModule, library: Path, temp: Path) -> Iterat
     for variant in module.variants:
         flags = shell(compile_flags(variant))
         for source in variant.sources:
-            obj = escape(temp / module.name / variant.name / Path(source).with_suffix(".o").name)
+            obj = escape(temp / module.name / variant.name / Path(source).with_suffix(".o"))
             objects.append(obj)
             yield f"build {obj}: {variant.compiler} {escape(source)}\n  flags = {flags}\n"
     flags = shell(link_flags(module, temp))

@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from triton_compile import Report, compiled, main
 
-from gradfused.backends import lpg_triton, triton
+from gradfused.backends import triton
+from gradfused.lpg import triton as lpg_triton
 
 POINTERS = {
     "i64": ("target", "order", "starts", "slot", "pieces", "heads", "firsts"),

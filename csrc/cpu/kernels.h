@@ -1,7 +1,7 @@
 // What the engine asks of an instruction set's kernels.
 #pragma once
 
-#include "cpu/lpg.h"
+#include "lpg/problem.h"
 #include "table.h"
 
 namespace gradfused::cpu {

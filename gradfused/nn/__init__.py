@@ -1,7 +1,6 @@
 """Layers and losses that change gradients before the optimizer sees them."""
 
-from .lpg import PGD, lpg_cross_entropy
-from .lpg_loss import LPGCrossEntropyLoss
+from ..lpg import PGD, LPGCrossEntropyLoss, lpg_cross_entropy
 from .reversal import GradientReversal, ReversalLinear, grad_reverse, reversal_linear
 from .schedule import DANNSchedule
 

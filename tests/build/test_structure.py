@@ -40,6 +40,9 @@ LAYERS: list[tuple[str, ...]] = [
     ("gradfused.backends.device",),
     ("gradfused.backends.reference", "gradfused.backends.cpu", "gradfused.backends.cuda", "gradfused.backends.triton"),
     ("gradfused.backends",),
+    ("gradfused.lpg.problem",),
+    ("gradfused.lpg.reference", "gradfused.lpg.cpu", "gradfused.lpg.triton"),
+    ("gradfused.lpg.kernels",),
     (
         "gradfused.step.spelling",
         "gradfused.step.options",
@@ -48,7 +51,8 @@ LAYERS: list[tuple[str, ...]] = [
         "gradfused.step.plans",
         "gradfused.step.table",
     ),
-    ("gradfused.optim", "gradfused.nn"),
+    ("gradfused.optim", "gradfused.lpg"),
+    ("gradfused.nn",),
     ("gradfused",),
     ("gradfused.__main__",),
 ]
@@ -97,7 +101,11 @@ def test_the_package_imports_no_benchmark_and_no_test(module: str) -> None:
     assert {name.split(".")[0] for name in roots}.isdisjoint({"bench", "tests", "cases", "examples", "pytest"})
 
 
-@pytest.mark.parametrize("module", [m for m in MODULES if m.startswith("gradfused.backends")])
+LPG_KERNELS = {f"gradfused.lpg.{name}" for name in ("problem", "reference", "cpu", "triton", "kernels")}
+BACKENDS = [m for m in MODULES if m.startswith("gradfused.backends") or m in LPG_KERNELS]
+
+
+@pytest.mark.parametrize("module", BACKENDS)
 def test_backends_know_no_optimizers(module: str) -> None:
     above = (
         "gradfused.step.state",
@@ -153,7 +161,7 @@ def unsaid(call: ast.Call, modules: bool) -> set[str]:
 
 
 def makers(path: Path) -> Iterator[tuple[ast.Call, set[str]]]:
-    modules = path.parent.name == "nn"
+    modules = path.parent.name == "nn" or path.parts[-2:] == ("lpg", "module.py")
     calls = [n for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.Call)]
     return ((call, unsaid(call, modules)) for call in calls)
 
@@ -203,7 +211,7 @@ def includes(path: Path) -> list[str]:
 
 
 def test_there_are_sources() -> None:
-    assert {"math", "cpu", "cuda", "device", "bind"} <= {p.parent.name for p in SOURCES}
+    assert {"math", "cpu", "cuda", "device", "bind", "lpg"} <= {p.parent.name for p in SOURCES}
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=ids)
@@ -236,26 +244,35 @@ def reached(path: Path) -> set[str]:
     return found
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "csrc/cpu/kernels").glob("*.cpp")), ids=lambda p: p.name)
+@pytest.mark.parametrize("path", [p for p in SOURCES if p.parent.name == "kernels"], ids=lambda p: p.name)
 def test_kernels_see_no_template_of_the_standard_library(path: Path) -> None:
     """A copy of one compiled for AVX-512 could be what the linker keeps for everybody."""
     allowed = C_HEADERS | DEVICE_HEADERS | {"immintrin.h", "arm_neon.h", "rules.def"}
-    ours = re.compile(r"(math|cpu)/[\w/]+\.h|table\.h")
+    ours = re.compile(r"(math|cpu|lpg)/[\w/]+\.h|table\.h")
     strangers = {name for name in reached(path) if name not in allowed and not ours.fullmatch(name)}
     assert not strangers
-    assert reached(path).isdisjoint({"cpu/engine.h", "cpu/threads.h", "cpu/isa.h", "rows.h"})
+    assert reached(path).isdisjoint({"cpu/engine.h", "cpu/threads.h", "cpu/isa.h", "lpg/engine.h", "rows.h"})
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=ids)
 def test_backends_in_cpp_do_not_know_each_other(path: Path) -> None:
-    others = {"cpu": ("cuda/",), "cuda": ("cpu/",), "device": ("cpu/", "cuda/", "bind/")}
+    others = {"cpu": ("cuda/",), "lpg": ("cuda/",), "cuda": ("cpu/", "lpg/"), "device": ("cpu/", "cuda/", "bind/")}
     mine = others.get(path.relative_to(ROOT / "csrc").parts[0], ())
     assert not [name for name in includes(path) if name.startswith(mine or "/")]
 
 
 def test_only_bindings_know_python() -> None:
     knowing = {p.name for p in SOURCES if any(n.startswith("pybind11") or n == "Python.h" for n in reached(p))}
-    assert knowing <= {"bindings.cpp", "common.h", "plan.h", "tensors.cpp", "tensors.h", "watch.cpp", "watch.h"}
+    assert knowing <= {
+        "bindings.cpp",
+        "bindings.h",
+        "common.h",
+        "plan.h",
+        "tensors.cpp",
+        "tensors.h",
+        "watch.cpp",
+        "watch.h",
+    }
 
 
 # ---- names in several places

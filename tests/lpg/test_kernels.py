@@ -9,8 +9,9 @@ import torch
 from lpg_cases import assert_near, batch, expected
 from torch import Tensor
 
-from gradfused.backends import availability, cpu, lpg_cpu
-from gradfused.backends.lpg_problem import Perturbation, Problem
+from gradfused.backends import availability, cpu
+from gradfused.lpg import cpu as lpg_cpu
+from gradfused.lpg.problem import Perturbation, Problem
 from gradfused.nn import LPGCrossEntropyLoss, lpg_cross_entropy
 
 pytestmark = [
@@ -163,7 +164,7 @@ def test_one_class_has_no_gradient() -> None:
 
 
 def test_sums_of_classes_are_the_reference_s() -> None:
-    from gradfused.backends import lpg_reference
+    from gradfused.lpg import reference as lpg_reference
 
     logits, target = batch(900, 12, torch.float64, ignored=9)
     problem = Problem(logits, target, None, 0.1)

@@ -9,8 +9,10 @@ import torch
 import triton_interpreter
 from lpg_cases import assert_near, batch, expected
 
-from gradfused.backends import lpg_cpu, lpg_triton, triton
-from gradfused.backends.lpg_problem import Perturbation, Problem
+from gradfused.backends import triton
+from gradfused.lpg import cpu as lpg_cpu
+from gradfused.lpg import triton as lpg_triton
+from gradfused.lpg.problem import Perturbation, Problem
 from gradfused.nn import LPGCrossEntropyLoss
 
 DEVICE = "cpu" if triton_interpreter.INTERPRETED else "cuda"

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 from torch._compile import _disable_dynamo
 
-from ..backends import lpg as backends
-from ..backends.lpg import Kernels, Measured, Perturbation, Problem
 from ..step.options import finite, number, whole
+from . import kernels as backends
+from .problem import Kernels, Measured, Perturbation, Problem
 
 SCOPES = ("class", "sample")
 REDUCTIONS = ("mean", "sum", "none")

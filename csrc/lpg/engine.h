@@ -1,7 +1,7 @@
 // LPG cross-entropy on the CPU: who works on which rows, in which order, and what is combined in between.
 #pragma once
 
-#include "cpu/lpg.h"
+#include "lpg/problem.h"
 
 namespace gradfused::cpu {
 

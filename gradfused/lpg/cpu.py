@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import cpu
-from .lpg_problem import Kernels, Measured, Perturbation, Problem, check_memory, refuse_stray
-from .native import DTYPES
+from ..backends.cpu import native as native_module
+from ..backends.native import DTYPES
+from .problem import Kernels, Measured, Perturbation, Problem, check_memory, refuse_stray
 
 _SAVED = 3  # numbers a row that the native forward leaves for the backward
 
@@ -44,7 +44,7 @@ def _native(problem: Problem, logits: Tensor, saved: Tensor) -> tuple[Any, list[
     check_memory(logits=logits, target=target, weight=weight, saved=saved)
     rows, classes = target.numel(), problem.classes
     dense = logits.dim() == 3
-    native = cpu.native().Lpg(
+    native = native_module().Lpg(
         logits=logits.data_ptr(),
         dtype=DTYPES[logits.dtype],
         rows=rows,

@@ -1,4 +1,4 @@
-#include "cpu/lpg_engine.h"
+#include "lpg/engine.h"
 
 #include <algorithm>
 #include <atomic>

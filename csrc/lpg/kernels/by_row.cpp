@@ -1,6 +1,6 @@
 // LPG cross-entropy's kernels of one instruction set, compiled like kernels.cpp. No row's softmax is ever in memory: probabilities are made
 // from the logits where they are wanted.
-#include "cpu/lpg_rows.h"
+#include "lpg/rows.h"
 
 namespace gradfused::cpu {
 namespace {

@@ -1,6 +1,6 @@
 // LPG cross-entropy's kernels for few classes, and for dense predictions, whose neighbours in memory are samples: a lane is a row, and the
 // classes come one after another. Compiled like kernels.cpp.
-#include "cpu/lpg_rows.h"
+#include "lpg/rows.h"
 
 namespace gradfused::cpu {
 namespace {

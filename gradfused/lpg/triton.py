@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from .. import gpu
-from . import triton
-from .lpg_problem import Kernels, Measured, Perturbation, Problem, check_memory, refuse_stray
+from ..backends import triton
+from .problem import Kernels, Measured, Perturbation, Problem, check_memory, refuse_stray
 
 #: Elements of a tile, and rows of a piece: what one program sums before another takes over.
 TILE, PIECE = 2048, 64

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .lpg import per_class
+from .function import per_class
 
 MODES = ("balanced", "longtail", "noisy")
 

@@ -9,11 +9,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch._compile import _disable_dynamo
 
-from ..backends import lpg as backends
-from ..backends.lpg import Kernels, Measured, Perturbation, Problem
 from ..step.options import number, whole
-from . import lpg_modes
-from .lpg import (
+from . import kernels as backends
+from . import modes
+from .function import (
     PGD,
     Call,
     check_inputs,
@@ -26,6 +25,7 @@ from .lpg import (
     per_class,
     signed_bound,
 )
+from .problem import Kernels, Measured, Perturbation, Problem
 
 #: Bytes of class-mean gradients, (C, C) in float32, beyond which momentum is refused.
 MOST_BYTES = 2**31
@@ -118,8 +118,8 @@ class LPGCrossEntropyLoss(nn.Module):
 
     def _refuse_what_does_not_fit(self, counts: Any, sign: Any) -> None:
         classes = self.num_classes
-        if self.mode not in lpg_modes.MODES:
-            raise ValueError(f"mode: expected one of {', '.join(map(repr, lpg_modes.MODES))}, got {self.mode!r}")
+        if self.mode not in modes.MODES:
+            raise ValueError(f"mode: expected one of {', '.join(map(repr, modes.MODES))}, got {self.mode!r}")
         if sign is not None and counts is not None:
             raise ValueError(
                 "sign and counts: expected one of them; sign fixes the classes, counts let 'longtail' choose"
@@ -141,7 +141,7 @@ class LPGCrossEntropyLoss(nn.Module):
     def _fixed_sign(self, counts: Any, sign: Any) -> Tensor | None:
         if sign is not None:
             return checked_sign(sign, self.num_classes).float()
-        return lpg_modes.longtail(counts, self.num_classes) if self.mode == "longtail" else None
+        return modes.longtail(counts, self.num_classes) if self.mode == "longtail" else None
 
     def signs(self) -> Tensor:
         """(C,): the sign of each class's perturbation by the present statistics, in ``"longtail"`` times its share."""
@@ -149,8 +149,8 @@ class LPGCrossEntropyLoss(nn.Module):
             return self._sign
         if self.mode == "noisy":
             smoothing = self.options.label_smoothing
-            return lpg_modes.noisy(self.confidence.float(), self.gradient_norm.float(), self._known(), smoothing)
-        return lpg_modes.balanced(self.confidence.float(), self._known())
+            return modes.noisy(self.confidence.float(), self.gradient_norm.float(), self._known(), smoothing)
+        return modes.balanced(self.confidence.float(), self._known())
 
     def _known(self) -> Tensor:
         """(C,): whether there are statistics of a class. A checkpoint may hold ones that are no numbers."""

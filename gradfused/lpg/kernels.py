@@ -6,12 +6,15 @@ import os
 
 from torch import Tensor
 
-from . import choose_name, cpu, lpg_cpu, lpg_reference, lpg_triton, triton
-from .lpg_problem import Kernels, Measured, Perturbation, Problem
+from ..backends import choose_name
+from ..backends import cpu as native_cpu
+from ..backends import triton as native_triton
+from . import cpu, reference, triton
+from .problem import Kernels, Measured, Perturbation, Problem
 
 __all__ = ["Kernels", "Measured", "Perturbation", "Problem", "choose"]
 
-_KERNELS = {"cpu": lpg_cpu.KERNELS, "triton": lpg_triton.KERNELS, "reference": lpg_reference.KERNELS}
+_KERNELS = {"cpu": cpu.KERNELS, "triton": triton.KERNELS, "reference": reference.KERNELS}
 _chosen: dict[tuple[object, ...], Kernels] = {}
 
 
@@ -21,7 +24,7 @@ def choose(request: str, logits: Tensor) -> Kernels:
     A choice is remembered: asking what is installed takes longer than the loss of a small batch.
     """
     plain = bool(logits.numel() == 0 or logits.data_ptr())
-    asked = (request, os.environ.get("GRADFUSED_BACKEND"), cpu.native_or_none(), triton.interpreting())
+    asked = (request, os.environ.get("GRADFUSED_BACKEND"), native_cpu.native_or_none(), native_triton.interpreting())
     key = (*asked, logits.device, logits.dtype, plain)
     if key not in _chosen:
         _chosen[key] = _KERNELS[choose_name(request, [logits], tuple(_KERNELS), "LPG cross-entropy")]

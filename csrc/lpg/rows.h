@@ -1,8 +1,8 @@
 // What LPG's kernels know of one row of logits once it has been read.
 #pragma once
 
-#include "cpu/lanes.h"
-#include "cpu/lpg.h"
+#include "lpg/lanes.h"
+#include "lpg/problem.h"
 
 namespace gradfused::cpu {
 namespace {

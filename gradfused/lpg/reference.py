@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .lpg_problem import Kernels, Measured, Perturbation, Problem, refuse_stray
+from .problem import Kernels, Measured, Perturbation, Problem, refuse_stray
 
 
 def _kept(problem: Problem) -> tuple[Tensor, Tensor]:
