@@ -13,20 +13,20 @@ namespace gradfused {
 
 class Rows {
  public:
-  explicit Rows(size_t groups) : hypers_(groups) {}
+  explicit Rows(size_t groups) : settings_(groups) {}
 
   // Rows are added before the first step; the sizes and strides are copied.
   void add(Row row) {
     adopt(row.param);
     adopt(row.grad);
     for (Operand& s : row.state) adopt(s);
-    for (Operand* x : {&row.source, &row.master, &row.rest, &row.ema}) adopt(*x);
+    for (Operand* x : {&row.source, &row.master, &row.kahan_comp, &row.ema}) adopt(*x);
     rows_.push_back(row);
   }
 
   size_t size() const { return rows_.size(); }
   const Row& row(size_t i) const { return rows_[i]; }
-  Hyper& hyper(size_t i) { return hypers_.at(i); }
+  Settings& settings(size_t i) { return settings_.at(i); }
 
   // The gradient of a row lies elsewhere from now on, in the same layout. False, with nothing changed, if it may share memory with what a
   // step writes: whether it does is for whoever makes tables to say.
@@ -41,8 +41,8 @@ class Rows {
 
   // Whether no gradient that is left at zero meets another one, which would have to be read before: asked after gradients moved.
   bool zeroes_apart() {
-    const auto zeroes = [](const Hyper& h) { return h.zero_grad; };
-    if (!unchecked_ || std::none_of(hypers_.begin(), hypers_.end(), zeroes)) return true;
+    const auto zeroes = [](const Settings& settings) { return settings.zero_grad_in_step; };
+    if (!unchecked_ || std::none_of(settings_.begin(), settings_.end(), zeroes)) return true;
     Spans grads;
     for (const Row& row : rows_) grads.add(span_of(row.grad, row.numel));
     unchecked_ = grads.sort();
@@ -54,7 +54,7 @@ class Rows {
   void count_taken(bool taken = true) { taken_ += taken; }
 
  protected:
-  std::vector<Hyper> hypers_;
+  std::vector<Settings> settings_;
   std::vector<Row> rows_;
   bool moved_ = false;  // since whoever asks last looked
   size_t taken_ = 0;
@@ -65,7 +65,7 @@ class Rows {
     if (written_) return *written_;
     written_ = std::make_unique<Spans>();
     for (const Row& row : rows_) {
-      for (const Operand* x : {&row.param, &row.source, &row.master, &row.rest, &row.ema})
+      for (const Operand* x : {&row.param, &row.source, &row.master, &row.kahan_comp, &row.ema})
         written_->add(x->data ? span_of(*x, row.numel) : Span());
       for (const Operand& x : row.state) written_->add(x.data ? span_of(x, row.numel) : Span());
     }

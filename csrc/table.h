@@ -17,17 +17,17 @@ enum class Rule : int8_t {
 };
 
 // Which tensors share one norm.
-enum class Scope : int8_t { none, global, group, param, unit };
+enum class NormScope : int8_t { none, global, group, param, unit };
 
 // Units that share a norm have to be read before any of them is stepped.
-constexpr bool wide(Scope scope) { return scope == Scope::global || scope == Scope::group || scope == Scope::param; }
+constexpr bool wide(NormScope scope) { return scope == NormScope::global || scope == NormScope::group || scope == NormScope::param; }
 
 // What has its unit mean taken off.
 enum class Centre : int8_t { gradient, decayed, update };
 
 // How weights of 16 bits are kept: rounded to nearest, with what rounding took off in a second tensor, rounded at random, or as a copy of
 // one in float32.
-enum class Rounding : int8_t { nearest, kahan, stochastic, master };
+enum class Precision : int8_t { none, kahan, stochastic, master };
 
 constexpr int kMaxStates = 4;
 
@@ -37,14 +37,14 @@ struct Perturb {
 };
 
 // One parameter group's options. Python validates them before they come here.
-struct Hyper {
+struct Settings {
   // the rule's
   double lr = 0, weight_decay = 0, momentum = 0, dampening = 0, beta1 = 0, beta2 = 0, beta3 = 0, eps = 0;
-  double lr_decay = 0, momentum_decay = 0, trust = 0;
+  double lr_decay = 0, momentum_decay = 0, trust_coefficient = 0;
   bool nesterov = false, decoupled = false, proximal = false, adapt = false;
   // the transforms'
   Centre centralize_at = Centre::gradient;
-  Scope scope = Scope::none;
+  NormScope norm_scope = NormScope::none;
   Perturb perturb;
   bool agc = false;
   double radius = 1;
@@ -53,18 +53,18 @@ struct Hyper {
   uint64_t seed = 0;
   double sign = 1;  // of reverse and maximize together
   bool skip_nonfinite = false;
-  bool by_weight = false;  // the gradient is multiplied by |p| + eta before its norm is taken: adaptive SAM
+  bool adaptive = false;  // the gradient is multiplied by |p| + eta before its norm is taken: adaptive SAM
   double eta = 0;
   // the riders'
-  double ema = 0;          // what the average keeps of itself in a step
-  bool zero_grad = false;  // gradients are left at zero
+  double ema = 0;                  // what the average keeps of itself in a step
+  bool zero_grad_in_step = false;  // gradients are left at zero
 };
 
 // What a rule's numbers depend on besides the options.
 struct Count {
-  double step;     // this step's number, from 1
-  bool first;      // the state holds nothing yet
-  double product;  // of NAdam's momenta up to this step
+  double step;        // this step's number, from 1
+  bool first;         // the state holds nothing yet
+  double mu_product;  // of NAdam's momenta up to this step
 };
 
 // A walk over memory in the row's iteration order. Without dims the elements lie one after another.
@@ -79,22 +79,22 @@ struct Operand {
 // A parameter with a gradient, and its optimizer state. Elements are numbered in iteration order, units lie one after another in it.
 struct Row {
   Operand param, grad, state[kMaxStates];
-  Operand source;  // where the weights are read, if not from param: SAM's backup
-  Operand master;  // a copy of 16-bit weights in float32, believed where it rounds to them; written with Rounding::master alone
-  Operand rest;    // what rounding took off (Rounding::kahan)
-  Operand ema;     // moving average of the weights, if any
-  Rounding rounding = Rounding::nearest;
+  Operand source;      // where the weights are read, if not from param: SAM's backup
+  Operand master;      // a copy of 16-bit weights in float32, believed where it rounds to them; written with Precision::master alone
+  Operand kahan_comp;  // what rounding took off (Precision::kahan)
+  Operand ema;         // moving average of the weights, if any
+  Precision precision = Precision::none;
   Rule rule = Rule::sgd;
-  int64_t numel = 0, length = 0;  // of the row, of one unit
+  int64_t numel = 0, unit_length = 0;  // of the row, of one unit
   int32_t group = 0;
-  uint32_t parameter = 0;  // the parameter's number in the optimizer: part of the noise counter
-  bool centre = false;     // centralisation applies to this row
-  bool whole = false;      // over the whole tensor although units are shorter (norms by unit)
-  bool first = false;      // the state holds nothing yet
-  char* step = nullptr;    // the count of steps taken, a float32 or float64 scalar; null where nothing needs it
+  uint32_t param_number = 0;  // the parameter's number in the optimizer: part of the noise counter
+  bool centre = false;        // centralisation applies to this row
+  bool whole = false;         // over the whole tensor although units are shorter (norms by unit)
+  bool first = false;         // the state holds nothing yet
+  char* step = nullptr;       // the count of steps taken, a float32 or float64 scalar; null where nothing needs it
   DType step_dtype = DType::float32;
-  char* product = nullptr;  // the product of the momenta so far, likewise; only NAdam has one
-  DType product_dtype = DType::float32;
+  char* mu_product = nullptr;  // the product of the momenta so far, likewise; only NAdam has one
+  DType mu_product_dtype = DType::float32;
 };
 
 }  // namespace gradfused

@@ -19,11 +19,11 @@ def roof(written: Sequence[int], read: Sequence[int], numel: int, threads: int) 
 class Perturb:
     def __init__(self, a: float, b: float, e: float, lo: float, hi: float) -> None: ...
 
-class Hyper:
+class Settings:
     """One group's numbers: the attributes of gradfused.backends.base.Settings, written only."""
 
 class Rows:
-    def hyper(self, index: int) -> Hyper: ...
+    def settings(self, index: int) -> Settings: ...
     def add(
         self,
         *,
@@ -33,18 +33,18 @@ class Rows:
         state: Sequence[_Operand],
         source: _Operand | None,
         master: _Operand | None,
-        rest: _Operand | None,
+        kahan_comp: _Operand | None,
         ema: _Operand | None,
-        rounding: str,
+        precision: str,
         numel: int,
-        length: int,
+        unit_length: int,
         group: int,
-        parameter: int,
+        param_number: int,
         centre: bool,
         whole: bool,
         first: bool,
         step: tuple[int, str] | None,
-        product: tuple[int, str] | None,
+        mu_product: tuple[int, str] | None,
     ) -> None: ...
     def taken(self) -> int: ...
     def __len__(self) -> int: ...

@@ -1,7 +1,7 @@
 # Each module has classes of its own, alike but for their launches.
-from ._cpu import Hyper as Hyper
 from ._cpu import Perturb as Perturb
 from ._cpu import Rows as Rows
+from ._cpu import Settings as Settings
 from ._cpu import Watch as Watch
 
 __version__: str

@@ -43,16 +43,16 @@ def first_step(native: ModuleType, weight: array, grad: array) -> None:
     table = native.Table(groups=1)
     options = {"lr": LR, "weight_decay": DECAY, "decoupled": True, "beta1": 0.9, "beta2": 0.999}
     for name, value in {**options, "eps": EPS, "clip_value": math.inf}.items():
-        setattr(table.hyper(0), name, value)
+        setattr(table.settings(0), name, value)
     table.add(
         rule="adam",
         param=operand(weight),
         grad=operand(grad),
         state=[operand(exp_avg), operand(exp_avg_sq)],
         numel=len(weight),
-        length=len(weight),
+        unit_length=len(weight),
         group=0,
-        parameter=0,
+        param_number=0,
         centre=False,
         whole=False,
         first=True,

@@ -32,9 +32,9 @@ def rows_of(job):
 
 
 @triton.jit
-def hyper_of(job, row):
+def settings_of(job, row):
     group = read(row + at.row_group, tl.int32)
-    return read(job + at.job_hypers, tl.int64) + group.to(tl.int64) * at.DeviceHyper
+    return read(job + at.job_settings, tl.int64) + group.to(tl.int64) * at.DeviceSettings
 
 
 @triton.jit

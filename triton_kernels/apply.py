@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 from . import layout as at
-from .access import ACCESSES, hyper_of, read, read_bool, rows_of
+from .access import ACCESSES, read, read_bool, rows_of, settings_of
 from .chunk import (
     BLOCK,
     TILES,
@@ -40,35 +40,37 @@ def sum_rows(job, first, end, OF: tl.constexpr):
     """The sum of squares over rows of global scope or over every row; or how many rows forbid the step."""
     total = tl.zeros([BLOCK], tl.float64)
     rows = rows_of(job)
-    hypers = read(job + at.job_hypers, tl.int64)
+    all_settings = read(job + at.job_settings, tl.int64)
     squares = read(job + at.job_squares, tl.int64)
     for base in range(first, end, BLOCK):
         i = (base + tl.arange(0, BLOCK)).to(tl.int64)
         mask = i < end
         x = tl.load((squares + i * 8).to(tl.pointer_type(tl.float64)), mask=mask, other=0.0)
         group = tl.load((rows + i * at.DeviceRow + at.row_group).to(tl.pointer_type(tl.int32)), mask=mask, other=0)
-        hyper = hypers + group.to(tl.int64) * at.DeviceHyper
+        settings = all_settings + group.to(tl.int64) * at.DeviceSettings
         if OF == GLOBAL:
-            scope = tl.load((hyper + at.hyper_scope).to(tl.pointer_type(tl.int8)), mask=mask, other=0)
-            x = tl.where(scope == at.Scope_global, x, 0.0)
+            scope = tl.load((settings + at.settings_norm_scope).to(tl.pointer_type(tl.int8)), mask=mask, other=0)
+            x = tl.where(scope == at.NormScope_global, x, 0.0)
         if OF == SPOILT:
-            skips = tl.load((hyper + at.hyper_skip_nonfinite).to(tl.pointer_type(tl.int8)), mask=mask, other=0)
+            skips = tl.load((settings + at.settings_skip_nonfinite).to(tl.pointer_type(tl.int8)), mask=mask, other=0)
             x = tl.where((skips != 0) & (x - x != 0.0), tl.full([], 1.0, tl.float64), 0.0)
         total += x
     return tl.sum(total, axis=0)
 
 
 @triton.jit
-def wide_factor(job, row, number, hyper, global_squares):
+def wide_factor(job, row, number, settings, global_squares):
     """s(n) of a norm that is wider than a unit; 1 where there is none."""
-    scope = read(hyper + at.hyper_scope, tl.int8)
+    scope = read(settings + at.settings_norm_scope, tl.int8)
     squares = global_squares
-    if scope == at.Scope_group:
-        squares = sum_rows(job, read(hyper + at.hyper_row0, tl.int32), read(hyper + at.hyper_row1, tl.int32), EVERY)
-    if scope == at.Scope_param:
+    if scope == at.NormScope_group:
+        squares = sum_rows(
+            job, read(settings + at.settings_row0, tl.int32), read(settings + at.settings_row1, tl.int32), EVERY
+        )
+    if scope == at.NormScope_param:
         squares = read(read(job + at.job_squares, tl.int64) + number.to(tl.int64) * 8, tl.float64)
-    factor = perturb_factor(hyper, tl.sqrt(squares))
-    wide = (scope == at.Scope_global) | (scope == at.Scope_group) | (scope == at.Scope_param)
+    factor = perturb_factor(settings, tl.sqrt(squares))
+    wide = (scope == at.NormScope_global) | (scope == at.NormScope_group) | (scope == at.NormScope_param)
     return tl.where(wide, factor, 1.0)
 
 
@@ -80,7 +82,7 @@ def finish_rehearsal(job, row):
     """The means of what is centred late, where a unit takes several chunks."""
     chunk0 = read(row + at.row_chunk0, tl.int32)
     chunk1 = read(row + at.row_chunk1, tl.int32)
-    length = read(row + at.row_length, tl.int64)
+    length = read(row + at.row_unit_length, tl.int64)
     numel = read(row + at.row_numel, tl.int64)
     known = read(job + at.job_units, tl.int64) + read(row + at.row_unit0, tl.int64) * at.Unit + at.unit_direction
     units = (numel // length).to(tl.int32)
@@ -98,10 +100,10 @@ def finish_rehearsal(job, row):
 
 
 @triton.jit
-def finish(job, row, number, hyper, UNIT_NORMS: tl.constexpr, PRODUCT: tl.constexpr):
-    count_step(row, hyper, PRODUCT)
+def finish(job, row, number, settings, UNIT_NORMS: tl.constexpr, PRODUCT: tl.constexpr):
+    count_step(row, settings, PRODUCT)
     if UNIT_NORMS:
-        by_unit = read(hyper + at.hyper_scope, tl.int8) == at.Scope_unit
+        by_unit = read(settings + at.settings_norm_scope, tl.int8) == at.NormScope_unit
         if by_unit & (read_bool(row + at.row_measured) == 0):
             squares = sum_row(job, row, at.sums_squares)
             write(read(job + at.job_squares, tl.int64) + number.to(tl.int64) * 8, squares, tl.float64)
@@ -111,10 +113,10 @@ def finish(job, row, number, hyper, UNIT_NORMS: tl.constexpr, PRODUCT: tl.conste
 
 
 @triton.jit
-def is_wanted(row, hyper, PHASE: tl.constexpr):
+def is_wanted(row, settings, PHASE: tl.constexpr):
     """Whether a launch is for this row."""
     if PHASE == REHEARSE:
-        late = read(hyper + at.hyper_centralize_at, tl.int8) != at.Centre_gradient
+        late = read(settings + at.settings_centralize_at, tl.int8) != at.Centre_gradient
         return read_bool(row + at.row_split) & read_bool(row + at.row_centre) & late
     elif PHASE == WEIGH_FIRST:
         return read_bool(row + at.row_weighed_first)
@@ -180,26 +182,26 @@ def apply(
             chunk = chunk_at(job, index)
             number = read(chunk + at.chunk_row, tl.int32)
             row = rows_of(job) + number.to(tl.int64) * at.DeviceRow
-            hyper = hyper_of(job, row)
-            if is_wanted(row, hyper, PHASE):
+            settings = settings_of(job, row)
+            if is_wanted(row, settings, PHASE):
                 grad = grad_of(job, number)
                 factor = tl.full([], 1.0, tl.float64)
                 if WIDE_NORMS:
-                    factor = wide_factor(job, row, number, hyper, global_squares)
-                tile = tile_of(read(row + at.row_length, tl.int64))
+                    factor = wide_factor(job, row, number, settings, global_squares)
+                tile = tile_of(read(row + at.row_unit_length, tl.int64))
                 tile = tl.where(read(chunk + at.chunk_lanes, tl.int16) == 0, 0, tile)
                 kind = access_of(row, grad, read_bool(chunk + at.chunk_plain)) * TILES + tile
                 kind += read(row + at.row_rule, tl.int8).to(tl.int32) * (ACCESSES * TILES)
                 for known in tl.static_range(COUNT):
                     if kind == KINDS // 4096**known % 4096:
                         step_chunk(
-                            job, chunk, index, row, hyper, grad, unscale, factor,
+                            job, chunk, index, row, settings, grad, unscale, factor,
                             KINDS // 4096**known % 4096, STATES, SIZE,
                             CENTRE, UNIT_NORMS, LATE, NOISE, RIDERS, PHASE,
                         )  # fmt: skip
                 if is_last(job, row, number):
                     if PHASE == STEP:
-                        finish(job, row, number, hyper, UNIT_NORMS, PRODUCT)
+                        finish(job, row, number, settings, UNIT_NORMS, PRODUCT)
                     elif PHASE == REHEARSE:
                         finish_rehearsal(job, row)
                     else:

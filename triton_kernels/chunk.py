@@ -70,7 +70,7 @@ def units_of(ACCESS: tl.constexpr, TILE: tl.constexpr, chunk, row):
     count = read(chunk + at.chunk_count, tl.int32)
     length = count // PACK * PACK
     if TILE > 0:
-        length = read(row + at.row_length, tl.int64).to(tl.int32) // PACK * PACK
+        length = read(row + at.row_unit_length, tl.int64).to(tl.int32) // PACK * PACK
     return begin, count // length, length
 
 
@@ -233,6 +233,6 @@ def write(address, value, T: tl.constexpr):
 
 
 @triton.jit
-def centred_at_gradient(row, hyper):
-    at_gradient = read(hyper + at.hyper_centralize_at, tl.int8) == at.Centre_gradient
+def centred_at_gradient(row, settings):
+    at_gradient = read(settings + at.settings_centralize_at, tl.int8) == at.Centre_gradient
     return read_bool(row + at.row_centre) & at_gradient

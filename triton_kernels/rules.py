@@ -1,7 +1,7 @@
 """The update rules, as torch.optim or their papers have them: for each, the numbers of a step and the direction it takes.
 
 ``coefficients`` and ``direction`` choose among them by the number that csrc/rules.def gives a rule. The numbers of a step are
-made of the group's options at ``hyper`` and of what is passed, scalars in float64: ``lr``, the ``step``'s number from 1, whether
+made of the group's ``settings`` and of what is passed, scalars in float64: ``lr``, the ``step``'s number from 1, whether
 it is the ``first`` that the state sees, the ``product`` of NAdam's momenta and the ``ratio`` by which a rule trusts its step.
 """
 
@@ -64,15 +64,15 @@ def greatest(T: tl.constexpr):
 
 
 @triton.jit
-def option(hyper, FIELD: tl.constexpr):
-    return read(hyper + FIELD, tl.float64)
+def option(settings, FIELD: tl.constexpr):
+    return read(settings + FIELD, tl.float64)
 
 
 @triton.jit
-def shrunk(hyper, lr, T: tl.constexpr):
+def shrunk(settings, lr, T: tl.constexpr):
     """What decoupled weight decay leaves of the weights."""
-    decay = option(hyper, at.hyper_weight_decay)
-    return tl.where(read_bool(hyper + at.hyper_decoupled), 1.0 - lr * decay, 1.0).to(T)
+    decay = option(settings, at.settings_weight_decay)
+    return tl.where(read_bool(settings + at.settings_decoupled), 1.0 - lr * decay, 1.0).to(T)
 
 
 @triton.jit
@@ -82,7 +82,7 @@ def moments(g, s0, s1, mix, beta2, fresh_sq):
 
 
 @triton.jit
-def sgd_coefficients(hyper, lr, T: tl.constexpr):
+def sgd_coefficients(settings, lr, T: tl.constexpr):
     return tl.full([], 1.0, T), lr.to(T), (lr.to(T),)
 
 
@@ -93,10 +93,10 @@ def sgd(g, p, s0, s1, s2, s3, c):
 
 
 @triton.jit
-def sgd_momentum_coefficients(hyper, lr, first, T: tl.constexpr):
-    momentum = option(hyper, at.hyper_momentum)
-    fresh = tl.where(first, 1.0, 1.0 - option(hyper, at.hyper_dampening))  # the first fills the buffer undamped
-    ahead = tl.where(read_bool(hyper + at.hyper_nesterov), momentum, 0.0)
+def sgd_momentum_coefficients(settings, lr, first, T: tl.constexpr):
+    momentum = option(settings, at.settings_momentum)
+    fresh = tl.where(first, 1.0, 1.0 - option(settings, at.settings_dampening))  # the first fills the buffer undamped
+    ahead = tl.where(read_bool(settings + at.settings_nesterov), momentum, 0.0)
     return tl.full([], 1.0, T), lr.to(T), (momentum.to(T), fresh.to(T), ahead.to(T))
 
 
@@ -108,9 +108,9 @@ def sgd_momentum(g, p, s0, s1, s2, s3, c):
 
 
 @triton.jit
-def adam_coefficients(hyper, lr, step, T: tl.constexpr):
-    beta1 = option(hyper, at.hyper_beta1)
-    beta2 = option(hyper, at.hyper_beta2)
+def adam_coefficients(settings, lr, step, T: tl.constexpr):
+    beta1 = option(settings, at.settings_beta1)
+    beta2 = option(settings, at.settings_beta2)
     correction1 = 1.0 - power(beta1, step)
     correction2 = 1.0 - power(beta2, step)
     numbers = (
@@ -118,9 +118,9 @@ def adam_coefficients(hyper, lr, step, T: tl.constexpr):
         beta2.to(T),
         (1.0 - beta2).to(T),
         (1.0 / tl.sqrt(correction2)).to(T),
-        option(hyper, at.hyper_eps).to(T),
+        option(settings, at.settings_eps).to(T),
     )
-    return shrunk(hyper, lr, T), (lr / correction1).to(T), numbers
+    return shrunk(settings, lr, T), (lr / correction1).to(T), numbers
 
 
 @triton.jit
@@ -139,9 +139,9 @@ def adam_amsgrad(g, p, s0, s1, s2, s3, c):
 
 
 @triton.jit
-def adagrad_coefficients(hyper, lr, step, T: tl.constexpr):
-    rate = lr / (1.0 + (step - 1.0) * option(hyper, at.hyper_lr_decay))
-    return tl.full([], 1.0, T), rate.to(T), (option(hyper, at.hyper_eps).to(T),)
+def adagrad_coefficients(settings, lr, step, T: tl.constexpr):
+    rate = lr / (1.0 + (step - 1.0) * option(settings, at.settings_lr_decay))
+    return tl.full([], 1.0, T), rate.to(T), (option(settings, at.settings_eps).to(T),)
 
 
 @triton.jit
@@ -152,10 +152,10 @@ def adagrad(g, p, s0, s1, s2, s3, c):
 
 
 @triton.jit
-def rmsprop_coefficients(hyper, lr, T: tl.constexpr):
-    alpha = option(hyper, at.hyper_beta2)
-    eps = option(hyper, at.hyper_eps)
-    momentum = option(hyper, at.hyper_momentum)
+def rmsprop_coefficients(settings, lr, T: tl.constexpr):
+    alpha = option(settings, at.settings_beta2)
+    eps = option(settings, at.settings_eps)
+    momentum = option(settings, at.settings_momentum)
     return (
         tl.full([], 1.0, T),
         lr.to(T),
@@ -211,27 +211,27 @@ def rmsprop_centered_momentum(g, p, s0, s1, s2, s3, c):
 
 
 @triton.jit
-def warmed_momentum(hyper, step):
+def warmed_momentum(settings, step):
     """NAdam's momentum at a step."""
-    warmth = power(step * 0.0 + 0.96, step * option(hyper, at.hyper_momentum_decay))
-    return option(hyper, at.hyper_beta1) * (1.0 - 0.5 * warmth)
+    warmth = power(step * 0.0 + 0.96, step * option(settings, at.settings_momentum_decay))
+    return option(settings, at.settings_beta1) * (1.0 - 0.5 * warmth)
 
 
 @triton.jit
-def nadam_coefficients(hyper, lr, step, product, T: tl.constexpr):
-    beta2 = option(hyper, at.hyper_beta2)
-    mu = warmed_momentum(hyper, step)
-    following = warmed_momentum(hyper, step + 1.0)
+def nadam_coefficients(settings, lr, step, product, T: tl.constexpr):
+    beta2 = option(settings, at.settings_beta2)
+    mu = warmed_momentum(settings, step)
+    following = warmed_momentum(settings, step + 1.0)
     numbers = (
-        mix_of(1.0 - option(hyper, at.hyper_beta1), T),
+        mix_of(1.0 - option(settings, at.settings_beta1), T),
         beta2.to(T),
         (1.0 - beta2).to(T),
         (1.0 / (1.0 - power(beta2, step))).to(T),
-        option(hyper, at.hyper_eps).to(T),
+        option(settings, at.settings_eps).to(T),
         ((1.0 - mu) / (1.0 - product)).to(T),
         (following / (1.0 - product * following)).to(T),
     )
-    return shrunk(hyper, lr, T), lr.to(T), numbers
+    return shrunk(settings, lr, T), lr.to(T), numbers
 
 
 @triton.jit
@@ -242,10 +242,10 @@ def nadam(g, p, s0, s1, s2, s3, c):
 
 
 @triton.jit
-def radam_coefficients(hyper, lr, step, T: tl.constexpr):
+def radam_coefficients(settings, lr, step, T: tl.constexpr):
     """While the variance of the adaptive rate is intractable, the first steps, it is left out."""
-    beta1 = option(hyper, at.hyper_beta1)
-    beta2 = option(hyper, at.hyper_beta2)
+    beta1 = option(settings, at.settings_beta1)
+    beta2 = option(settings, at.settings_beta2)
     left = power(beta2, step)
     correction2 = 1.0 - left
     most = 2.0 / (1.0 - beta2) - 1.0
@@ -258,10 +258,10 @@ def radam_coefficients(hyper, lr, step, T: tl.constexpr):
         mix_of(1.0 - beta1, T),
         beta2.to(T),
         (1.0 - beta2).to(T),
-        option(hyper, at.hyper_eps).to(T),
+        option(settings, at.settings_eps).to(T),
         rectified,
     )
-    return shrunk(hyper, lr, T), rate.to(T), numbers
+    return shrunk(settings, lr, T), rate.to(T), numbers
 
 
 @triton.jit
@@ -272,11 +272,11 @@ def radam(g, p, s0, s1, s2, s3, c):
 
 
 @triton.jit
-def lion_coefficients(hyper, lr, T: tl.constexpr):
-    beta1 = option(hyper, at.hyper_beta1)
-    beta2 = option(hyper, at.hyper_beta2)
+def lion_coefficients(settings, lr, T: tl.constexpr):
+    beta1 = option(settings, at.settings_beta1)
+    beta2 = option(settings, at.settings_beta2)
     numbers = (beta1.to(T), (1.0 - beta1).to(T), beta2.to(T), (1.0 - beta2).to(T))
-    return shrunk(hyper, lr, T), lr.to(T), numbers
+    return shrunk(settings, lr, T), lr.to(T), numbers
 
 
 @triton.jit
@@ -288,19 +288,19 @@ def lion(g, p, s0, s1, s2, s3, c):
 
 
 @triton.jit
-def lamb_coefficients(hyper, lr, step, ratio, T: tl.constexpr):
-    beta1 = option(hyper, at.hyper_beta1)
-    beta2 = option(hyper, at.hyper_beta2)
+def lamb_coefficients(settings, lr, step, ratio, T: tl.constexpr):
+    beta1 = option(settings, at.settings_beta1)
+    beta2 = option(settings, at.settings_beta2)
     rate = lr * ratio
     numbers = (
         mix_of(1.0 - beta1, T),
         beta2.to(T),
         (1.0 - beta2).to(T),
         (1.0 / tl.sqrt(1.0 - power(beta2, step))).to(T),
-        option(hyper, at.hyper_eps).to(T),
+        option(settings, at.settings_eps).to(T),
         (1.0 / (1.0 - power(beta1, step))).to(T),
     )
-    return (1.0 - rate * option(hyper, at.hyper_weight_decay)).to(T), rate.to(T), numbers
+    return (1.0 - rate * option(settings, at.settings_weight_decay)).to(T), rate.to(T), numbers
 
 
 @triton.jit
@@ -311,9 +311,9 @@ def lamb(g, p, s0, s1, s2, s3, c):
 
 
 @triton.jit
-def lars_coefficients(hyper, lr, first, ratio, T: tl.constexpr):
-    shrink, rate, numbers = sgd_momentum_coefficients(hyper, lr, first, T)
-    decay = option(hyper, at.hyper_weight_decay)
+def lars_coefficients(settings, lr, first, ratio, T: tl.constexpr):
+    shrink, rate, numbers = sgd_momentum_coefficients(settings, lr, first, T)
+    decay = option(settings, at.settings_weight_decay)
     return shrink, rate, (numbers[0], numbers[1], numbers[2], decay.to(T), ratio.to(T))
 
 
@@ -330,14 +330,14 @@ def lars_momentum(g, p, s0, s1, s2, s3, c):
 
 
 @triton.jit
-def adan_coefficients(hyper, lr, step, first, T: tl.constexpr):
-    beta1 = option(hyper, at.hyper_beta1)
-    beta2 = option(hyper, at.hyper_beta2)
-    beta3 = option(hyper, at.hyper_beta3)
+def adan_coefficients(settings, lr, step, first, T: tl.constexpr):
+    beta1 = option(settings, at.settings_beta1)
+    beta2 = option(settings, at.settings_beta2)
+    beta3 = option(settings, at.settings_beta3)
     correction1 = 1.0 - power(beta1, step)
     correction2 = 1.0 - power(beta2, step)
-    decay = lr * option(hyper, at.hyper_weight_decay)
-    proximal = read_bool(hyper + at.hyper_proximal)  # decays after the update
+    decay = lr * option(settings, at.settings_weight_decay)
+    proximal = read_bool(settings + at.settings_proximal)  # decays after the update
     by = tl.where(proximal, 1.0 / (1.0 + decay), 1.0)
     numbers = (
         beta1.to(T),
@@ -347,7 +347,7 @@ def adan_coefficients(hyper, lr, step, first, T: tl.constexpr):
         beta3.to(T),
         (1.0 - beta3).to(T),
         (1.0 / tl.sqrt(1.0 - power(beta3, step))).to(T),
-        option(hyper, at.hyper_eps).to(T),
+        option(settings, at.settings_eps).to(T),
         (beta2 * correction1 / correction2).to(T),
         tl.where(first, 0.0, 1.0).to(T),
     )
@@ -366,8 +366,8 @@ def adan(g, p, s0, s1, s2, s3, c):
 
 
 @triton.jit
-def ascend_coefficients(hyper, T: tl.constexpr):
-    numbers = (option(hyper, at.hyper_eta).to(T), read_bool(hyper + at.hyper_by_weight))
+def ascend_coefficients(settings, T: tl.constexpr):
+    numbers = (option(settings, at.settings_eta).to(T), read_bool(settings + at.settings_adaptive))
     return tl.full([], 1.0, T), tl.full([], -1.0, T), numbers
 
 
@@ -385,35 +385,35 @@ def ascend(g, p, s0, s1, s2, s3, c):
 
 
 @triton.jit
-def coefficients(RULE: tl.constexpr, hyper, lr, step, first, product, ratio, T: tl.constexpr):
+def coefficients(RULE: tl.constexpr, settings, lr, step, first, product, ratio, T: tl.constexpr):
     """(shrink, step size, the rule's numbers): p becomes shrink * p - step size * direction."""
     if RULE == at.Rule_sgd:
-        return sgd_coefficients(hyper, lr, T)
+        return sgd_coefficients(settings, lr, T)
     elif RULE == at.Rule_sgd_momentum:
-        return sgd_momentum_coefficients(hyper, lr, first, T)
+        return sgd_momentum_coefficients(settings, lr, first, T)
     elif RULE == at.Rule_adam or RULE == at.Rule_adam_amsgrad:
-        return adam_coefficients(hyper, lr, step, T)
+        return adam_coefficients(settings, lr, step, T)
     elif RULE == at.Rule_adagrad:
-        return adagrad_coefficients(hyper, lr, step, T)
+        return adagrad_coefficients(settings, lr, step, T)
     elif (RULE == at.Rule_rmsprop or RULE == at.Rule_rmsprop_momentum) or (
         RULE == at.Rule_rmsprop_centered or RULE == at.Rule_rmsprop_centered_momentum
     ):
-        return rmsprop_coefficients(hyper, lr, T)
+        return rmsprop_coefficients(settings, lr, T)
     elif RULE == at.Rule_nadam:
-        return nadam_coefficients(hyper, lr, step, product, T)
+        return nadam_coefficients(settings, lr, step, product, T)
     elif RULE == at.Rule_radam:
-        return radam_coefficients(hyper, lr, step, T)
+        return radam_coefficients(settings, lr, step, T)
     elif RULE == at.Rule_lion:
-        return lion_coefficients(hyper, lr, T)
+        return lion_coefficients(settings, lr, T)
     elif RULE == at.Rule_lamb:
-        return lamb_coefficients(hyper, lr, step, ratio, T)
+        return lamb_coefficients(settings, lr, step, ratio, T)
     elif RULE == at.Rule_lars or RULE == at.Rule_lars_momentum:
-        return lars_coefficients(hyper, lr, first, ratio, T)
+        return lars_coefficients(settings, lr, first, ratio, T)
     elif RULE == at.Rule_adan:
-        return adan_coefficients(hyper, lr, step, first, T)
+        return adan_coefficients(settings, lr, step, first, T)
     else:
         tl.static_assert(RULE == at.Rule_ascend)
-        return ascend_coefficients(hyper, T)
+        return ascend_coefficients(settings, T)
 
 
 @triton.jit

@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 
 from . import layout as at
-from .access import ANY_WIDE, hyper_of, load, read, read_bool, rows_of
+from .access import ANY_WIDE, load, read, read_bool, rows_of, settings_of
 from .chunk import (
     TILES,
     access_of,
@@ -33,11 +33,11 @@ from .weights import kept_of, load_kept, square_kept
 
 @triton.jit
 def square_reached(
-    ACCESS: tl.constexpr, RIDERS: tl.constexpr, row, hyper, kept, grad, unscale,
+    ACCESS: tl.constexpr, RIDERS: tl.constexpr, row, settings, kept, grad, unscale,
     start, stride, inside, length, WIDTH: tl.constexpr, T: tl.constexpr,
 ):  # fmt: skip
     """square_tiles of the gradient times what each weight may move by: adaptive SAM's."""
-    eta = read(hyper + at.hyper_eta, tl.float64).to(T)
+    eta = read(settings + at.settings_eta, tl.float64).to(T)
     total = tl.zeros([inside.shape[0], WIDTH], tl.float64)
     for k in range(0, length, WIDTH):
         column = k + tl.arange(0, WIDTH)[None, :]
@@ -51,8 +51,8 @@ def square_reached(
 
 @triton.jit
 def measure(
-    job, chunk, index, row, hyper, grad, unscale64,
-    KIND: tl.constexpr, SIZE: tl.constexpr, AGC: tl.constexpr, BY_WEIGHT: tl.constexpr, RIDERS: tl.constexpr,
+    job, chunk, index, row, settings, grad, unscale64,
+    KIND: tl.constexpr, SIZE: tl.constexpr, AGC: tl.constexpr, ADAPTIVE: tl.constexpr, RIDERS: tl.constexpr,
 ):  # fmt: skip
     """Fill a chunk's slot."""
     ACCESS: tl.constexpr = KIND // TILES
@@ -63,7 +63,7 @@ def measure(
     WIDTH: tl.constexpr = columns.shape[1]
     begin, units, length = units_of(ACCESS, TILE, chunk, row)
     unscale = unscale64.to(T)
-    centre = centred_at_gradient(row, hyper)
+    centre = centred_at_gradient(row, settings)
     kept = kept_of(row, RIDERS)
     stride = ranks * length
     squares = tl.zeros([HEIGHT, 1], tl.float64)
@@ -75,19 +75,19 @@ def measure(
         if centre:
             middle = mean_tiles(ACCESS, row + at.row_grad, grad, unscale, start, stride, inside, length, WIDTH, T)
         mean = middle.to(T)
-        by_weight = tl.full([], 0, tl.int1)
-        if BY_WEIGHT:
-            by_weight = read_bool(hyper + at.hyper_by_weight)
-        if by_weight:
+        adaptive = tl.full([], 0, tl.int1)
+        if ADAPTIVE:
+            adaptive = read_bool(settings + at.settings_adaptive)
+        if adaptive:
             squares += square_reached(
-                ACCESS, RIDERS, row, hyper, kept, grad, unscale, start, stride, inside, length, WIDTH, T
+                ACCESS, RIDERS, row, settings, kept, grad, unscale, start, stride, inside, length, WIDTH, T
             )
         else:
             squares += square_tiles(
                 ACCESS, row + at.row_grad, grad, unscale, mean, start, stride, inside, length, WIDTH, T
             )
         if AGC:
-            if read_bool(hyper + at.hyper_agc):
+            if read_bool(settings + at.settings_agc):
                 weights += square_kept(ACCESS, RIDERS, row, kept, start, stride, inside, length, WIDTH, T)
     slot = read(job + at.job_sums, tl.int64) + index * at.Sums
     write(slot + at.sums_sum, tl.sum(tl.sum(middle, axis=1), axis=0), tl.float64)  # of the one unit, if it is a piece
@@ -100,7 +100,7 @@ def finish_split(job, row, CENTRED: tl.constexpr):
     """Put a row's chunks together where a mean or norm of its units takes several. Returns the row's sum of squares."""
     chunk0 = read(row + at.row_chunk0, tl.int32)
     chunk1 = read(row + at.row_chunk1, tl.int32)
-    length = read(row + at.row_length, tl.int64)
+    length = read(row + at.row_unit_length, tl.int64)
     numel = read(row + at.row_numel, tl.int64)
     whole = read_bool(row + at.row_whole)
     units = (numel // length).to(tl.int32)
@@ -149,9 +149,9 @@ def finish(job, row, number, centre):
 @triton.jit
 def stats(
     job, grad_scale, KINDS: tl.constexpr, COUNT: tl.constexpr,
-    AGC: tl.constexpr, BY_WEIGHT: tl.constexpr, RIDERS: tl.constexpr, SIZE: tl.constexpr, LAYOUT: tl.constexpr,
+    AGC: tl.constexpr, ADAPTIVE: tl.constexpr, RIDERS: tl.constexpr, SIZE: tl.constexpr, LAYOUT: tl.constexpr,
 ):  # fmt: skip
-    """Fills ``squares`` of every measured row. The arguments are those of ``apply``; BY_WEIGHT: a norm is adaptive SAM's."""
+    """Fills ``squares`` of every measured row. The arguments are those of ``apply``; ADAPTIVE: a norm is adaptive SAM's."""
     first, end = share(job)
     unscale = unscale_of(grad_scale)
     for index in range(first, end):
@@ -159,19 +159,19 @@ def stats(
         number = read(chunk + at.chunk_row, tl.int32)
         row = rows_of(job) + number.to(tl.int64) * at.DeviceRow
         if read_bool(row + at.row_measured):
-            hyper = hyper_of(job, row)
+            settings = settings_of(job, row)
             grad = grad_of(job, number)
-            centre = centred_at_gradient(row, hyper)
+            centre = centred_at_gradient(row, settings)
             by_units = centre & (read_bool(row + at.row_split) == 0)
-            tile = tl.where(by_units, tile_of(read(row + at.row_length, tl.int64)), 0)
+            tile = tl.where(by_units, tile_of(read(row + at.row_unit_length, tl.int64)), 0)
             # A piece, or a chunk of units that is measured as one.
             tile = tl.where(read(chunk + at.chunk_lanes, tl.int16) == 0, 0, tile)
             kind = access_of(row, grad, read_bool(chunk + at.chunk_plain)) * TILES + tile
             for known in tl.static_range(COUNT):
                 if kind == KINDS // 4096**known % 4096:
                     measure(
-                        job, chunk, index, row, hyper, grad, unscale,
-                        KINDS // 4096**known % 4096, SIZE, AGC, BY_WEIGHT, RIDERS,
+                        job, chunk, index, row, settings, grad, unscale,
+                        KINDS // 4096**known % 4096, SIZE, AGC, ADAPTIVE, RIDERS,
                     )  # fmt: skip
             if is_last(job, row, number):
                 finish(job, row, number, centre)

@@ -19,7 +19,7 @@ from .chunk import (
     units_of,
     write,
 )
-from .counts import lr_of, next_product, steps_taken, trust_of
+from .counts import lr_of, next_mu_product, steps_taken, trust_of
 from .noise import draw, draw_quads
 from .rules import coefficients, direction
 from .transforms import agc_factor, anchor, noise_sigma, perturb_factor, transformed
@@ -113,7 +113,7 @@ def load_tile(
 def known_of(job, row, begin, unit, length, inside, FIELD: tl.constexpr):
     """What the stats launch found of units that lie in several chunks, or are centred as a whole."""
     units = read(job + at.job_units, tl.int64) + read(row + at.row_unit0, tl.int64) * at.Unit
-    number = begin // read(row + at.row_length, tl.int64) + unit.to(tl.int64)
+    number = begin // read(row + at.row_unit_length, tl.int64) + unit.to(tl.int64)
     return tl.load((units + number * at.Unit + FIELD).to(tl.pointer_type(tl.float64)), mask=inside, other=0.0)
 
 
@@ -132,20 +132,20 @@ def weighed_by(row, PHASE: tl.constexpr):
 
 
 @triton.jit
-def numbers_of(RULE: tl.constexpr, row, hyper, taken, PHASE: tl.constexpr, T: tl.constexpr):
+def numbers_of(RULE: tl.constexpr, row, settings, taken, PHASE: tl.constexpr, T: tl.constexpr):
     """(shrink, step size, the rule's numbers) of a row."""
     product = tl.full([], 1.0, tl.float64)
     ratio = tl.full([], 1.0, tl.float64)
     if RULE == at.Rule_nadam:
-        product = next_product(row, hyper, taken + 1.0)
+        product = next_mu_product(row, settings, taken + 1.0)
     if ((at.rules_trust_gradient | at.rules_trust_update) >> RULE) & 1:
-        ratio = trust_of(RULE, row, hyper, weighed_by(row, PHASE))
-    return coefficients(RULE, hyper, lr_of(hyper), taken + 1.0, read_bool(row + at.row_first), product, ratio, T)
+        ratio = trust_of(RULE, row, settings, weighed_by(row, PHASE))
+    return coefficients(RULE, settings, lr_of(settings), taken + 1.0, read_bool(row + at.row_first), product, ratio, T)
 
 
 @triton.jit
 def step_chunk(
-    job, chunk, index, row, hyper, grad, unscale64, factor64,
+    job, chunk, index, row, settings, grad, unscale64, factor64,
     KIND: tl.constexpr, STATES_OF: tl.constexpr, SIZE: tl.constexpr,
     CENTRE: tl.constexpr, UNIT_NORMS: tl.constexpr, LATE: tl.constexpr, NOISE: tl.constexpr, RIDERS: tl.constexpr,
     PHASE: tl.constexpr,
@@ -164,33 +164,33 @@ def step_chunk(
     begin, units, length = units_of(ACCESS, TILE, chunk, row)
 
     taken = steps_taken(row)
-    shrink, step, c = numbers_of(RULE, row, hyper, taken, PHASE, T)
+    shrink, step, c = numbers_of(RULE, row, settings, taken, PHASE, T)
     unscale = unscale64.to(T)
-    hi = read(hyper + at.hyper_clip_value, tl.float64).to(T)
-    sign = read(hyper + at.hyper_sign, tl.float64).to(T)
-    decoupled = read_bool(hyper + at.hyper_decoupled)
-    whole_decay = read(hyper + at.hyper_weight_decay, tl.float64).to(T)
+    hi = read(settings + at.settings_clip_value, tl.float64).to(T)
+    sign = read(settings + at.settings_sign, tl.float64).to(T)
+    decoupled = read_bool(settings + at.settings_decoupled)
+    whole_decay = read(settings + at.settings_weight_decay, tl.float64).to(T)
     decay = tl.where(decoupled, 0.0, whole_decay).to(T)
     sigma = tl.full([], 0.0, T)
     if NOISE:
-        variance = read(hyper + at.hyper_noise, tl.float64)
-        sigma = noise_sigma(variance, read(hyper + at.hyper_noise_decay, tl.float64), taken).to(T)
+        variance = read(settings + at.settings_noise, tl.float64)
+        sigma = noise_sigma(variance, read(settings + at.settings_noise_decay, tl.float64), taken).to(T)
 
-    seed = read(hyper + at.hyper_seed, tl.uint64)
-    parameter = read(row + at.row_parameter, tl.int32)
+    seed = read(settings + at.settings_seed, tl.uint64)
+    parameter = read(row + at.row_param_number, tl.int32)
     number = taken.to(tl.int64)
     # Looked up before the loops: after a store the compiler would have to look again.
     param = read(row + at.row_param + at.operand_data, tl.int64)
     kept = kept_of(row, RIDERS)
-    riders = riders_of(row, hyper, RIDERS, T)
+    riders = riders_of(row, settings, RIDERS, T)
     at_states = states_of(row, STATES)
     stride = ranks * length
-    centred = centred_at_gradient(row, hyper)
+    centred = centred_at_gradient(row, settings)
     late = read_bool(row + at.row_centre) & (centred == 0)
-    decayed = read(hyper + at.hyper_centralize_at, tl.int8) == at.Centre_decayed
+    decayed = read(settings + at.settings_centralize_at, tl.int8) == at.Centre_decayed
     split = read_bool(row + at.row_split)
-    by_unit = read(hyper + at.hyper_scope, tl.int8) == at.Scope_unit
-    far = split & (read(row + at.row_length, tl.int64) > at.block_unit)
+    by_unit = read(settings + at.settings_norm_scope, tl.int8) == at.NormScope_unit
+    far = split & (read(row + at.row_unit_length, tl.int64) > at.block_unit)
     total = tl.zeros([HEIGHT, 1], tl.float64)
     squared = tl.zeros([HEIGHT, WIDTH], tl.float64)
     weights_squared = tl.zeros([HEIGHT, WIDTH], tl.float64)
@@ -217,7 +217,7 @@ def step_chunk(
             if by_unit:
                 squares = tl.zeros([HEIGHT, 1], tl.float64)
                 weights = tl.zeros([HEIGHT, 1], tl.float64)
-                agc = read_bool(hyper + at.hyper_agc)
+                agc = read_bool(settings + at.settings_agc)
                 if far:
                     squares = known_of(job, row, begin, rank, length, inside, at.unit_squares)
                     weights = known_of(job, row, begin, rank, length, inside, at.unit_weight_squares)
@@ -229,10 +229,10 @@ def step_chunk(
                         weights = square_kept(ACCESS, RIDERS, row, kept, start, stride, inside, length, WIDTH, T)
                 norm = tl.sqrt(squares)
                 if agc:
-                    radius = read(hyper + at.hyper_radius, tl.float64)
+                    radius = read(settings + at.settings_radius, tl.float64)
                     factor = agc_factor(radius, tl.sqrt(weights), norm).to(T)
                 else:
-                    factor = perturb_factor(hyper, norm).to(T)
+                    factor = perturb_factor(settings, norm).to(T)
                 if PHASE == STEP:
                     total += tl.where(inside, squares, 0.0)
 

@@ -23,9 +23,9 @@ def maximum(a, b):
 
 
 @triton.jit
-def perturb_factor(hyper, norm):
+def perturb_factor(settings, norm):
     """s(n) = clamp(a + b / (n + e), lo, hi), in float64."""
-    p = hyper + at.hyper_perturb
+    p = settings + at.settings_perturb
     a = read(p + at.perturb_a, tl.float64)
     b = read(p + at.perturb_b, tl.float64)
     e = read(p + at.perturb_e, tl.float64)

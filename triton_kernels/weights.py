@@ -43,19 +43,19 @@ def kept_of(row, RIDERS: tl.constexpr):
         operand = tl.where(has_source, row + at.row_source, operand)
     copy = data_of(row, at.row_master, MASTER & RIDERS)
     copy_dtype = read(row + (at.row_master + at.operand_dtype), tl.int8)
-    rest = data_of(row, at.row_rest, KAHAN & RIDERS)
-    rest_dtype = read(row + (at.row_rest + at.operand_dtype), tl.int8)
+    rest = data_of(row, at.row_kahan_comp, KAHAN & RIDERS)
+    rest_dtype = read(row + (at.row_kahan_comp + at.operand_dtype), tl.int8)
     return operand, read(operand + at.operand_data, tl.int64), copy, copy_dtype, rest, rest_dtype
 
 
 @triton.jit
-def riders_of(row, hyper, RIDERS: tl.constexpr, T: tl.constexpr):
+def riders_of(row, settings, RIDERS: tl.constexpr, T: tl.constexpr):
     """What store_weights is to know of a row besides."""
-    rounding = read(row + at.row_rounding, tl.int8)
+    rounding = read(row + at.row_precision, tl.int8)
     average = data_of(row, at.row_ema, EMA & RIDERS)
     average_dtype = read(row + (at.row_ema + at.operand_dtype), tl.int8)
-    mix = mix_of(1.0 - read(hyper + at.hyper_ema, tl.float64), T)
-    zeroes = read_bool(hyper + at.hyper_zero_grad)
+    mix = mix_of(1.0 - read(settings + at.settings_ema, tl.float64), T)
+    zeroes = read_bool(settings + at.settings_zero_grad_in_step)
     return rounding, average, average_dtype, mix, zeroes
 
 
@@ -106,7 +106,7 @@ def load_kept(ACCESS: tl.constexpr, RIDERS: tl.constexpr, row, kept, start, loca
             p = tl.where(held(ACCESS, row, finer) == p, finer, p)
     if SHORT and KAHAN & RIDERS:
         if rest != 0:
-            taken_off = load_mixed(ACCESS, True, row + at.row_rest, rest, rest_dtype, start, local, mask, T)
+            taken_off = load_mixed(ACCESS, True, row + at.row_kahan_comp, rest, rest_dtype, start, local, mask, T)
             p += believed_rest(taken_off, p, half_unit(ACCESS, row))
     return p
 
@@ -158,16 +158,16 @@ def store_weights(
             e = mixed(e, p, mix)
             store_mixed(ACCESS, row + at.row_ema, average, average_dtype, start, local, e, mask)
     if SHORT and MASTER & RIDERS:
-        if rounding == at.Rounding_master:
+        if rounding == at.Precision_master:
             store_mixed(ACCESS, row + at.row_master, kept[2], kept[3], start, local, p, mask)
     if SHORT and STOCHASTIC & RIDERS:
-        if rounding == at.Rounding_stochastic:
+        if rounding == at.Precision_stochastic:
             p = rounded(ACCESS, row, p, seed, parameter, step, start, length, k, HEIGHT, WIDTH)
     store(ACCESS, row + at.row_param, param, start, local, p, mask)
     if SHORT and KAHAN & RIDERS:
-        if rounding == at.Rounding_kahan:
+        if rounding == at.Precision_kahan:
             taken_off = p - held(ACCESS, row, p)
-            store_mixed(ACCESS, row + at.row_rest, kept[4], kept[5], start, local, taken_off, mask)
+            store_mixed(ACCESS, row + at.row_kahan_comp, kept[4], kept[5], start, local, taken_off, mask)
     if ZERO & RIDERS:
         if zeroes:
             store(ACCESS, row + at.row_grad, grad, start, local, tl.zeros_like(p), mask)

@@ -38,9 +38,9 @@ inline DType dtype_named(const std::string& name) {
   return named<DType>("dtype", name, names, 4);
 }
 
-inline Scope scope_named(const std::string& name) {
+inline NormScope norm_scope_named(const std::string& name) {
   static const char* const names[] = {"none", "global", "group", "param", "unit"};
-  return named<Scope>("scope", name, names, 5);
+  return named<NormScope>("norm_scope", name, names, 5);
 }
 
 inline Centre centre_named(const std::string& name) {
@@ -48,9 +48,9 @@ inline Centre centre_named(const std::string& name) {
   return named<Centre>("centralize_at", name, names, 3);
 }
 
-inline Rounding rounding_named(const std::string& name) {
-  static const char* const names[] = {"nearest", "kahan", "stochastic", "master"};
-  return named<Rounding>("rounding", name, names, 4);
+inline Precision precision_named(const std::string& name) {
+  static const char* const names[] = {"none", "kahan", "stochastic", "master"};
+  return named<Precision>("precision", name, names, 4);
 }
 
 // (address, dtype, sizes, strides): sizes and strides empty where the elements lie one after another.
@@ -79,9 +79,9 @@ inline void set_scalar(const ScalarSpec& spec, char*& at, DType& dtype) {
 
 inline void add_row(Rows& rows, const std::string& rule, const OperandSpec& param, const OperandSpec& grad,
                     const std::vector<OperandSpec>& state, const std::optional<OperandSpec>& source,
-                    const std::optional<OperandSpec>& master, const std::optional<OperandSpec>& rest, const std::optional<OperandSpec>& ema,
-                    const std::string& rounding, int64_t numel, int64_t length, int32_t group, uint32_t parameter, bool centre, bool whole,
-                    bool first, const ScalarSpec& step, const ScalarSpec& product) {
+                    const std::optional<OperandSpec>& master, const std::optional<OperandSpec>& kahan_comp,
+                    const std::optional<OperandSpec>& ema, const std::string& precision, int64_t numel, int64_t unit_length, int32_t group,
+                    uint32_t param_number, bool centre, bool whole, bool first, const ScalarSpec& step, const ScalarSpec& mu_product) {
   Row row;
   row.rule = rule_named(rule);
   row.param = operand(param);
@@ -90,22 +90,22 @@ inline void add_row(Rows& rows, const std::string& rule, const OperandSpec& para
   for (size_t k = 0; k < state.size(); ++k) row.state[k] = operand(state[k]);
   row.source = optional_operand(source);
   row.master = optional_operand(master);
-  row.rest = optional_operand(rest);
+  row.kahan_comp = optional_operand(kahan_comp);
   row.ema = optional_operand(ema);
-  row.rounding = rounding_named(rounding);
+  row.precision = precision_named(precision);
   row.numel = numel;
-  row.length = length;
+  row.unit_length = unit_length;
   row.group = group;
-  row.parameter = parameter;
+  row.param_number = param_number;
   row.centre = centre;
   row.whole = whole;
   row.first = first;
   set_scalar(step, row.step, row.step_dtype);
-  set_scalar(product, row.product, row.product_dtype);
+  set_scalar(mu_product, row.mu_product, row.mu_product_dtype);
   rows.add(row);
 }
 
-// Perturb, Hyper, Rows and Watch, each module's own.
+// Perturb, Settings, Rows and Watch, each module's own.
 inline void define(py::module_& m) {
   m.def("rules", [] { return std::vector<std::string>(std::begin(kRuleNames), std::end(kRuleNames)); });
 
@@ -113,44 +113,47 @@ inline void define(py::module_& m) {
     return Perturb{a, b, e, lo, hi};
   }));
 
-  py::class_<Hyper>(m, "Hyper", py::module_local())
+  py::class_<Settings>(m, "Settings", py::module_local())
       .def(py::init<>())
-      .def_property("scope", nullptr, [](Hyper& h, const std::string& name) { h.scope = scope_named(name); })
-      .def_property("centralize_at", nullptr, [](Hyper& h, const std::string& name) { h.centralize_at = centre_named(name); })
-      .def_readwrite("lr", &Hyper::lr)
-      .def_readwrite("weight_decay", &Hyper::weight_decay)
-      .def_readwrite("momentum", &Hyper::momentum)
-      .def_readwrite("dampening", &Hyper::dampening)
-      .def_readwrite("beta1", &Hyper::beta1)
-      .def_readwrite("beta2", &Hyper::beta2)
-      .def_readwrite("beta3", &Hyper::beta3)
-      .def_readwrite("eps", &Hyper::eps)
-      .def_readwrite("lr_decay", &Hyper::lr_decay)
-      .def_readwrite("momentum_decay", &Hyper::momentum_decay)
-      .def_readwrite("trust", &Hyper::trust)
-      .def_readwrite("nesterov", &Hyper::nesterov)
-      .def_readwrite("decoupled", &Hyper::decoupled)
-      .def_readwrite("proximal", &Hyper::proximal)
-      .def_readwrite("adapt", &Hyper::adapt)
-      .def_readwrite("perturb", &Hyper::perturb)
-      .def_readwrite("agc", &Hyper::agc)
-      .def_readwrite("radius", &Hyper::radius)
-      .def_readwrite("clip_value", &Hyper::clip_value)
-      .def_readwrite("noise", &Hyper::noise)
-      .def_readwrite("noise_decay", &Hyper::noise_decay)
-      .def_readwrite("seed", &Hyper::seed)
-      .def_readwrite("sign", &Hyper::sign)
-      .def_readwrite("skip_nonfinite", &Hyper::skip_nonfinite)
-      .def_readwrite("by_weight", &Hyper::by_weight)
-      .def_readwrite("eta", &Hyper::eta)
-      .def_readwrite("ema", &Hyper::ema)
-      .def_readwrite("zero_grad", &Hyper::zero_grad);
+      .def_property("norm_scope", nullptr,
+                    [](Settings& settings, const std::string& name) { settings.norm_scope = norm_scope_named(name); })
+      .def_property("centralize_at", nullptr,
+                    [](Settings& settings, const std::string& name) { settings.centralize_at = centre_named(name); })
+      .def_readwrite("lr", &Settings::lr)
+      .def_readwrite("weight_decay", &Settings::weight_decay)
+      .def_readwrite("momentum", &Settings::momentum)
+      .def_readwrite("dampening", &Settings::dampening)
+      .def_readwrite("beta1", &Settings::beta1)
+      .def_readwrite("beta2", &Settings::beta2)
+      .def_readwrite("beta3", &Settings::beta3)
+      .def_readwrite("eps", &Settings::eps)
+      .def_readwrite("lr_decay", &Settings::lr_decay)
+      .def_readwrite("momentum_decay", &Settings::momentum_decay)
+      .def_readwrite("trust_coefficient", &Settings::trust_coefficient)
+      .def_readwrite("nesterov", &Settings::nesterov)
+      .def_readwrite("decoupled", &Settings::decoupled)
+      .def_readwrite("proximal", &Settings::proximal)
+      .def_readwrite("adapt", &Settings::adapt)
+      .def_readwrite("perturb", &Settings::perturb)
+      .def_readwrite("agc", &Settings::agc)
+      .def_readwrite("radius", &Settings::radius)
+      .def_readwrite("clip_value", &Settings::clip_value)
+      .def_readwrite("noise", &Settings::noise)
+      .def_readwrite("noise_decay", &Settings::noise_decay)
+      .def_readwrite("seed", &Settings::seed)
+      .def_readwrite("sign", &Settings::sign)
+      .def_readwrite("skip_nonfinite", &Settings::skip_nonfinite)
+      .def_readwrite("adaptive", &Settings::adaptive)
+      .def_readwrite("eta", &Settings::eta)
+      .def_readwrite("ema", &Settings::ema)
+      .def_readwrite("zero_grad_in_step", &Settings::zero_grad_in_step);
 
   py::class_<Rows>(m, "Rows", py::module_local())
-      .def("hyper", &Rows::hyper, py::return_value_policy::reference_internal)
+      .def("settings", &Rows::settings, py::return_value_policy::reference_internal)
       .def("add", &add_row, py::kw_only(), py::arg("rule"), py::arg("param"), py::arg("grad"), py::arg("state"), py::arg("source"),
-           py::arg("master"), py::arg("rest"), py::arg("ema"), py::arg("rounding"), py::arg("numel"), py::arg("length"), py::arg("group"),
-           py::arg("parameter"), py::arg("centre"), py::arg("whole"), py::arg("first"), py::arg("step"), py::arg("product"))
+           py::arg("master"), py::arg("kahan_comp"), py::arg("ema"), py::arg("precision"), py::arg("numel"), py::arg("unit_length"),
+           py::arg("group"), py::arg("param_number"), py::arg("centre"), py::arg("whole"), py::arg("first"), py::arg("step"),
+           py::arg("mu_product"))
       .def("taken", &Rows::taken)
       .def("__len__", &Rows::size);
 

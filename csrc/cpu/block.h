@@ -28,19 +28,19 @@ struct Place {
   const int64_t index;
   const Chunk& chunk = job.chunks[index];
   const Row& row = job.rows[chunk.row];
-  const Hyper& hyper = job.hypers[row.group];
+  const Settings& settings = job.settings[row.group];
   const RowStep& now = job.steps[chunk.row];
-  const bool centre_gradient = row.centre && hyper.centralize_at == Centre::gradient;
-  const bool by_unit = hyper.scope == Scope::unit;
+  const bool centre_gradient = row.centre && settings.centralize_at == Centre::gradient;
+  const bool by_unit = settings.norm_scope == NormScope::unit;
   // Statistics of units are wanted here and a unit fits.
-  const bool whole_units = row.length <= kUnitMax && (row.centre || by_unit);
+  const bool whole_units = row.unit_length <= kUnitMax && (row.centre || by_unit);
 
   template <class F> void for_each_block(F work) const {
-    const int64_t most = whole_units ? (row.length < kBlock ? kBlock / row.length : 1) * row.length : kBlock;
+    const int64_t most = whole_units ? (row.unit_length < kBlock ? kBlock / row.unit_length : 1) * row.unit_length : kBlock;
     const int64_t end = chunk.begin + chunk.count;
     for (int64_t begin = chunk.begin; begin < end; begin += most) {
-      const int64_t count = smaller(most, end - begin), length = whole_units ? row.length : count;
-      work(Block{begin, count, count / length, length, now.unit0 + begin / row.length});
+      const int64_t count = smaller(most, end - begin), length = whole_units ? row.unit_length : count;
+      work(Block{begin, count, count / length, length, now.unit0 + begin / row.unit_length});
     }
   }
 };

@@ -17,7 +17,7 @@ constexpr int64_t kWorthAThread = 32768;
 // Weights beyond this many elements are in no cache when the next pass comes to them.
 constexpr int64_t kCached = 8 << 20;
 
-bool has_long_units(const Row& row) { return row.length > kUnitMax; }
+bool has_long_units(const Row& row) { return row.unit_length > kUnitMax; }
 
 // The mean of a unit takes more than one chunk.
 bool mean_is_split(const Row& row) { return row.centre && (row.whole || has_long_units(row)); }
@@ -39,15 +39,17 @@ void write_scalar(char* at, DType dtype, double value) {
 }  // namespace
 
 bool Table::wants(Phase phase, const Row& row) const {
-  const Hyper& h = hypers_[size_t(row.group)];
-  const bool at_gradient = h.centralize_at == Centre::gradient;
+  const Settings& settings = settings_[size_t(row.group)];
+  const bool at_gradient = settings.centralize_at == Centre::gradient;
   switch (phase) {
     case kMean: return mean_is_split(row) && at_gradient;
-    case kSquares: return wide(h.scope) || h.skip_nonfinite || (h.scope == Scope::unit && has_long_units(row));
+    case kSquares:
+      return wide(settings.norm_scope) || settings.skip_nonfinite || (settings.norm_scope == NormScope::unit && has_long_units(row));
     case kRehearse: return mean_is_split(row) && !at_gradient;
     // A rehearsed direction takes a gradient's trust ratio into account, and the ratio a rehearsed mean of the decayed gradient.
-    case kWeighFirst: return h.adapt && math::trust_of(row.rule) == math::Trust::gradient && h.centralize_at != Centre::decayed;
-    case kWeigh: return h.adapt && math::trust_of(row.rule) != math::Trust::none && !wants(kWeighFirst, row);
+    case kWeighFirst:
+      return settings.adapt && math::trust_of(row.rule) == math::Trust::gradient && settings.centralize_at != Centre::decayed;
+    case kWeigh: return settings.adapt && math::trust_of(row.rule) != math::Trust::none && !wants(kWeighFirst, row);
     default: return true;
   }
 }
@@ -58,8 +60,8 @@ void Table::add_chunks(int32_t index) {
   first_chunk_.push_back(chunks_.size());
   if (row.numel == 0) return;
   const bool whole_units = !has_long_units(row);
-  const int64_t units = whole_units ? std::max<int64_t>(1, kChunk / row.length) : 1;
-  const int64_t run = units * row.length;
+  const int64_t units = whole_units ? std::max<int64_t>(1, kChunk / row.unit_length) : 1;
+  const int64_t run = units * row.unit_length;
   for (int64_t begin = 0; begin < row.numel; begin += run) {
     const int64_t end = std::min(row.numel, begin + run);
     const int64_t step = whole_units ? run : kChunk;
@@ -80,7 +82,8 @@ void Table::plan() {
     add_chunks(int32_t(i));
     steps_[i].unit0 = units;
     const bool kept = wants(kMean, row) || wants(kSquares, row) || wants(kRehearse, row);
-    if (kept && row.length && (row.centre || hypers_[size_t(row.group)].scope == Scope::unit)) units += row.numel / row.length;
+    if (kept && row.unit_length && (row.centre || settings_[size_t(row.group)].norm_scope == NormScope::unit))
+      units += row.numel / row.unit_length;
   }
   cached_ = elements <= kCached;
   first_chunk_.push_back(chunks_.size());
@@ -103,7 +106,7 @@ void Table::run(Phase phase, int threads) {
   const Kernels& k = kernels();
   void (*const kernels[kPhases])(const Job&, int64_t, char*) = {k.mean, k.squares, k.weigh, k.rehearse, k.weigh, k.apply};
   void (*const kernel)(const Job&, int64_t, char*) = kernels[phase];
-  const Job job = {rows_.data(),      hypers_.data(),     steps_.data(),          chunks_.data(),        cached_,
+  const Job job = {rows_.data(),      settings_.data(),   steps_.data(),          chunks_.data(),        cached_,
                    unscale_,          chunk_mean_.data(), chunk_sum_.data(),      chunk_sq_.data(),      chunk_weight_sq_.data(),
                    unit_mean_.data(), unit_sq_.data(),    unit_weight_sq_.data(), unit_direction_.data()};
 
@@ -145,12 +148,12 @@ void Table::spread_means(std::vector<double>& unit_means, Phase phase) {
     const Row& row = rows_[i];
     if (!wants(phase, row) || !row.numel) continue;
     double* means = unit_means.data() + steps_[i].unit0;
-    const int64_t units = row.numel / row.length;
+    const int64_t units = row.numel / row.unit_length;
     if (row.whole) {
       std::fill(means, means + units, mean_of_chunks(first_chunk_[i], first_chunk_[i + 1]));
       continue;
     }
-    const size_t pieces = size_t((row.length + kChunk - 1) / kChunk);
+    const size_t pieces = size_t((row.unit_length + kChunk - 1) / kChunk);
     for (int64_t u = 0; u < units; ++u) {
       const size_t begin = first_chunk_[i] + size_t(u) * pieces;
       means[u] = mean_of_chunks(begin, begin + pieces);
@@ -161,14 +164,14 @@ void Table::spread_means(std::vector<double>& unit_means, Phase phase) {
 void Table::collect_squares(double* sums) {
   for (size_t i = 0; i < rows_.size(); ++i) {
     const Row& row = rows_[i];
-    const Hyper& h = hypers_[size_t(row.group)];
+    const Settings& settings = settings_[size_t(row.group)];
     sums[i] = wants(kSquares, row) ? row_total(i, chunk_sq_) : 0.0;
-    if (h.scope != Scope::unit || !has_long_units(row)) continue;
-    for (int64_t u = 0; u < row.numel / row.length; ++u) {
+    if (settings.norm_scope != NormScope::unit || !has_long_units(row)) continue;
+    for (int64_t u = 0; u < row.numel / row.unit_length; ++u) {
       unit_sq_[size_t(steps_[i].unit0 + u)] = unit_weight_sq_[size_t(steps_[i].unit0 + u)] = 0;
     }
     for (size_t c = first_chunk_[i]; c < first_chunk_[i + 1]; ++c) {
-      const size_t unit = size_t(steps_[i].unit0 + chunks_[c].begin / row.length);
+      const size_t unit = size_t(steps_[i].unit0 + chunks_[c].begin / row.unit_length);
       unit_sq_[unit] += chunk_sq_[c];
       unit_weight_sq_[unit] += chunk_weight_sq_[c];
     }
@@ -192,40 +195,41 @@ void Table::stats(double unscale, double* sums, int threads) {
   run(kSquares, threads);
   collect_squares(sums);
   for (size_t i = 0; i < rows_.size(); ++i) {
-    const Hyper& h = hypers_[size_t(rows_[i].group)];
+    const Settings& settings = settings_[size_t(rows_[i].group)];
     const bool measured = wants(kSquares, rows_[i]);
-    steps_[i].means_known |= measured && rows_[i].centre && h.centralize_at == Centre::gradient;
-    steps_[i].norms_known = measured && h.scope == Scope::unit && has_long_units(rows_[i]);
+    steps_[i].means_known |= measured && rows_[i].centre && settings.centralize_at == Centre::gradient;
+    steps_[i].norms_known = measured && settings.norm_scope == NormScope::unit && has_long_units(rows_[i]);
   }
 }
 
 bool Table::may_step(const double* sums) const {
   for (size_t i = 0; i < rows_.size(); ++i) {
-    if (hypers_[size_t(rows_[i].group)].skip_nonfinite && !std::isfinite(sums[i])) return false;
+    if (settings_[size_t(rows_[i].group)].skip_nonfinite && !std::isfinite(sums[i])) return false;
   }
   return true;
 }
 
 void Table::prepare_rows(const double* sums) {
   double global = 0;
-  std::vector<double> group(hypers_.size(), 0);
+  std::vector<double> group(settings_.size(), 0);
   for (size_t i = 0; i < rows_.size(); ++i) {
     const size_t g = size_t(rows_[i].group);
-    if (hypers_[g].scope == Scope::global) global += sums[i];
-    if (hypers_[g].scope == Scope::group) group[g] += sums[i];
+    if (settings_[g].norm_scope == NormScope::global) global += sums[i];
+    if (settings_[g].norm_scope == NormScope::group) group[g] += sums[i];
   }
   for (size_t i = 0; i < rows_.size(); ++i) {
     const size_t g = size_t(rows_[i].group);
-    const Hyper& h = hypers_[g];
+    const Settings& settings = settings_[g];
     RowStep& now = steps_[i];
-    const double squares = h.scope == Scope::global ? global : h.scope == Scope::group ? group[g] : sums[i];
-    now.factor = wide(h.scope) ? math::perturb_factor(h.perturb, std::sqrt(squares)) : 1.0;
+    const double squares = settings.norm_scope == NormScope::global ? global : settings.norm_scope == NormScope::group ? group[g] : sums[i];
+    now.factor = wide(settings.norm_scope) ? math::perturb_factor(settings.perturb, std::sqrt(squares)) : 1.0;
     const Row& row = rows_[i];
     now.count = {read_scalar(row.step, row.step_dtype, 0) + 1, row.first, 1};
-    if (row.product) {
-      now.count.product = math::next_product(h, now.count.step, read_scalar(row.product, row.product_dtype, 1), row.product_dtype);
+    if (row.mu_product) {
+      now.count.mu_product =
+          math::next_mu_product(settings, now.count.step, read_scalar(row.mu_product, row.mu_product_dtype, 1), row.mu_product_dtype);
     }
-    now.sigma = h.noise > 0 ? math::noise_sigma(h.noise, h.noise_decay, now.count.step - 1) : 0.0;
+    now.sigma = settings.noise > 0 ? math::noise_sigma(settings.noise, settings.noise_decay, now.count.step - 1) : 0.0;
     now.trusted = false;
   }
 }
@@ -244,9 +248,9 @@ void Table::finish_rows(double* sums) {
   for (size_t i = 0; i < rows_.size(); ++i) {
     Row& row = rows_[i];
     write_scalar(row.step, row.step_dtype, steps_[i].count.step);
-    write_scalar(row.product, row.product_dtype, steps_[i].count.product);
+    write_scalar(row.mu_product, row.mu_product_dtype, steps_[i].count.mu_product);
     row.first = false;
-    if (hypers_[size_t(row.group)].scope == Scope::unit) sums[i] = row_total(i, chunk_sq_);
+    if (settings_[size_t(row.group)].norm_scope == NormScope::unit) sums[i] = row_total(i, chunk_sq_);
   }
 }
 

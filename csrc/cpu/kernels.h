@@ -37,7 +37,7 @@ struct RowStep {
 // One step's work, shared by all threads. Sums are float64 and each has one writer.
 struct Job {
   const Row* rows;
-  const Hyper* hypers;
+  const Settings* settings;
   const RowStep* steps;
   const Chunk* chunks;
   bool cached;         // the table may be found in a cache from one step to the next

@@ -32,12 +32,12 @@ constexpr int kQuads = 32;
 constexpr int kWide = sizeof(Words) / sizeof(uint64_t);
 
 // words[k] <- the k-th word of each counter. `mark` tells draws of one kind from another's.
-inline void philox_quads(uint64_t seed, uint64_t quad, uint32_t mark, uint32_t parameter, uint32_t step, uint32_t (*words)[kQuads]) {
+inline void philox_quads(uint64_t seed, uint64_t quad, uint32_t mark, uint32_t param_number, uint32_t step, uint32_t (*words)[kQuads]) {
   alignas(64) uint64_t counters[4][kQuads];
   for (int i = 0; i < kQuads; ++i) {
     counters[0][i] = quad + uint64_t(i);
     counters[1][i] = (quad + uint64_t(i)) >> 32 | mark;
-    counters[2][i] = parameter;
+    counters[2][i] = param_number;
     counters[3][i] = step;
   }
   for (int i = 0; i < kQuads; i += kWide) {
@@ -52,10 +52,10 @@ inline void philox_quads(uint64_t seed, uint64_t quad, uint32_t mark, uint32_t p
 }
 
 // to[0 .. 4 * kQuads) <- the noise of elements 4 * quad and on.
-inline void noise_quads(uint64_t seed, uint64_t quad, uint32_t parameter, uint32_t step, float* __restrict to) {
+inline void noise_quads(uint64_t seed, uint64_t quad, uint32_t param_number, uint32_t step, float* __restrict to) {
   alignas(64) uint32_t words[4][kQuads];
   alignas(64) float z[4][kQuads];
-  philox_quads(seed, quad, 0, parameter, step, words);
+  philox_quads(seed, quad, 0, param_number, step, words);
   for (int i = 0; i < kQuads; ++i) math::box_muller(words[0][i], words[1][i], z[0][i], z[1][i]);
   for (int i = 0; i < kQuads; ++i) math::box_muller(words[2][i], words[3][i], z[2][i], z[3][i]);
   for (int i = 0; i < kQuads; ++i) {
@@ -64,20 +64,20 @@ inline void noise_quads(uint64_t seed, uint64_t quad, uint32_t parameter, uint32
 }
 
 // to[0 .. 4 * kQuads) <- 32 random bits for each of elements 4 * quad and on, other than the noise's.
-inline void random_quads(uint64_t seed, uint64_t quad, uint32_t parameter, uint32_t step, uint32_t* __restrict to) {
+inline void random_quads(uint64_t seed, uint64_t quad, uint32_t param_number, uint32_t step, uint32_t* __restrict to) {
   alignas(64) uint32_t words[4][kQuads];
-  philox_quads(seed, quad, math::kRoundingCounter, parameter, step, words);
+  philox_quads(seed, quad, math::kRoundingCounter, param_number, step, words);
   for (int i = 0; i < kQuads; ++i) {
     for (int k = 0; k < 4; ++k) to[4 * i + k] = words[k][i];
   }
 }
 
 // to[0 .. n) <- the noise of elements begin .. begin + n.
-inline void noise_run(uint64_t seed, int64_t begin, int64_t n, uint32_t parameter, uint32_t step, float* to) {
+inline void noise_run(uint64_t seed, int64_t begin, int64_t n, uint32_t param_number, uint32_t step, float* to) {
   alignas(64) float quads[4 * kQuads];
   while (n > 0) {
     const int64_t skip = begin % 4, length = n < 4 * kQuads - skip ? n : 4 * kQuads - skip;
-    noise_quads(seed, uint64_t(begin / 4), parameter, step, quads);
+    noise_quads(seed, uint64_t(begin / 4), param_number, step, quads);
     memcpy(to, quads + skip, size_t(length) * sizeof(float));
     to += length;
     begin += length;

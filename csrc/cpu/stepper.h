@@ -17,18 +17,18 @@ template <> constexpr bool kSeldom<Half> = true;
 template <class R, class T> class Stepper {
  public:
   Stepper(const Place& at, char* scratch)
-      : at_(at), scratch_(scratch), ridden_(is_ridden(at.row, at.hyper)), coef_(R::template coef<T>(at.hyper, at.now.count)) {
+      : at_(at), scratch_(scratch), ridden_(is_ridden(at.row, at.settings)), coef_(R::template coef<T>(at.settings, at.now.count)) {
     static_assert(R::states <= 4, "direct() names its states");
     if constexpr (R::trust != math::Trust::none) {
-      if (at.now.trusted) R::template trusted<T>(coef_, at.hyper, at.now.weight_norm, at.now.norm);
+      if (at.now.trusted) R::template trusted<T>(coef_, at.settings, at.now.weight_norm, at.now.norm);
     }
     t_.unscale = T(at.job.unscale);
     t_.mean = T(0);
     t_.factor = T(1);
-    t_.hi = T(at.hyper.clip_value);
+    t_.hi = T(at.settings.clip_value);
     t_.sigma = T(at.now.sigma);
-    t_.sign = T(at.hyper.sign);
-    t_.decay = at.hyper.decoupled ? T(0) : T(at.hyper.weight_decay);
+    t_.sign = T(at.settings.sign);
+    t_.decay = at.settings.decoupled ? T(0) : T(at.settings.weight_decay);
   }
 
   void apply() {
@@ -44,7 +44,7 @@ template <class R, class T> class Stepper {
       open_block(b);
       measure(b);
       prepare(b);
-      if (at_.hyper.centralize_at == Centre::update) rehearse_direction(b);
+      if (at_.settings.centralize_at == Centre::update) rehearse_direction(b);
       mean.add(g_, b.count, [](T v) { return v; });
     });
     at_.job.chunk_mean[at_.index] = mean.get();
@@ -57,11 +57,11 @@ template <class R, class T> class Stepper {
       open_block(b);
       measure(b);
       prepare(b);
-      if (at_.row.centre && at_.hyper.centralize_at == Centre::decayed) centre(b);
+      if (at_.row.centre && at_.settings.centralize_at == Centre::decayed) centre(b);
       if (R::trust == math::Trust::update) {
         rehearse_direction(b);
-        if (at_.row.centre && at_.hyper.centralize_at == Centre::update) centre(b);
-        const T decay = T(at_.hyper.weight_decay);
+        if (at_.row.centre && at_.settings.centralize_at == Centre::update) centre(b);
+        const T decay = T(at_.settings.weight_decay);
         for (int64_t i = 0; i < b.count; ++i) g_[i] = g_[i] + decay * p_[i];
       }
       sum += squares(g_, b.count);
@@ -120,7 +120,7 @@ template <class R, class T> class Stepper {
 
   void step_chunk() {
     // The loop's start-up is not worth it for short units.
-    const bool short_units = at_.whole_units && at_.row.length <= kShortUnit;
+    const bool short_units = at_.whole_units && at_.row.unit_length <= kShortUnit;
     const bool in_one_loop = t_.sigma == T(0) && (!at_.row.centre || at_.centre_gradient) && !short_units;
     if constexpr (sizeof(T) == sizeof(float)) {
       if (in_one_loop && stored_as(DType::bfloat16)) return step_stored<BFloat16>();
@@ -144,7 +144,7 @@ template <class R, class T> class Stepper {
       if (by_unit || (at_.centre_gradient && !at_.now.means_known)) {
         raw_ = open(at_.row.grad, b.begin, b.count, buffer<T>(scratch_, kRaw));
       }
-      if (by_unit && at_.hyper.agc) p_ = open(at_.row.param, b.begin, b.count, buffer<T>(scratch_, kParam));
+      if (by_unit && at_.settings.agc) p_ = open(at_.row.param, b.begin, b.count, buffer<T>(scratch_, kParam));
       measure(b);
       S* s[kMaxStates] = {};
       for (int k = 0; k < R::states; ++k) s[k] = array(at_.row.state[k], b.begin);
@@ -154,9 +154,9 @@ template <class R, class T> class Stepper {
 
   void stage_by_stage(const Block& b) {
     prepare(b);
-    if (at_.row.centre && at_.hyper.centralize_at == Centre::decayed) centre(b);
+    if (at_.row.centre && at_.settings.centralize_at == Centre::decayed) centre(b);
     direct<R, false>(g_, p_, s_[0], s_[1], s_[2], s_[3], b.count, coef_);
-    if (at_.row.centre && at_.hyper.centralize_at == Centre::update) centre(b);
+    if (at_.row.centre && at_.settings.centralize_at == Centre::update) centre(b);
     descend(p_, g_, b.count, coef_.shrink, coef_.step);
   }
 
@@ -175,7 +175,7 @@ template <class R, class T> class Stepper {
 
   const float* draw(const Block& b) {
     float* noise = reinterpret_cast<float*>(buffer<T>(scratch_, kNoise));
-    noise_run(at_.hyper.seed, b.begin, b.count, at_.row.parameter, math::step_word(at_.now.count.step), noise);
+    noise_run(at_.settings.seed, b.begin, b.count, at_.row.param_number, math::step_word(at_.now.count.step), noise);
     return noise;
   }
 
@@ -190,13 +190,13 @@ template <class R, class T> class Stepper {
       weights.at[0] = at_.job.unit_weight_sq[b.unit0];
     } else {
       squares_of(at_, b, raw_, means_, squares);
-      if (at_.hyper.agc) weight_squares_of(b, p_, weights);
+      if (at_.settings.agc) weight_squares_of(b, p_, weights);
     }
     for (int64_t u = 0; u < b.units; ++u) {
       squares_ += squares.at[u];
       const double norm = sqrt(squares.at[u]);
-      factors_.at[u] =
-          T(at_.hyper.agc ? math::agc_factor(at_.hyper.radius, sqrt(weights.at[u]), norm) : math::perturb_factor(at_.hyper.perturb, norm));
+      factors_.at[u] = T(at_.settings.agc ? math::agc_factor(at_.settings.radius, sqrt(weights.at[u]), norm)
+                                          : math::perturb_factor(at_.settings.perturb, norm));
     }
   }
 

@@ -11,8 +11,8 @@ namespace gradfused::cpu {
 namespace {
 
 // Whether the weights of a row are more than an array that is read and written.
-inline bool is_ridden(const Row& row, const Hyper& h) {
-  return row.source.data || row.master.data || row.ema.data || row.rounding != Rounding::nearest || h.zero_grad;
+inline bool is_ridden(const Row& row, const Settings& settings) {
+  return row.source.data || row.master.data || row.ema.data || row.precision != Precision::none || settings.zero_grad_in_step;
 }
 
 // Where the weights are before the step, as the parameter's dtype has them.
@@ -23,7 +23,7 @@ template <class T> void round_randomly(const Place& at, const Block& b, T* x) {
   uint32_t words[4 * kQuads];
   for (int64_t done = 0; done < b.count;) {
     const int64_t begin = b.begin + done, skip = begin % 4, most = 4 * kQuads - skip, n = smaller(most, b.count - done);
-    random_quads(at.hyper.seed, uint64_t(begin / 4), at.row.parameter, math::step_word(at.now.count.step), words);
+    random_quads(at.settings.seed, uint64_t(begin / 4), at.row.param_number, math::step_word(at.now.count.step), words);
     for (int64_t i = 0; i < n; ++i) {
       const float v = float(x[done + i]);
       x[done + i] =
@@ -55,7 +55,7 @@ template <class T> T* open_weights(const Place& at, const Block& b, char* scratc
   const Row& row = at.row;
   T* const own = buffer<T>(scratch, kParam);
   const Operand& kept = kept_weights(row);
-  const bool kahan = row.rounding == Rounding::kahan;
+  const bool kahan = row.precision == Precision::kahan;
   if (!row.master.data && !kahan && !(row.source.data && written)) return open(kept, b.begin, b.count, own);
   load(kept, b.begin, b.count, own);
   if (row.master.data) {
@@ -63,7 +63,7 @@ template <class T> T* open_weights(const Place& at, const Block& b, char* scratc
     row.param.dtype == DType::bfloat16 ? believe_bfloat16(copy, b.count, own) : believe_half(copy, b.count, own);
   }
   if (kahan) {
-    const T* const rest = open(row.rest, b.begin, b.count, buffer<T>(scratch, kGrad));
+    const T* const rest = open(row.kahan_comp, b.begin, b.count, buffer<T>(scratch, kGrad));
     const float half = math::half_unit(row.param.dtype);
     for (int64_t i = 0; i < b.count; ++i) own[i] = own[i] + math::believed_rest(rest[i], own[i], half);
   }
@@ -75,26 +75,26 @@ template <class T> void close_weights(const Place& at, const Block& b, char* scr
   const Row& row = at.row;
   if (row.ema.data) {
     T* const average = open(row.ema, b.begin, b.count, buffer<T>(scratch, kGrad));
-    const auto mix = math::Mix<T>::of(1.0 - at.hyper.ema);
+    const auto mix = math::Mix<T>::of(1.0 - at.settings.ema);
     for (int64_t i = 0; i < b.count; ++i) average[i] = mix(average[i], p[i]);
     close(row.ema, b.begin, b.count, average);
   }
-  if (row.rounding == Rounding::stochastic) round_randomly(at, b, p);
-  if (row.rounding == Rounding::master) store(row.master, b.begin, b.count, p);
-  if (row.source.data && row.rounding != Rounding::kahan && !at.job.cached) {
+  if (row.precision == Precision::stochastic) round_randomly(at, b, p);
+  if (row.precision == Precision::master) store(row.master, b.begin, b.count, p);
+  if (row.source.data && row.precision != Precision::kahan && !at.job.cached) {
     store_around(row.param, b.begin, b.count, p);
-  } else if (row.source.data || row.rounding != Rounding::nearest) {
+  } else if (row.source.data || row.precision != Precision::none) {
     store(row.param, b.begin, b.count, p);
   } else {
     close(row.param, b.begin, b.count, p);
   }
-  if (row.rounding == Rounding::kahan) {
+  if (row.precision == Precision::kahan) {
     T* const rest = buffer<T>(scratch, kRaw);
     load(row.param, b.begin, b.count, rest);
     for (int64_t i = 0; i < b.count; ++i) rest[i] = p[i] - rest[i];
-    store(row.rest, b.begin, b.count, rest);
+    store(row.kahan_comp, b.begin, b.count, rest);
   }
-  if (at.hyper.zero_grad) {
+  if (at.settings.zero_grad_in_step) {
     T* const zeros = buffer<T>(scratch, kRaw);
     for (int64_t i = 0; i < b.count; ++i) zeros[i] = T(0);
     store(row.grad, b.begin, b.count, zeros);

@@ -74,18 +74,19 @@ struct AnyRule {
 };
 
 // Writes the rule's numbers for a row to now.coef, and what is in the numbers of all rules beside them.
-template <class T> __device__ void set_coef(Now& now, const Row& row, const Hyper& h, const Count& count, const DeviceRow* trusted) {
+template <class T>
+__device__ void set_coef(Now& now, const Row& row, const Settings& settings, const Count& count, const DeviceRow* trusted) {
   with_rule(row.rule, [&](auto rule) {
     using R = decltype(rule);
     using C = typename R::template Coef<T>;
     static_assert(sizeof(C) <= sizeof(now.coef), "room for the coefficients");
-    C c = R::template coef<T>(h, count);
+    C c = R::template coef<T>(settings, count);
     if constexpr (R::trust != math::Trust::none) {
-      if (trusted) R::template trusted<T>(c, h, trusted->weight_norm, trusted->norm);
+      if (trusted) R::template trusted<T>(c, settings, trusted->weight_norm, trusted->norm);
     }
     *reinterpret_cast<C*>(now.coef) = c;
     static_assert(sizeof(Move<T>) <= sizeof(now.move), "room for the numbers of all rules");
-    *reinterpret_cast<Move<T>*>(now.move) = {c.shrink, c.step, math::Mix<T>::of(1.0 - h.ema), T(h.weight_decay)};
+    *reinterpret_cast<Move<T>*>(now.move) = {c.shrink, c.step, math::Mix<T>::of(1.0 - settings.ema), T(settings.weight_decay)};
     now.todo |= (R::reads_state ? (1u << R::states) - 1 : 0) * kReads | ((1u << R::states) - 1) * kWrites;
     if (R::trust == math::Trust::update) now.todo |= kTrustsUpdate;
   });

@@ -7,7 +7,7 @@ namespace gradfused::cuda {
 namespace {
 
 __device__ bool is_rehearsed(const Job& job, const DeviceRow& r) {
-  return r.split && r.row.centre && job.hypers[r.row.group].hyper.centralize_at != Centre::gradient;
+  return r.split && r.row.centre && job.settings[r.row.group].settings.centralize_at != Centre::gradient;
 }
 
 // Whether a launch has anything to do with a row.
@@ -25,15 +25,15 @@ __device__ void finish_step(const Job& job) {
   for (int i = int(threadIdx.x) / kLanes; i < job.row_count; i += kWarps) {
     DeviceRow& r = job.rows[i];
     Row& row = r.row;
-    const Hyper& h = job.hypers[row.group].hyper;
-    if (h.scope == Scope::unit && !r.measured) {
+    const Settings& settings = job.settings[row.group].settings;
+    if (settings.norm_scope == NormScope::unit && !r.measured) {
       const double squares = sum_chunks(r.chunk0, r.chunk1, [&](int c) { return job.sums[c].squares; });
       if (threadIdx.x % kLanes == 0) job.squares[i] = squares;
     }
     if (threadIdx.x % kLanes) continue;
-    const Count count = count_of(row, h);
+    const Count count = count_of(row, settings);
     if (row.step) put_scalar(row.step, row.step_dtype, count.step);
-    if (row.product) put_scalar(row.product, row.product_dtype, count.product);
+    if (row.mu_product) put_scalar(row.mu_product, row.mu_product_dtype, count.mu_product);
     row.first = false;
   }
 }
@@ -43,13 +43,13 @@ __device__ void finish_rehearsal(const Job& job) {
   for (int i = int(threadIdx.x) / kLanes; i < job.row_count; i += kWarps) {
     const DeviceRow& r = job.rows[i];
     if (!is_rehearsed(job, r) || !r.row.numel) continue;
-    const int64_t units = r.row.numel / r.row.length;
-    const int pieces = int((r.row.length + kChunk - 1) / kChunk);
+    const int64_t units = r.row.numel / r.row.unit_length;
+    const int pieces = int((r.row.unit_length + kChunk - 1) / kChunk);
     double mean = 0;
     if (r.row.whole) mean = mean_of_chunks(job, r.chunk0, r.chunk1, double(r.row.numel));
     for (int64_t u = 0; u < units; ++u) {
       const int c0 = r.chunk0 + int(u) * pieces;
-      if (!r.row.whole) mean = mean_of_chunks(job, c0, c0 + pieces, double(r.row.length));
+      if (!r.row.whole) mean = mean_of_chunks(job, c0, c0 + pieces, double(r.row.unit_length));
       if (threadIdx.x % kLanes == 0) job.units[r.unit0 + u].direction = mean;
     }
   }

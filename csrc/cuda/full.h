@@ -45,7 +45,7 @@ template <class A> class FullStepper {
   __device__ __forceinline__ explicit FullStepper(const Place& at)
       : at_(at),
         row_(at.r.row),
-        h_(at.job.hypers[at.r.row.group].hyper),
+        h_(at.job.settings[at.r.row.group].settings),
         rule_(at.r.row.rule),
         t_(*reinterpret_cast<const math::Transform<T>*>(at.now.transform)),
         move_(*reinterpret_cast<const Move<T>*>(at.now.move)),
@@ -54,12 +54,12 @@ template <class A> class FullStepper {
 
   __device__ __forceinline__ void run() {
     const Chunk& c = at_.c;
-    const int length = c.lanes ? int(row_.length) : c.count, units = c.count / length, groups = kThreads / g_.lanes;
+    const int length = c.lanes ? int(row_.unit_length) : c.count, units = c.count / length, groups = kThreads / g_.lanes;
 #pragma unroll 1
     for (int first = 0; first < units; first += groups) {
       const int unit = first + int(threadIdx.x) / g_.lanes;
       open(c.begin + int64_t(unit) * length, unit < units ? length : 0);
-      const Unit* known = at_.r.split && g_.count ? &at_.job.units[at_.r.unit0 + weights_.begin / row_.length] : nullptr;
+      const Unit* known = at_.r.split && g_.count ? &at_.job.units[at_.r.unit0 + weights_.begin / row_.unit_length] : nullptr;
       const double squares = measure(known);
       walk_unit(known);
       if (at_.doing == Doing::step && g_.lane == 0) total_ += squares;
@@ -75,7 +75,7 @@ template <class A> class FullStepper {
     for (int n = 0; n < states; ++n) state_[n] = A::handle(row_.state[n], row_.state[n].data, begin);
   }
 
-  __device__ __forceinline__ bool by_unit() const { return h_.scope == Scope::unit; }
+  __device__ __forceinline__ bool by_unit() const { return h_.norm_scope == NormScope::unit; }
   __device__ __forceinline__ bool late() const { return row_.centre && h_.centralize_at != Centre::gradient; }
 
   // Sets the unit's mean and factor. Returns its sum of squares if norms are by unit.
@@ -84,7 +84,7 @@ template <class A> class FullStepper {
       if (at_.r.split) {
         mean_ = known ? T(known->mean) : T(0);
       } else {
-        mean_ = T(g_.mean(double(row_.length)));
+        mean_ = T(g_.mean(double(row_.unit_length)));
       }
     }
     if (!by_unit()) {
@@ -92,7 +92,7 @@ template <class A> class FullStepper {
       return 0;
     }
     double squares, weights = 0;
-    if (at_.r.split && row_.length > kBlockUnit) {
+    if (at_.r.split && row_.unit_length > kBlockUnit) {
       squares = known ? known->squares : 0;
       weights = known ? known->weight_squares : 0;
     } else {
@@ -138,7 +138,7 @@ template <class A> class FullStepper {
       walk(now | at_.now.todo, mean);
       if (final) return;
       final = true;
-      mean = T(seen_.of_group(g_.lanes, double(row_.length)));
+      mean = T(seen_.of_group(g_.lanes, double(row_.unit_length)));
     }
   }
 
@@ -233,7 +233,7 @@ template <class A> class FullStepper {
 
   const Place& at_;
   const Row& row_;
-  const Hyper& h_;
+  const Settings& h_;
   const Rule rule_;
   // In shared memory: fewer registers.
   const math::Transform<T>& t_;

@@ -11,7 +11,7 @@ constexpr uint32_t kCopied = 1u << 2;  // in a copy in float32
 constexpr uint32_t kKahan = 1u << 3;   // in what rounding took off
 
 __device__ __forceinline__ uint32_t kept_in(const Row& row) {
-  return (row.master.data ? kCopied : 0u) | (row.rounding == Rounding::kahan ? kKahan : 0u);
+  return (row.master.data ? kCopied : 0u) | (row.precision == Precision::kahan ? kKahan : 0u);
 }
 
 template <class A> struct Kept {
@@ -30,7 +30,7 @@ template <class A> struct Kept {
   __device__ __forceinline__ void open(const Row& row, int64_t at) {
     const Operand& kept = kept_weights(row);
     own = A::handle(kept, kept.data, at);
-    more = A::rider(row.master.data ? row.master : row.rest, at);
+    more = A::rider(row.master.data ? row.master : row.kahan_comp, at);
   }
 
   __device__ __forceinline__ Loaded load(int i, uint32_t todo) const {

@@ -25,7 +25,7 @@ template <class R, class A> class LeanStepper {
         g_(at.r.row.grad, at.job.grads[at.c.row], at.c.lanes ? int(at.c.lanes) : kThreads, at.tile, at.now.unscale) {}
 
   __device__ __forceinline__ void run() {
-    const int length = c_.lanes ? int(row_.length) : c_.count, units = c_.count / length, groups = kThreads / g_.lanes;
+    const int length = c_.lanes ? int(row_.unit_length) : c_.count, units = c_.count / length, groups = kThreads / g_.lanes;
 #pragma unroll 1
     for (int first = 0; first < units; first += groups) {
       const int unit = first + int(threadIdx.x) / g_.lanes;
@@ -46,9 +46,9 @@ template <class R, class A> class LeanStepper {
 
   __device__ __forceinline__ void centre() {
     if (r_.split) {
-      mean_ = g_.count ? T(job_.units[r_.unit0 + begin_ / row_.length].mean) : T(0);
+      mean_ = g_.count ? T(job_.units[r_.unit0 + begin_ / row_.unit_length].mean) : T(0);
     } else {
-      mean_ = T(g_.mean(double(row_.length)));
+      mean_ = T(g_.mean(double(row_.unit_length)));
     }
   }
 

@@ -42,9 +42,9 @@ struct Now {
   alignas(16) char coef[96];       // the rule's Coef<T>
   alignas(16) char transform[64];  // Transform<T>, but for what is of a unit
   alignas(16) char move[48];       // Move<T>
-  double unscale, step, product;
+  double unscale, step, mu_product;
   uint64_t seed;
-  uint32_t parameter, taken;  // with the seed, what draws are a function of: the parameter's number, steps taken before this one
+  uint32_t param_number, taken;  // with the seed, what draws are a function of: the parameter's number, steps taken before this one
   uint32_t todo;
   int row;
   int group;  // with step, product, `first` and `wide`: what coef was made for; -1: for no other row
@@ -74,9 +74,10 @@ __device__ void put_scalar(char* at, DType dtype, double value) {
 }
 
 // This step's number, and the product of the momenta up to it.
-__device__ Count count_of(const Row& row, const Hyper& h) {
+__device__ Count count_of(const Row& row, const Settings& settings) {
   Count count = {1 + (row.step ? scalar_at(row.step, row.step_dtype) : 0.0), row.first, 1};
-  if (row.product) count.product = math::next_product(h, count.step, scalar_at(row.product, row.product_dtype), row.product_dtype);
+  if (row.mu_product)
+    count.mu_product = math::next_mu_product(settings, count.step, scalar_at(row.mu_product, row.mu_product_dtype), row.mu_product_dtype);
   return count;
 }
 
@@ -89,8 +90,9 @@ template <class F> __device__ __forceinline__ double sum_rows(int begin, int end
 
 __device__ double global_squares(const Job& job) {
   if (!job.any_global) return 0;
-  return sum_rows(0, job.row_count,
-                  [&](int i) { return job.hypers[job.rows[i].row.group].hyper.scope == Scope::global ? job.squares[i] : 0.0; });
+  return sum_rows(0, job.row_count, [&](int i) {
+    return job.settings[job.rows[i].row.group].settings.norm_scope == NormScope::global ? job.squares[i] : 0.0;
+  });
 }
 
 // Whether what the norms saw forbids the step.
@@ -98,27 +100,32 @@ __device__ bool is_spoilt(const Job& job) {
   if (!job.any_skip) return false;
   return sum_rows(0, job.row_count, [&](int i) {
            const bool finite = job.squares[i] - job.squares[i] == 0.0;
-           return job.hypers[job.rows[i].row.group].hyper.skip_nonfinite && !finite ? 1.0 : 0.0;
+           return job.settings[job.rows[i].row.group].settings.skip_nonfinite && !finite ? 1.0 : 0.0;
          }) > 0;
 }
 
-template <class T> __device__ void set_transform(Now& now, const Hyper& h, double factor) {
+template <class T> __device__ void set_transform(Now& now, const Settings& settings, double factor) {
   static_assert(sizeof(math::Transform<T>) <= sizeof(now.transform), "room for the transform");
-  const double sigma = h.noise > 0 ? math::noise_sigma(h.noise, h.noise_decay, now.step - 1) : 0.0;
-  *reinterpret_cast<math::Transform<T>*>(now.transform) = {
-      T(now.unscale), T(0), T(factor), T(h.clip_value), T(sigma), T(h.sign), h.decoupled ? T(0) : T(h.weight_decay)};
+  const double sigma = settings.noise > 0 ? math::noise_sigma(settings.noise, settings.noise_decay, now.step - 1) : 0.0;
+  *reinterpret_cast<math::Transform<T>*>(now.transform) = {T(now.unscale),
+                                                           T(0),
+                                                           T(factor),
+                                                           T(settings.clip_value),
+                                                           T(sigma),
+                                                           T(settings.sign),
+                                                           settings.decoupled ? T(0) : T(settings.weight_decay)};
 }
 
 // What a row's options and weights ask of each element.
-__device__ uint32_t todo_of(const Row& row, const Hyper& h) {
+__device__ uint32_t todo_of(const Row& row, const Settings& settings) {
   uint32_t todo = kept_in(row);
   const auto ask = [&](bool asked, uint32_t what) { todo |= asked ? what : 0; };
-  ask(h.noise > 0, kNoise);
-  ask(!h.decoupled && h.weight_decay != 0, kDecay);
-  ask(row.rounding == Rounding::master, kMaster);
-  ask(row.rounding == Rounding::stochastic, kStochastic);
+  ask(settings.noise > 0, kNoise);
+  ask(!settings.decoupled && settings.weight_decay != 0, kDecay);
+  ask(row.precision == Precision::master, kMaster);
+  ask(row.precision == Precision::stochastic, kStochastic);
   ask(row.ema.data, kEma);
-  ask(h.zero_grad, kZeroGrad);
+  ask(settings.zero_grad_in_step, kZeroGrad);
   return todo;
 }
 

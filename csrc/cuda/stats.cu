@@ -12,13 +12,13 @@ template <class A> __device__ __forceinline__ void measure_piece(const Job& job,
   const Chunk& c = job.chunks[index];
   Gradient<A> g(r.row.grad, job.grads[c.row], kThreads, tile, unscale_of(job));
   g.open(c.begin, c.count);
-  const Hyper& h = job.hypers[r.row.group].hyper;
+  const Settings& settings = job.settings[r.row.group].settings;
   const double mean = centre ? g.mean(double(c.count)) : 0.0;
-  const bool weighed = r.split && h.agc;
+  const bool weighed = r.split && settings.agc;
   Kept<A> weights;
-  if (h.by_weight || weighed) weights.open(r.row, c.begin);
+  if (settings.adaptive || weighed) weights.open(r.row, c.begin);
   const uint32_t in = kept_in(r.row);
-  const double squares = sum_block(h.by_weight ? g.own_squares_reached(weights, in, T(h.eta)) : g.own_squares(T(mean)));
+  const double squares = sum_block(settings.adaptive ? g.own_squares_reached(weights, in, T(settings.eta)) : g.own_squares(T(mean)));
   const double weight_squares = weighed ? sum_block(g.own_squares_of(weights, in)) : 0.0;
   if (threadIdx.x == 0) job.sums[index] = {mean, squares, weight_squares};
 }
@@ -27,7 +27,7 @@ template <class A> __device__ __forceinline__ void measure_units(const Job& job,
   using T = typename A::Compute;
   const Chunk& c = job.chunks[index];
   Gradient<A> g(r.row.grad, job.grads[c.row], c.lanes, tile, unscale_of(job));
-  const int length = int(r.row.length), units = c.count / length, groups = kThreads / c.lanes;
+  const int length = int(r.row.unit_length), units = c.count / length, groups = kThreads / c.lanes;
   double squares = 0;
   for (int first = 0; first < units; first += groups) {
     const int unit = first + int(threadIdx.x) / c.lanes;
@@ -50,16 +50,16 @@ __device__ double finish_split_row(const Job& job, const DeviceRow& r, bool cent
     return job.sums[c].squares + n * off * off;
   };
   if (row.whole && centre) mean = mean_of_chunks(job, r.chunk0, r.chunk1, double(row.numel));
-  const int64_t units = row.numel / row.length;
-  if (row.length <= kBlockUnit) {  // short units of a tensor centred whole: their norms are taken in the update
+  const int64_t units = row.numel / row.unit_length;
+  if (row.unit_length <= kBlockUnit) {  // short units of a tensor centred whole: their norms are taken in the update
     for (int64_t u = threadIdx.x % kLanes; u < units; u += kLanes) job.units[r.unit0 + u].mean = mean;
     return sum_chunks(r.chunk0, r.chunk1, squares);
   }
   double total = 0;
-  const int pieces = int((row.length + kChunk - 1) / kChunk);
+  const int pieces = int((row.unit_length + kChunk - 1) / kChunk);
   for (int64_t u = 0; u < units; ++u) {
     const int c0 = r.chunk0 + int(u) * pieces, c1 = c0 + pieces;
-    if (!row.whole && centre) mean = mean_of_chunks(job, c0, c1, double(row.length));
+    if (!row.whole && centre) mean = mean_of_chunks(job, c0, c1, double(row.unit_length));
     const double s = sum_chunks(c0, c1, squares), w = sum_chunks(c0, c1, weights);
     if (leads) job.units[r.unit0 + u] = {mean, s, w, 0};
     total += s;
@@ -68,7 +68,7 @@ __device__ double finish_split_row(const Job& job, const DeviceRow& r, bool cent
 }
 
 __device__ bool centred_at_gradient(const Job& job, const Row& row) {
-  return row.centre && job.hypers[row.group].hyper.centralize_at == Centre::gradient;
+  return row.centre && job.settings[row.group].settings.centralize_at == Centre::gradient;
 }
 
 // By the last block: a warp a row, in a fixed order.

@@ -9,7 +9,7 @@ namespace {
 
 // Four random words, a function of the row, the step and the place of four elements. `mark` tells draws of one kind from another's.
 __device__ __forceinline__ void draw_words(const Now& now, uint64_t quad, uint32_t mark, uint32_t* four) {
-  uint64_t c0 = uint32_t(quad), c1 = uint32_t(quad >> 32) | mark, c2 = now.parameter, c3 = now.taken;
+  uint64_t c0 = uint32_t(quad), c1 = uint32_t(quad >> 32) | mark, c2 = now.param_number, c3 = now.taken;
   math::philox(now.seed, c0, c1, c2, c3);
   four[0] = uint32_t(c0), four[1] = uint32_t(c1), four[2] = uint32_t(c2), four[3] = uint32_t(c3);
 }

@@ -54,8 +54,8 @@ struct DeviceRow {
   double norm, weight_norm;     // of the whole row: what the ratio is made of, once weighed
 };
 
-struct DeviceHyper {
-  Hyper hyper;
+struct DeviceSettings {
+  Settings settings;
   const char* lr_at;  // where lr is read from, if not null
   DType lr_dtype;
   int32_t row0, row1;  // the group's rows
@@ -64,7 +64,7 @@ struct DeviceHyper {
 // Passed to every kernel by value; all pointers are to device memory.
 struct Job {
   DeviceRow* rows;
-  const DeviceHyper* hypers;
+  const DeviceSettings* settings;
   const Chunk* chunks;
   const char* const* grads;  // the gradients' addresses; those in the rows are of no account
   Sums* sums;                // of each chunk

@@ -10,7 +10,7 @@
 namespace gradfused::device {
 namespace {
 
-bool late(const Row& row, const Hyper& h) { return row.centre && h.centralize_at != Centre::gradient; }
+bool late(const Row& row, const Settings& settings) { return row.centre && settings.centralize_at != Centre::gradient; }
 
 // Whether the rule has lean kernels.
 bool is_lean(Rule rule) {
@@ -35,7 +35,7 @@ bool is_plain(const Row& row) {
   if (!fits(row.param) || !aligned(row.param) || !fits(row.grad)) return false;
   if (!rides(row.master) || !rides(row.ema)) return false;
   const auto matches = [&](const Operand& x) { return !x.data || (fits(x) && aligned(x)); };
-  return matches(row.source) && matches(row.rest) && std::all_of(row.state, row.state + kMaxStates, matches);
+  return matches(row.source) && matches(row.kahan_comp) && std::all_of(row.state, row.state + kMaxStates, matches);
 }
 
 // Threads for a unit: as many as it has 16-byte packs, up to a warp, or the block.
@@ -77,41 +77,43 @@ void Plan::add_pieces(int32_t index, int64_t begin, int64_t end, bool plain) {
 // Cuts a row into chunks.
 void Plan::plan_row(size_t index) {
   const Row& row = rows_[index];
-  const Hyper& h = hypers_[size_t(row.group)];
-  const bool by_unit = h.scope == Scope::unit, long_units = row.length > kBlockUnit;
+  const Settings& settings = settings_[size_t(row.group)];
+  const bool by_unit = settings.norm_scope == NormScope::unit, long_units = row.unit_length > kBlockUnit;
   DeviceRow& r = device_rows_[index];
   r = {};
   r.row = row;
   r.split = (row.centre && (row.whole || long_units)) || (by_unit && long_units);
-  r.measured = wide(h.scope) || h.skip_nonfinite || (r.split && ((row.centre && !late(row, h)) || (by_unit && long_units)));
-  if (h.adapt && math::trust_of(row.rule) != math::Trust::none) {
-    r.weighed_first = math::trust_of(row.rule) == math::Trust::gradient && h.centralize_at != Centre::decayed;
+  r.measured = wide(settings.norm_scope) || settings.skip_nonfinite ||
+               (r.split && ((row.centre && !late(row, settings)) || (by_unit && long_units)));
+  if (settings.adapt && math::trust_of(row.rule) != math::Trust::none) {
+    r.weighed_first = math::trust_of(row.rule) == math::Trust::gradient && settings.centralize_at != Centre::decayed;
     r.weighed = !r.weighed_first;
   }
   r.unit0 = units_;
   r.chunk0 = int32_t(chunks_.size());
   if (row.numel) {
-    const int64_t units = row.numel / row.length, width = 16 / itemsize(row.param.dtype);
+    const int64_t units = row.numel / row.unit_length, width = 16 / itemsize(row.param.dtype);
     if (r.split) units_ += units;
     const bool by_units = row.centre || by_unit;
-    const bool plain = is_plain(row) && (!by_units || row.length % width == 0);
+    const bool plain = is_plain(row) && (!by_units || row.unit_length % width == 0);
     if (!by_units) {
       add_pieces(int32_t(index), 0, row.numel, plain);
     } else if (long_units) {
-      for (int64_t u = 0; u < units; ++u) add_pieces(int32_t(index), u * row.length, (u + 1) * row.length, plain);
+      for (int64_t u = 0; u < units; ++u) add_pieces(int32_t(index), u * row.unit_length, (u + 1) * row.unit_length, plain);
     } else {
-      const int16_t lanes = lanes_for(row.length, plain ? width : 1);
-      const int64_t groups = kThreads / lanes, together = groups == 1 ? 1 : groups * std::max<int64_t>(1, kChunk / (groups * row.length));
+      const int16_t lanes = lanes_for(row.unit_length, plain ? width : 1);
+      const int64_t groups = kThreads / lanes,
+                    together = groups == 1 ? 1 : groups * std::max<int64_t>(1, kChunk / (groups * row.unit_length));
       for (int64_t u = 0; u < units; u += together) {
-        chunks_.push_back({u * row.length, int32_t(std::min(together, units - u) * row.length), int32_t(index), lanes, plain});
+        chunks_.push_back({u * row.unit_length, int32_t(std::min(together, units - u) * row.unit_length), int32_t(index), lanes, plain});
       }
     }
   }
   r.chunk1 = int32_t(chunks_.size());
-  full_ |= row.param.dtype == DType::float64 || h.noise > 0 || by_unit || late(row, h) || !is_lean(row.rule);
-  full_ |= row.source.data || row.master.data || row.ema.data || row.rounding != Rounding::nearest || h.zero_grad;
-  for (const Operand* x :
-       {&row.param, &row.grad, &row.state[0], &row.state[1], &row.state[2], &row.state[3], &row.source, &row.master, &row.rest, &row.ema}) {
+  full_ |= row.param.dtype == DType::float64 || settings.noise > 0 || by_unit || late(row, settings) || !is_lean(row.rule);
+  full_ |= row.source.data || row.master.data || row.ema.data || row.precision != Precision::none || settings.zero_grad_in_step;
+  for (const Operand* x : {&row.param, &row.grad, &row.state[0], &row.state[1], &row.state[2], &row.state[3], &row.source, &row.master,
+                           &row.kahan_comp, &row.ema}) {
     shape_words_ += 2 * size_t(x->dims);
   }
 }
@@ -120,7 +122,7 @@ void Plan::plan() {
   if (planned_) return;
   device_rows_.resize(rows_.size());
   kinds_.resize(rows_.size());
-  first_row_.assign(hypers_.size() + 1, 0);
+  first_row_.assign(settings_.size() + 1, 0);
   for (const Row& row : rows_) ++first_row_[size_t(row.group) + 1];
   std::partial_sum(first_row_.begin(), first_row_.end(), first_row_.begin());
   for (size_t i = 0; i < rows_.size(); ++i) {
@@ -143,7 +145,7 @@ Plan::Image Plan::image() {
   };
   Image at;
   at.rows = place(device_rows_.size() * sizeof(DeviceRow));
-  at.hypers = place(hypers_.size() * sizeof(DeviceHyper));
+  at.settings = place(settings_.size() * sizeof(DeviceSettings));
   at.chunks = place(chunks_.size() * sizeof(Chunk));
   at.grads = place(rows_.size() * sizeof(char*));
   at.shapes = place(shape_words_ * sizeof(int64_t));
@@ -154,9 +156,9 @@ Plan::Image Plan::image() {
   return at;
 }
 
-DeviceHyper Plan::device_hyper(size_t group) const {
-  DeviceHyper d{};
-  d.hyper = hypers_[group];
+DeviceSettings Plan::device_settings(size_t group) const {
+  DeviceSettings d{};
+  d.settings = settings_[group];
   d.lr_at = lr_at_[group].data;
   d.lr_dtype = lr_at_[group].dtype;
   d.row0 = first_row_[group];
@@ -164,9 +166,9 @@ DeviceHyper Plan::device_hyper(size_t group) const {
   return d;
 }
 
-std::vector<DeviceHyper> Plan::device_hypers() const {
-  std::vector<DeviceHyper> all;
-  for (size_t g = 0; g < hypers_.size(); ++g) all.push_back(device_hyper(g));
+std::vector<DeviceSettings> Plan::all_device_settings() const {
+  std::vector<DeviceSettings> all;
+  for (size_t g = 0; g < settings_.size(); ++g) all.push_back(device_settings(g));
   return all;
 }
 
@@ -185,7 +187,7 @@ void Plan::pack(char* to, char* base, double* squares, double* skipped) {
     if (!values.empty()) std::memcpy(to + where, values.data(), values.size() * sizeof(T));
     return reinterpret_cast<T*>(base + where);
   };
-  job_.hypers = fill(at.hypers, device_hypers());
+  job_.settings = fill(at.settings, all_device_settings());
   job_.chunks = fill(at.chunks, chunks_);
   job_.grads = fill(at.grads, grads());
 
@@ -205,7 +207,7 @@ void Plan::pack(char* to, char* base, double* squares, double* skipped) {
     move_shape(r.row.param);
     move_shape(r.row.grad);
     for (Operand& s : r.row.state) move_shape(s);
-    for (Operand* x : {&r.row.source, &r.row.master, &r.row.rest, &r.row.ema}) move_shape(*x);
+    for (Operand* x : {&r.row.source, &r.row.master, &r.row.kahan_comp, &r.row.ema}) move_shape(*x);
   }
   job_.rows = fill(at.rows, moved);
   job_.tickets = reinterpret_cast<unsigned*>(base + at.tickets);
@@ -218,10 +220,10 @@ void Plan::pack(char* to, char* base, double* squares, double* skipped) {
   job_.chunk_count = int32_t(chunks_.size());
   job_.any_global = job_.any_skip = job_.any_rehearsed = job_.any_weighed_first = job_.any_weighed = false;
   for (const DeviceRow& r : device_rows_) {
-    const Hyper& h = hypers_[size_t(r.row.group)];
-    job_.any_global |= h.scope == Scope::global;
-    job_.any_skip |= h.skip_nonfinite;
-    job_.any_rehearsed |= r.split && late(r.row, h);
+    const Settings& settings = settings_[size_t(r.row.group)];
+    job_.any_global |= settings.norm_scope == NormScope::global;
+    job_.any_skip |= settings.skip_nonfinite;
+    job_.any_rehearsed |= r.split && late(r.row, settings);
     job_.any_weighed_first |= r.weighed_first;
     job_.any_weighed |= r.weighed;
   }
@@ -240,7 +242,7 @@ std::vector<Plan::Patch> Plan::patches() {
     due.push_back({to, {first, first + values.size() * sizeof(values[0])}});
   };
   if (moved_) add(job_.grads, grads());
-  if (stale_) add(job_.hypers, device_hypers());
+  if (stale_) add(job_.settings, all_device_settings());
   moved_ = stale_ = false;
   return due;
 }
@@ -252,7 +254,7 @@ std::set<std::tuple<int, int, int>> Plan::variants(const std::vector<int64_t>& l
     const Row& row = rows_[i];
     const bool aligned = reinterpret_cast<uintptr_t>(row.grad.data) % 16 == 0;
     const int any = row.param.dtype == DType::float64 ? kAnyWide : kAny;
-    const int fitting = 1 + int(std::lower_bound(longest.begin(), longest.end(), row.length) - longest.begin());
+    const int fitting = 1 + int(std::lower_bound(longest.begin(), longest.end(), row.unit_length) - longest.begin());
     for (const int units : {0, 1}) {
       const int tile = units ? fitting : 0;
       const bool plain = kinds_[i].plain[units];

@@ -75,15 +75,15 @@ class Plan : public Rows {
 
   // Where the parts of the table lie, in bytes from its start, which is the job; what follows the tickets is for the kernels to fill.
   struct Image {
-    size_t rows, hypers, chunks, grads, shapes, tickets, sums, units, end;
+    size_t rows, settings, chunks, grads, shapes, tickets, sums, units, end;
     size_t packed() const { return sums; }
   };
 
   Image image();
   void plan_row(size_t index);
   void add_pieces(int32_t index, int64_t begin, int64_t end, bool plain);
-  DeviceHyper device_hyper(size_t group) const;
-  std::vector<DeviceHyper> device_hypers() const;
+  DeviceSettings device_settings(size_t group) const;
+  std::vector<DeviceSettings> all_device_settings() const;
   std::vector<const char*> grads() const;
 
   std::vector<LrAt> lr_at_;

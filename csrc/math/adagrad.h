@@ -11,8 +11,8 @@ struct Adagrad : RuleBase {
   template <class T> struct Coef {
     T shrink, step, eps;
   };
-  template <class T> GRADFUSED_MATH static Coef<T> coef(const Hyper& h, const Count& now) {
-    return {T(1), T(h.lr / (1.0 + (now.step - 1.0) * h.lr_decay)), T(h.eps)};
+  template <class T> GRADFUSED_MATH static Coef<T> coef(const Settings& settings, const Count& now) {
+    return {T(1), T(settings.lr / (1.0 + (now.step - 1.0) * settings.lr_decay)), T(settings.eps)};
   }
   template <class T> GRADFUSED_MATH static T direction(T g, T, T* s, const Coef<T>& c) {
     s[0] = s[0] + g * g;

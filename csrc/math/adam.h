@@ -14,15 +14,15 @@ template <bool kAmsgrad> struct AdamRule : RuleBase {
     Mix<T> average;
     T beta2, fresh_sq, unbias, eps;
   };
-  template <class T> GRADFUSED_MATH static Coef<T> coef(const Hyper& h, const Count& now) {
-    const double correction1 = 1.0 - pow(h.beta1, now.step), correction2 = 1.0 - pow(h.beta2, now.step);
-    return {T(h.decoupled ? 1.0 - h.lr * h.weight_decay : 1.0),
-            T(h.lr / correction1),
-            Mix<T>::of(1.0 - h.beta1),
-            T(h.beta2),
-            T(1.0 - h.beta2),
+  template <class T> GRADFUSED_MATH static Coef<T> coef(const Settings& settings, const Count& now) {
+    const double correction1 = 1.0 - pow(settings.beta1, now.step), correction2 = 1.0 - pow(settings.beta2, now.step);
+    return {T(settings.decoupled ? 1.0 - settings.lr * settings.weight_decay : 1.0),
+            T(settings.lr / correction1),
+            Mix<T>::of(1.0 - settings.beta1),
+            T(settings.beta2),
+            T(1.0 - settings.beta2),
             T(1.0 / sqrt(correction2)),
-            T(h.eps)};
+            T(settings.eps)};
   }
   template <class T> GRADFUSED_MATH static T direction(T g, T, T* s, const Coef<T>& c) {
     s[0] = c.average(s[0], g);

@@ -13,20 +13,20 @@ struct Adan : RuleBase {
     T shrink, step, beta1, fresh1, beta2, fresh2, beta3, fresh3, unbias, eps, of_difference, known;
   };
   // Proximal decay divides by 1 + lr * weight_decay after the update.
-  template <class T> GRADFUSED_MATH static Coef<T> coef(const Hyper& h, const Count& now) {
-    const double correction1 = 1.0 - pow(h.beta1, now.step), correction2 = 1.0 - pow(h.beta2, now.step);
-    const double decay = h.lr * h.weight_decay, by = h.proximal ? 1.0 / (1.0 + decay) : 1.0;
-    return {T(h.proximal ? by : 1.0 - decay),
-            T(h.lr / correction1 * by),
-            T(h.beta1),
-            T(1.0 - h.beta1),
-            T(h.beta2),
-            T(1.0 - h.beta2),
-            T(h.beta3),
-            T(1.0 - h.beta3),
-            T(1.0 / sqrt(1.0 - pow(h.beta3, now.step))),
-            T(h.eps),
-            T(h.beta2 * correction1 / correction2),
+  template <class T> GRADFUSED_MATH static Coef<T> coef(const Settings& settings, const Count& now) {
+    const double correction1 = 1.0 - pow(settings.beta1, now.step), correction2 = 1.0 - pow(settings.beta2, now.step);
+    const double decay = settings.lr * settings.weight_decay, by = settings.proximal ? 1.0 / (1.0 + decay) : 1.0;
+    return {T(settings.proximal ? by : 1.0 - decay),
+            T(settings.lr / correction1 * by),
+            T(settings.beta1),
+            T(1.0 - settings.beta1),
+            T(settings.beta2),
+            T(1.0 - settings.beta2),
+            T(settings.beta3),
+            T(1.0 - settings.beta3),
+            T(1.0 / sqrt(1.0 - pow(settings.beta3, now.step))),
+            T(settings.eps),
+            T(settings.beta2 * correction1 / correction2),
             T(now.first ? 0 : 1)};
   }
   template <class T> GRADFUSED_MATH static T direction(T g, T, T* s, const Coef<T>& c) {

@@ -7,7 +7,7 @@
 namespace gradfused::math {
 namespace {
 
-// By how much a weight of this size may move: Hyper::by_weight.
+// By how much a weight of this size may move: Settings::adaptive.
 template <class T> GRADFUSED_MATH T reach(T p, T eta) { return (p < T(0) ? -p : p) + eta; }
 
 struct Ascend : RuleBase {
@@ -16,13 +16,15 @@ struct Ascend : RuleBase {
   static constexpr bool reads_state = false;
   template <class T> struct Coef {
     T shrink, step, eta;
-    bool by_weight;
+    bool adaptive;
   };
-  template <class T> GRADFUSED_MATH static Coef<T> coef(const Hyper& h, const Count&) { return {T(1), T(-1), T(h.eta), h.by_weight}; }
+  template <class T> GRADFUSED_MATH static Coef<T> coef(const Settings& settings, const Count&) {
+    return {T(1), T(-1), T(settings.eta), settings.adaptive};
+  }
   template <class T> GRADFUSED_MATH static T direction(T g, T p, T* s, const Coef<T>& c) {
     s[0] = p;
     const T t = reach(p, c.eta);
-    return c.by_weight ? g * t * t : g;
+    return c.adaptive ? g * t * t : g;
   }
 };
 

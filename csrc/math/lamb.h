@@ -15,20 +15,20 @@ struct LAMB : RuleBase {
     Mix<T> average;
     T beta2, fresh_sq, unbias1, unbias2, eps;
   };
-  template <class T> GRADFUSED_MATH static Coef<T> coef(const Hyper& h, const Count& now) {
-    return {T(1.0 - h.lr * h.weight_decay),
-            T(h.lr),
-            Mix<T>::of(1.0 - h.beta1),
-            T(h.beta2),
-            T(1.0 - h.beta2),
-            T(1.0 / (1.0 - pow(h.beta1, now.step))),
-            T(1.0 / sqrt(1.0 - pow(h.beta2, now.step))),
-            T(h.eps)};
+  template <class T> GRADFUSED_MATH static Coef<T> coef(const Settings& settings, const Count& now) {
+    return {T(1.0 - settings.lr * settings.weight_decay),
+            T(settings.lr),
+            Mix<T>::of(1.0 - settings.beta1),
+            T(settings.beta2),
+            T(1.0 - settings.beta2),
+            T(1.0 / (1.0 - pow(settings.beta1, now.step))),
+            T(1.0 / sqrt(1.0 - pow(settings.beta2, now.step))),
+            T(settings.eps)};
   }
   // `norm` is that of direction + weight_decay * p.
-  template <class T> GRADFUSED_MATH static void trusted(Coef<T>& c, const Hyper& h, double weight_norm, double norm) {
-    const double rate = h.lr * trust_ratio(weight_norm, norm, norm);
-    c.shrink = T(1.0 - rate * h.weight_decay);
+  template <class T> GRADFUSED_MATH static void trusted(Coef<T>& c, const Settings& settings, double weight_norm, double norm) {
+    const double rate = settings.lr * trust_ratio(weight_norm, norm, norm);
+    c.shrink = T(1.0 - rate * settings.weight_decay);
     c.step = T(rate);
   }
   template <class T> GRADFUSED_MATH static T direction(T g, T, T* s, const Coef<T>& c) {

@@ -14,12 +14,18 @@ template <bool kMomentum> struct LARSRule : RuleBase {
     T shrink, step, decay, scale, momentum, fresh;
     bool nesterov;
   };
-  template <class T> GRADFUSED_MATH static Coef<T> coef(const Hyper& h, const Count& now) {
-    return {T(1), T(h.lr), T(h.weight_decay), T(1), T(h.momentum), T(now.first ? 1.0 : 1.0 - h.dampening), h.nesterov};
+  template <class T> GRADFUSED_MATH static Coef<T> coef(const Settings& settings, const Count& now) {
+    return {T(1),
+            T(settings.lr),
+            T(settings.weight_decay),
+            T(1),
+            T(settings.momentum),
+            T(now.first ? 1.0 : 1.0 - settings.dampening),
+            settings.nesterov};
   }
   // `norm` is that of the gradient without decay.
-  template <class T> GRADFUSED_MATH static void trusted(Coef<T>& c, const Hyper& h, double weight_norm, double norm) {
-    c.scale = T(trust_ratio(h.trust * weight_norm, norm, norm + h.weight_decay * weight_norm + h.eps));
+  template <class T> GRADFUSED_MATH static void trusted(Coef<T>& c, const Settings& settings, double weight_norm, double norm) {
+    c.scale = T(trust_ratio(settings.trust_coefficient * weight_norm, norm, norm + settings.weight_decay * weight_norm + settings.eps));
   }
   template <class T> GRADFUSED_MATH static T direction(T g, T p, T* s, const Coef<T>& c) {
     g = (g + c.decay * p) * c.scale;

@@ -12,8 +12,13 @@ struct Lion : RuleBase {
   template <class T> struct Coef {
     T shrink, step, beta1, fresh1, beta2, fresh2;
   };
-  template <class T> GRADFUSED_MATH static Coef<T> coef(const Hyper& h, const Count&) {
-    return {T(1.0 - h.lr * h.weight_decay), T(h.lr), T(h.beta1), T(1.0 - h.beta1), T(h.beta2), T(1.0 - h.beta2)};
+  template <class T> GRADFUSED_MATH static Coef<T> coef(const Settings& settings, const Count&) {
+    return {T(1.0 - settings.lr * settings.weight_decay),
+            T(settings.lr),
+            T(settings.beta1),
+            T(1.0 - settings.beta1),
+            T(settings.beta2),
+            T(1.0 - settings.beta2)};
   }
   template <class T> GRADFUSED_MATH static T direction(T g, T, T* s, const Coef<T>& c) {
     const T x = s[0] * c.beta1 + g * c.fresh1;

@@ -13,17 +13,17 @@ struct NAdam : RuleBase {
     Mix<T> average;
     T beta2, fresh_sq, unbias, eps, of_gradient, of_average;
   };
-  template <class T> GRADFUSED_MATH static Coef<T> coef(const Hyper& h, const Count& now) {
-    const double mu = warmed_momentum(h, now.step), next = warmed_momentum(h, now.step + 1.0);
-    return {T(h.decoupled ? 1.0 - h.lr * h.weight_decay : 1.0),
-            T(h.lr),
-            Mix<T>::of(1.0 - h.beta1),
-            T(h.beta2),
-            T(1.0 - h.beta2),
-            T(1.0 / (1.0 - pow(h.beta2, now.step))),
-            T(h.eps),
-            T((1.0 - mu) / (1.0 - now.product)),
-            T(next / (1.0 - now.product * next))};
+  template <class T> GRADFUSED_MATH static Coef<T> coef(const Settings& settings, const Count& now) {
+    const double mu = warmed_momentum(settings, now.step), next = warmed_momentum(settings, now.step + 1.0);
+    return {T(settings.decoupled ? 1.0 - settings.lr * settings.weight_decay : 1.0),
+            T(settings.lr),
+            Mix<T>::of(1.0 - settings.beta1),
+            T(settings.beta2),
+            T(1.0 - settings.beta2),
+            T(1.0 / (1.0 - pow(settings.beta2, now.step))),
+            T(settings.eps),
+            T((1.0 - mu) / (1.0 - now.mu_product)),
+            T(next / (1.0 - now.mu_product * next))};
   }
   template <class T> GRADFUSED_MATH static T direction(T g, T, T* s, const Coef<T>& c) {
     s[0] = c.average(s[0], g);

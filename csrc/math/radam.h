@@ -15,18 +15,18 @@ struct RAdam : RuleBase {
     bool rectified;
   };
   // While the variance of the adaptive rate is intractable, the first steps, it is left out.
-  template <class T> GRADFUSED_MATH static Coef<T> coef(const Hyper& h, const Count& now) {
-    const double power = pow(h.beta2, now.step), correction1 = 1.0 - pow(h.beta1, now.step), correction2 = 1.0 - power;
-    const double most = 2.0 / (1.0 - h.beta2) - 1.0, length = most - 2.0 * now.step * power / correction2;
+  template <class T> GRADFUSED_MATH static Coef<T> coef(const Settings& settings, const Count& now) {
+    const double power = pow(settings.beta2, now.step), correction1 = 1.0 - pow(settings.beta1, now.step), correction2 = 1.0 - power;
+    const double most = 2.0 / (1.0 - settings.beta2) - 1.0, length = most - 2.0 * now.step * power / correction2;
     const bool rectified = length > 5.0;
     const double rectification =
         rectified ? sqrt((length - 4.0) * (length - 2.0) * most / ((most - 4.0) * (most - 2.0) * length) * correction2) : 1.0;
-    return {T(h.decoupled ? 1.0 - h.lr * h.weight_decay : 1.0),
-            T(h.lr / correction1 * rectification),
-            Mix<T>::of(1.0 - h.beta1),
-            T(h.beta2),
-            T(1.0 - h.beta2),
-            T(h.eps),
+    return {T(settings.decoupled ? 1.0 - settings.lr * settings.weight_decay : 1.0),
+            T(settings.lr / correction1 * rectification),
+            Mix<T>::of(1.0 - settings.beta1),
+            T(settings.beta2),
+            T(1.0 - settings.beta2),
+            T(settings.eps),
             rectified};
   }
   template <class T> GRADFUSED_MATH static T direction(T g, T, T* s, const Coef<T>& c) {

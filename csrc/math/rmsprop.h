@@ -12,8 +12,14 @@ template <bool kCentered, bool kMomentum> struct RMSpropRule : RuleBase {
     T shrink, step, alpha, fresh, eps, momentum;
     Mix<T> average;
   };
-  template <class T> GRADFUSED_MATH static Coef<T> coef(const Hyper& h, const Count&) {
-    return {T(1), T(h.lr), T(h.beta2), T(1.0 - h.beta2), T(h.eps), T(h.momentum), Mix<T>::of(1.0 - h.beta2)};
+  template <class T> GRADFUSED_MATH static Coef<T> coef(const Settings& settings, const Count&) {
+    return {T(1),
+            T(settings.lr),
+            T(settings.beta2),
+            T(1.0 - settings.beta2),
+            T(settings.eps),
+            T(settings.momentum),
+            Mix<T>::of(1.0 - settings.beta2)};
   }
   template <class T> GRADFUSED_MATH static T direction(T g, T, T* s, const Coef<T>& c) {
     constexpr int average = 1 + kMomentum;

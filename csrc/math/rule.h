@@ -35,11 +35,13 @@ GRADFUSED_MATH double trust_ratio(double weight_norm, double norm, double over) 
 }
 
 // NAdam's momentum at a step (Dozat 2016).
-GRADFUSED_MATH double warmed_momentum(const Hyper& h, double step) { return h.beta1 * (1.0 - 0.5 * pow(0.96, step * h.momentum_decay)); }
+GRADFUSED_MATH double warmed_momentum(const Settings& settings, double step) {
+  return settings.beta1 * (1.0 - 0.5 * pow(0.96, step * settings.momentum_decay));
+}
 
 // What the product of the momenta becomes, as the scalar that keeps it holds it.
-GRADFUSED_MATH double next_product(const Hyper& h, double step, double product, DType kept_in) {
-  const double next = product * warmed_momentum(h, step);
+GRADFUSED_MATH double next_mu_product(const Settings& settings, double step, double product, DType kept_in) {
+  const double next = product * warmed_momentum(settings, step);
   return kept_in == DType::float32 ? double(float(next)) : next;
 }
 

@@ -12,7 +12,7 @@ struct SGD : RuleBase {
   template <class T> struct Coef {
     T shrink, step;
   };
-  template <class T> GRADFUSED_MATH static Coef<T> coef(const Hyper& h, const Count&) { return {T(1), T(h.lr)}; }
+  template <class T> GRADFUSED_MATH static Coef<T> coef(const Settings& settings, const Count&) { return {T(1), T(settings.lr)}; }
   template <class T> GRADFUSED_MATH static T direction(T g, T, T*, const Coef<T>&) { return g; }
 };
 
@@ -24,8 +24,8 @@ struct SGDMomentum : RuleBase {
     bool nesterov;
   };
   // The first gradient fills the buffer undamped.
-  template <class T> GRADFUSED_MATH static Coef<T> coef(const Hyper& h, const Count& now) {
-    return {T(1), T(h.lr), T(h.momentum), T(now.first ? 1.0 : 1.0 - h.dampening), h.nesterov};
+  template <class T> GRADFUSED_MATH static Coef<T> coef(const Settings& settings, const Count& now) {
+    return {T(1), T(settings.lr), T(settings.momentum), T(now.first ? 1.0 : 1.0 - settings.dampening), settings.nesterov};
   }
   template <class T> GRADFUSED_MATH static T direction(T g, T, T* s, const Coef<T>& c) {
     s[0] = s[0] * c.momentum + g * c.fresh;

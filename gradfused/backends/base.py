@@ -29,14 +29,14 @@ class Settings:
     eps: float = 0.0
     lr_decay: float = 0.0
     momentum_decay: float = 0.0
-    trust: float = 0.0  # LARS's coefficient
+    trust_coefficient: float = 0.0  # LARS's coefficient
     nesterov: bool = False
     decoupled: bool = False  # no stage 6: the rule decays the weights itself, or not at all
     proximal: bool = False
     adapt: bool = False  # the rule's trust ratio is taken
     # the transforms'
     centralize_at: str = "gradient"
-    scope: str = "none"  # whose norm decides: none, global, group, param or unit
+    norm_scope: str = "none"  # whose norm decides: none, global, group, param or unit
     perturb: tuple[float, float, float, float, float] = (1.0, 0.0, 0.0, 0.0, 1.0)  # a, b, e, lo, hi of s(n)
     agc: bool = False
     radius: float = 1.0
@@ -46,11 +46,11 @@ class Settings:
     seed: int = 0
     sign: float = 1.0  # of reverse and maximize together
     skip_nonfinite: bool = False
-    by_weight: bool = False  # norms are of g * (|p| + eta): adaptive SAM
+    adaptive: bool = False  # norms are of g * (|p| + eta): adaptive SAM
     eta: float = 0.0
     # the riders'
     ema: float = 0.0
-    zero_grad: bool = False
+    zero_grad_in_step: bool = False
     # lr where a kernel can read it at each step: compared by its address
     lr_tensor: Tensor | None = field(default=None, compare=False)
     lr_address: int = 0
@@ -63,17 +63,17 @@ class Row:
     Attributes:
         state: The rule's state tensors in its order, shaped like the parameter.
         source: Where the weights are read, if not from ``param``: SAM's backup.
-        master: A copy of 16-bit weights in float32, believed where it rounds to them; written with ``rounding="master"``.
-        rest: What rounding took off, with ``rounding="kahan"``; believed up to half a unit in the last place of the weights.
+        master: A copy of 16-bit weights in float32, believed where it rounds to them; written with ``precision="master"``.
+        kahan_comp: What rounding took off, with ``precision="kahan"``; believed up to half a unit in the weights' last place.
         ema: Moving average of the weights.
-        rounding: How weights of 16 bits are kept: ``"nearest"``, ``"kahan"``, ``"stochastic"`` or ``"master"``.
+        precision: How weights of 16 bits are kept: ``"none"``, ``"kahan"``, ``"stochastic"`` or ``"master"``.
         step: 0-dim float tensor on the backend's step_device that counts steps taken, or None where nothing needs it.
         group: Index into the settings.
-        product: The same for the product of NAdam's momenta, which only it has.
-        number: The parameter's number in the optimizer; part of the noise counter.
-        unit: Elements in a unit; the whole tensor where units have no meaning.
+        mu_product: The same for the product of NAdam's momenta, which only it has.
+        param_number: The parameter's number in the optimizer; part of the noise counter.
+        unit_length: Elements in a unit; the whole tensor where units have no meaning.
         centre: Centralisation applies.
-        whole: It applies to the whole tensor although ``unit`` is shorter.
+        whole: It applies to the whole tensor although ``unit_length`` is shorter.
         first: The state holds nothing yet.
         kept: All of the parameter's state that it uses, by its key in the optimizer's state.
     """
@@ -85,14 +85,14 @@ class Row:
     state: dict[str, Tensor]
     source: Tensor | None
     master: Tensor | None
-    rest: Tensor | None
+    kahan_comp: Tensor | None
     ema: Tensor | None
-    rounding: str
+    precision: str
     step: Tensor | None
-    product: Tensor | None
+    mu_product: Tensor | None
     group: int
-    number: int
-    unit: int
+    param_number: int
+    unit_length: int
     centre: bool
     whole: bool
     first: bool
@@ -243,7 +243,7 @@ class BackendTable(ABC):
     @property
     def needs_stats(self) -> bool:
         """Whether ``stats`` must run before ``apply``."""
-        return any(s.scope in WIDE_SCOPES or s.skip_nonfinite for s in self.settings)
+        return any(s.norm_scope in WIDE_SCOPES or s.skip_nonfinite for s in self.settings)
 
     @abstractmethod
     def stats(self, scaling: Scaling) -> None:

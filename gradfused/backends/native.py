@@ -54,7 +54,7 @@ def iteration_order(row: Row, drawn: bool) -> list[int] | None:
         if p.stride(d) != expected:
             return None
         expected *= p.shape[d]
-    units_in_order = row.unit == p.numel() or by_stride[:1] == [0]
+    units_in_order = row.unit_length == p.numel() or by_stride[:1] == [0]
     return by_stride if units_in_order else None
 
 
@@ -83,7 +83,7 @@ def operand(tensor: Tensor, order: list[int] | None) -> Operand:
 
 def add_row(rows: Any, row: Row, settings: Settings, *, numel: int | None = None) -> None:
     """Give a row to a native table. ``numel`` of 0 leaves out its elements: they are another table's."""
-    order = iteration_order(row, drawn=settings.noise > 0 or row.rounding == "stochastic")
+    order = iteration_order(row, drawn=settings.noise > 0 or row.precision == "stochastic")
 
     def optional(tensor: Tensor | None) -> Operand | None:
         return None if tensor is None else operand(tensor, order)
@@ -98,18 +98,18 @@ def add_row(rows: Any, row: Row, settings: Settings, *, numel: int | None = None
         state=[operand(t, order) for t in row.state.values()],
         source=optional(row.source),
         master=optional(row.master),
-        rest=optional(row.rest),
+        kahan_comp=optional(row.kahan_comp),
         ema=optional(row.ema),
-        rounding=row.rounding,
+        precision=row.precision,
         numel=row.param.numel() if numel is None else numel,
-        length=row.unit,
+        unit_length=row.unit_length,
         group=row.group,
-        parameter=row.number,
+        param_number=row.param_number,
         centre=row.centre,
         whole=row.whole,
         first=row.first,
         step=scalar(row.step),
-        product=scalar(row.product),
+        mu_product=scalar(row.mu_product),
     )
 
 
@@ -120,10 +120,10 @@ def configure(module: ModuleType, rows: Any, known: Sequence[Settings | None], n
         if settings == old:
             continue
         changed = True
-        hyper = rows.hyper(i)
+        native = rows.settings(i)
         for name in _SETTINGS:
             value = getattr(settings, name)
-            setattr(hyper, name, module.Perturb(*value) if name == "perturb" else value)
+            setattr(native, name, module.Perturb(*value) if name == "perturb" else value)
     return changed
 
 
@@ -150,11 +150,11 @@ class Watch:
     ) -> None:
         described = [
             (
-                row.number,
+                row.param_number,
                 row.param,
                 row.grad,
                 row.kept,
-                settings[row.group].zero_grad,
+                settings[row.group].zero_grad_in_step,
             )
             for row in rows
         ]

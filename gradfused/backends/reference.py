@@ -36,8 +36,8 @@ def weights_of(row: Row) -> Tensor:
     p = weights.to(compute_dtype(row.param))
     if row.master is not None:
         p = torch.where(row.master.to(weights.dtype) == weights, row.master.to(p.dtype), p)
-    if row.rest is not None:
-        rest = row.rest.to(p.dtype)
+    if row.kahan_comp is not None:
+        rest = row.kahan_comp.to(p.dtype)
         power = (p.view(torch.int32) & 0x7F800000).view(p.dtype)  # of two, below the weight
         half_unit = torch.finfo(weights.dtype).eps / 2
         p = p + torch.where(rest.isfinite() & (rest.abs() <= power * half_unit), rest, 0.0)
@@ -46,7 +46,7 @@ def weights_of(row: Row) -> Tensor:
 
 def unit_view(x: Tensor, row: Row) -> Tensor:
     """``x`` as (units, unit length)."""
-    units = 1 if row.unit == x.numel() else x.shape[0]
+    units = 1 if row.unit_length == x.numel() else x.shape[0]
     return x.reshape(units, -1)
 
 
@@ -65,7 +65,7 @@ def centred(x: Tensor, row: Row) -> Tensor:
 def unscaled(row: Row, settings: Settings, unscale: float) -> Tensor:
     """Stages 0 and 1."""
     g = row.grad.to(compute_dtype(row.param)) * unscale
-    if settings.by_weight:  # its norm is taken of the gradient times what each weight may move by
+    if settings.adaptive:  # its norm is taken of the gradient times what each weight may move by
         g = g * reach(row, settings)
     return centred(g, row) if row.centre and settings.centralize_at == "gradient" else g
 
@@ -98,7 +98,7 @@ def unit_norm(x: Tensor, row: Row) -> Tensor:
 
 def perturbed(g: Tensor, row: Row, settings: Settings, norm: Tensor | None) -> Tensor:
     """Stage 2 and ``clip_value``. ``norm`` is the wide scope's."""
-    if settings.scope == "unit":
+    if settings.norm_scope == "unit":
         n = unit_norm(g, row)
         weight_norm = unit_norm(weights_of(row), row)
         s = agc_factor(n, weight_norm, settings.radius) if settings.agc else factor_of(n, settings)
@@ -156,7 +156,7 @@ def gathered(x: Tensor) -> Tensor:
 def with_noise(g: Tensor, row: Row, settings: Settings, taken: float) -> Tensor:
     """g + sigma_t xi with sigma_t^2 = noise / (1 + t)^decay (Neelakantan et al. 2015); t counts steps taken."""
     sigma = math.sqrt(settings.noise / (1.0 + taken) ** settings.noise_decay)
-    xi = normal_noise(g.shape, settings.seed, row.number, int(taken), g.device)
+    xi = normal_noise(g.shape, settings.seed, row.param_number, int(taken), g.device)
     return g + placed_as(sigma * xi.to(g.dtype), g)
 
 
@@ -249,12 +249,12 @@ class Table(BackendTable):
         unscale = scaling.unscale
         for i, row in enumerate(self.rows):
             settings = self.settings[row.group]
-            if row.param.numel() and (settings.scope in WIDE_SCOPES or settings.skip_nonfinite):
+            if row.param.numel() and (settings.norm_scope in WIDE_SCOPES or settings.skip_nonfinite):
                 self.sums[i] = gathered(unscaled(row, settings, unscale).double().square().sum())
 
     def _norm(self, index: int) -> Tensor | None:
         """The norm of the scope that a row belongs to, if that is wider than a unit."""
-        row, scope = self.rows[index], self.settings[self.rows[index].group].scope
+        row, scope = self.rows[index], self.settings[self.rows[index].group].norm_scope
         if scope not in WIDE_SCOPES:
             return None
         if scope == "param":
@@ -262,7 +262,7 @@ class Table(BackendTable):
         shared = [
             i
             for i, other in enumerate(self.rows)
-            if self.settings[other.group].scope == scope and (scope == "global" or other.group == row.group)
+            if self.settings[other.group].norm_scope == scope and (scope == "global" or other.group == row.group)
         ]
         return self.sums[shared].sum().sqrt()
 
@@ -301,15 +301,15 @@ class Table(BackendTable):
         now = Count.of(row, s)
         if row.step is not None:
             writes.add(row.step, torch.full_like(row.step, now.step))
-        if row.product is not None:
-            writes.add(row.product, torch.full_like(row.product, now.product))
+        if row.mu_product is not None:
+            writes.add(row.mu_product, torch.full_like(row.mu_product, now.mu_product))
         if row.param.numel() == 0:
             return
         p = weights_of(row)
         state = {key: value.to(dtype) for key, value in row.state.items()}
 
         g = unscaled(row, s, unscale)
-        if s.scope == "unit":
+        if s.norm_scope == "unit":
             self.sums[index] = gathered(g.double().square().sum())
         g = perturbed(g, row, s, norm)
         if s.noise > 0:
@@ -332,15 +332,15 @@ class Table(BackendTable):
     def _keep(row: Row, s: Settings, now: Count, p: Tensor, writes: Writes) -> None:
         """The step's weights, and what rides on that."""
         kept = p.to(row.param.dtype)
-        if row.rounding == "stochastic" and row.param.dtype in SHORT:
-            kept = stochastically_rounded(p, row.param.dtype, s.seed, row.number, int(now.step) - 1)
+        if row.precision == "stochastic" and row.param.dtype in SHORT:
+            kept = stochastically_rounded(p, row.param.dtype, s.seed, row.param_number, int(now.step) - 1)
         if row.ema is not None:
             average = row.ema.to(p.dtype)
             writes.add(row.ema, average.lerp(p, 1.0 - s.ema))
         writes.add(row.param, kept)
-        if row.rounding == "master" and row.master is not None:
+        if row.precision == "master" and row.master is not None:
             writes.add(row.master, p)
-        if row.rest is not None:
-            writes.add(row.rest, p - kept.to(p.dtype))
-        if s.zero_grad:
+        if row.kahan_comp is not None:
+            writes.add(row.kahan_comp, p - kept.to(p.dtype))
+        if s.zero_grad_in_step:
             writes.add(row.grad, torch.zeros_like(row.grad))

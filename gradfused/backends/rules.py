@@ -30,20 +30,20 @@ class Count:
     Attributes:
         step: This step's number, from 1.
         first: The state holds nothing yet.
-        product: Of the momenta up to this step; only NAdam keeps it.
+        mu_product: Of the momenta up to this step; only NAdam keeps it.
     """
 
     step: float
     first: bool
-    product: float = 1.0
+    mu_product: float = 1.0
 
     @classmethod
     def of(cls, row: Row, s: Settings) -> Count:
         """A row's, for the step to be taken."""
         step = 1.0 + (0.0 if row.step is None else float(row.step))
         product = 1.0
-        if row.product is not None:  # rounded as the tensor that keeps it
-            product = float((row.product.double() * warmed_momentum(s, step)).to(row.product.dtype))
+        if row.mu_product is not None:  # rounded as the tensor that keeps it
+            product = float((row.mu_product.double() * warmed_momentum(s, step)).to(row.mu_product.dtype))
         return cls(step, row.first, product)
 
 
@@ -133,7 +133,7 @@ def nadam(g: Tensor, p: Tensor, state: State, s: Settings, now: Count, late: Lat
     average, square = moments(g, state, s)
     mu, following = warmed_momentum(s, now.step), warmed_momentum(s, now.step + 1.0)
     denominator = (square / (1.0 - s.beta2**now.step)).sqrt() + s.eps
-    ahead = g * ((1.0 - mu) / (1.0 - now.product)) + average * (following / (1.0 - now.product * following))
+    ahead = g * ((1.0 - mu) / (1.0 - now.mu_product)) + average * (following / (1.0 - now.mu_product * following))
     return late(ahead / denominator), decoupled_shrink(s), s.lr
 
 
@@ -170,7 +170,11 @@ def lamb(g: Tensor, p: Tensor, state: State, s: Settings, now: Count, late: Late
 def lars(g: Tensor, p: Tensor, state: State, s: Settings, now: Count, late: Late) -> Direction:
     """LARS (You et al. 2017), with and without momentum; the learning rate stands outside the momentum, as in SGD."""
     weight_norm, size = norm(p), norm(g)
-    ratio = trust_ratio(s.trust * weight_norm, size, size + s.weight_decay * weight_norm + s.eps) if s.adapt else 1.0
+    ratio = (
+        trust_ratio(s.trust_coefficient * weight_norm, size, size + s.weight_decay * weight_norm + s.eps)
+        if s.adapt
+        else 1.0
+    )
     g = (g + s.weight_decay * p) * ratio
     return late(_momentum(g, state, s, now) if "momentum_buffer" in state else g), 1.0, s.lr
 
@@ -196,7 +200,7 @@ def adan(g: Tensor, p: Tensor, state: State, s: Settings, now: Count, late: Late
 def ascend(g: Tensor, p: Tensor, state: State, s: Settings, now: Count, late: Late) -> Direction:
     """The ascent of SAM (Foret et al. 2021) and ASAM (Kwon et al. 2021) along a gradient that stage 2 brought to length rho."""
     state["backup"] = p
-    return (g * (p.abs() + s.eta) if s.by_weight else g), 1.0, -1.0
+    return (g * (p.abs() + s.eta) if s.adaptive else g), 1.0, -1.0
 
 
 RULES: dict[str, Callable[[Tensor, Tensor, State, Settings, Count, Late], Direction]] = {

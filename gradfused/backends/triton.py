@@ -169,20 +169,20 @@ class Options:
         where = [(row, settings[row.group]) for row in rows]
         return cls(
             centre=any(row.centre and s.centralize_at == "gradient" for row, s in where),
-            wide=any(s.scope in WIDE_SCOPES for _, s in where),
-            by_unit=any(s.scope == "unit" for _, s in where),
+            wide=any(s.norm_scope in WIDE_SCOPES for _, s in where),
+            by_unit=any(s.norm_scope == "unit" for _, s in where),
             late=any(row.centre and s.centralize_at != "gradient" for row, s in where),
             noise=any(s.noise > 0 for _, s in where),
             skip=any(s.skip_nonfinite for _, s in where),
             empty=any(not mine or row.param.numel() == 0 for row, mine in zip(rows, own, strict=True)),
             agc=any(s.agc for _, s in where),
-            product=any(row.product is not None for row in rows),
+            product=any(row.mu_product is not None for row in rows),
             many_states=any(len(row.state) > 3 for row in rows),
             source=any(row.source is not None for row in rows),
-            **{name: any(row.rounding == name for row in rows) for name in ("kahan", "stochastic")},
+            **{name: any(row.precision == name for row in rows) for name in ("kahan", "stochastic")},
             master=any(row.master is not None for row in rows),
             ema=any(row.ema is not None for row in rows),
-            zero=any(s.zero_grad for _, s in where),
+            zero=any(s.zero_grad_in_step for _, s in where),
         )
 
     @property
@@ -295,8 +295,8 @@ class _Part(Part):
         self.stream()
         self._upload()
         scale = checked(scaling.grad_scale, self.device)
-        by_weight = any(s is not None and s.by_weight for s in self._known)  # a table may outlive SAM's choice of it
-        options = {"AGC": self._options.agc, "BY_WEIGHT": by_weight, "RIDERS": self._options.riders}
+        adaptive = any(s is not None and s.adaptive for s in self._known)  # a table may outlive SAM's choice of it
+        options = {"AGC": self._options.agc, "ADAPTIVE": adaptive, "RIDERS": self._options.riders}
         self._launch(self._kernels.stats, scale, **self._chosen[0], **options)
 
     def apply(self, scaling: Scaling) -> None:

@@ -97,17 +97,17 @@ class Optimizer(torch.optim.Optimizer):
         if isinstance(lr, Tensor) and gpu.holds(lr):
             settings = replace(settings, lr_tensor=lr, lr_address=lr.data_ptr())
         rule, states = self._rule(group)
-        rounding = group["precision"] or "nearest"
+        precision = group["precision"] or "none"
         return GroupPlan(
             rule,
             states,
-            counts=self._counts_steps or settings.noise > 0 or rounding == "stochastic",
+            counts=self._counts_steps or settings.noise > 0 or precision == "stochastic",
             centre=options.centre_kind(group),
             backend=group["backend"],
             settings=settings,
             initial=self._initial(group),
-            product=self._keeps_product,
-            rounding=rounding,
+            mu_product=self._keeps_product,
+            precision=precision,
             state_dtype=options.STATE_DTYPES.get(group["state_dtype"]),
             ema=group["ema"] is not None,
         )

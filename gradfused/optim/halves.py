@@ -106,15 +106,15 @@ class Halves:
     def _plans(self) -> list[GroupPlan]:
         """The ascent as a step of the rule ``ascend``, on gradients normalised to ``rho`` over all parameters."""
         settings = Settings(
-            scope="global",
+            norm_scope="global",
             perturb=(0.0, self.options.rho, _TINY, 0.0, INF),
             decoupled=True,
-            by_weight=self.options.adaptive,
+            adaptive=self.options.adaptive,
             eta=self.options.eta,
         )
 
         def plan(group: dict[str, Any]) -> GroupPlan:
-            mine = replace(settings, zero_grad=group["zero_grad_in_step"])
+            mine = replace(settings, zero_grad_in_step=group["zero_grad_in_step"])
             return GroupPlan("ascend", ("backup",), False, "off", group["backend"], mine, copied=True)
 
         return [plan(group) for group in self._groups]

@@ -70,7 +70,7 @@ class LARS(Optimizer):
     def _numbers(self, group: dict[str, Any]) -> dict[str, Any]:
         numbers = finite_numbers(group, "lr", "weight_decay", "eps") | momentum_numbers(group)
         return numbers | {
-            "trust": finite("trust_coefficient", group["trust_coefficient"]),
+            "trust_coefficient": finite("trust_coefficient", group["trust_coefficient"]),
             "decoupled": True,  # the rule adds the decay, after the norm is taken
             "adapt": flag("adapt", group["adapt"]),
         }

@@ -309,7 +309,7 @@ def interpret(group: Mapping[str, Any]) -> dict[str, Any]:
         ValueError: A value is out of range, unknown, or contradicts another.
     """
     kind, radius, scope = _perturbation(group)
-    fields: dict[str, Any] = {"scope": scope, "radius": radius, "agc": kind == "agc"}
+    fields: dict[str, Any] = {"norm_scope": scope, "radius": radius, "agc": kind == "agc"}
     if kind in _FAMILY:
         a, b, e, lo, hi = _FAMILY[kind]
         fields["perturb"] = (a, b * radius, e, lo, hi)
@@ -323,7 +323,7 @@ def interpret(group: Mapping[str, Any]) -> dict[str, Any]:
         "sign": -sign if flag("maximize", group["maximize"]) else sign,
         "skip_nonfinite": group["nonfinite"] == "skip",
         "ema": 0.0 if group["ema"] is None else number("ema", group["ema"], high=1.0),
-        "zero_grad": flag("zero_grad_in_step", group["zero_grad_in_step"]),
+        "zero_grad_in_step": flag("zero_grad_in_step", group["zero_grad_in_step"]),
     }
 
 

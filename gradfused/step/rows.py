@@ -29,8 +29,8 @@ class GroupPlan:
         backend: The backend asked for.
         settings: The numbers.
         initial: What new state tensors are filled with; zeros if empty.
-        product: Whether the parameters keep the product of their momenta.
-        rounding: How weights of 16 bits are kept.
+        mu_product: Whether the parameters keep the product of their momenta.
+        precision: How weights of 16 bits are kept.
         state_dtype: Of new state tensors; None: the parameter's.
         ema: Whether an average of the weights is kept.
         copied: Whether the sources are copies of 16-bit weights in float32, to be read, and not weights themselves.
@@ -43,8 +43,8 @@ class GroupPlan:
     backend: str
     settings: Settings
     initial: tuple[float, ...] = ()
-    product: bool = False
-    rounding: str = "nearest"
+    mu_product: bool = False
+    precision: str = "none"
     state_dtype: torch.dtype | None = None
     ema: bool = False
     copied: bool = False
@@ -52,7 +52,7 @@ class GroupPlan:
     @property
     def measures(self) -> bool:
         """Whether its gradients' norms are known after a step."""
-        return self.settings.scope != "none" or self.settings.skip_nonfinite
+        return self.settings.norm_scope != "none" or self.settings.skip_nonfinite
 
     @property
     def structure(self) -> tuple[object, ...]:
@@ -64,17 +64,17 @@ class GroupPlan:
             self.counts,
             self.centre,
             self.backend,
-            self.product,
-            self.rounding,
+            self.mu_product,
+            self.precision,
             self.state_dtype,
             self.ema,
             self.copied,
             s.centralize_at,
-            s.scope,
+            s.norm_scope,
             s.agc,
             s.adapt,
             s.skip_nonfinite,
-            s.zero_grad,
+            s.zero_grad_in_step,
             s.noise > 0,
         )
 
@@ -167,7 +167,7 @@ def _unit_shape(p: Tensor, plan: GroupPlan) -> tuple[int, bool, bool]:
     """(unit length, centre, whole) of a row."""
     by_rows = p.numel() // p.shape[0] if p.dim() >= 2 and p.shape[0] else p.numel()
     centre = {"off": False, "unit": p.dim() >= 2, "conv": p.dim() >= 4, "tensor": True}[plan.centre]
-    by_unit = plan.settings.scope == "unit"
+    by_unit = plan.settings.norm_scope == "unit"
     unit = by_rows if by_unit or (centre and plan.centre != "tensor") else p.numel()
     return unit, centre, centre and plan.centre == "tensor" and unit != p.numel()
 
@@ -198,27 +198,27 @@ def make_row(
     """
     unit, centre, whole = _unit_shape(p, plan)
     first = not states.has(p, plan.states)
-    rounding = plan.rounding if p.dtype in SHORT else "nearest"
+    precision = plan.precision if p.dtype in SHORT else "none"
     if source is not None:
         check_source(name, p, source)
     source, master = (None, source) if plan.copied else (source, None)
     weights = p if source is None else source
     # Beside a float32 copy new state is of float32 too: squares of small gradients are zero in float16.
-    asked = plan.state_dtype or (torch.float32 if rounding == "master" else None)
+    asked = plan.state_dtype or (torch.float32 if precision == "master" else None)
     kept: dict[str, Tensor] = {
         key: states.tensor(name, p, key, initial, asked)
         for key, initial in zip(plan.states, plan.initial or (0.0,) * len(plan.states), strict=True)
     }
     state = dict(kept)
-    if rounding == "master":
+    if precision == "master":
         master = kept["master"] = states.tensor(name, p, "master", weights)
-    if rounding == "kahan":
+    if precision == "kahan":
         kept["kahan_comp"] = states.tensor(name, p, "kahan_comp")
     if plan.ema:
         kept["ema"] = states.tensor(name, p, "ema", weights)
     if plan.counts:
         kept["step"] = states.scalar(name, p, "step", make.step_device(p))
-    if plan.product:
+    if plan.mu_product:
         kept["mu_product"] = states.scalar(name, p, "mu_product", make.step_device(p), 1.0)
     states.drop(p, COPIES.difference(kept))
     return Row(
@@ -229,14 +229,14 @@ def make_row(
         state=state,
         source=source,
         master=master,
-        rest=kept.get("kahan_comp"),
+        kahan_comp=kept.get("kahan_comp"),
         ema=kept.get("ema"),
-        rounding=rounding,
+        precision=precision,
         step=kept.get("step"),
-        product=kept.get("mu_product"),
+        mu_product=kept.get("mu_product"),
         group=group,
-        number=number,
-        unit=unit,
+        param_number=number,
+        unit_length=unit,
         centre=centre,
         whole=whole,
         first=first,

@@ -55,7 +55,7 @@ class StepTable:
             make_row(name, p, grad, plans[g], g, number, state, make, sources.get(p))
             for g, number, name, p, grad in found
         ]
-        zeroed = [plans[row.group].settings.zero_grad for row in rows]
+        zeroed = [plans[row.group].settings.zero_grad_in_step for row in rows]
         self.zero_apart = check_memory(rows, zeroed)
         self.held: Held | None = Held.of(rows, zeroed)
         self.table = make(rows, self._settings(plans))
@@ -72,7 +72,7 @@ class StepTable:
 
     def _settings(self, plans: Sequence[GroupPlan]) -> list[Settings]:
         """What the backend is told: not to zero what it has yet to read elsewhere."""
-        return [replace(plan.settings, zero_grad=False) if self.zero_apart else plan.settings for plan in plans]
+        return [replace(plan.settings, zero_grad_in_step=False) if self.zero_apart else plan.settings for plan in plans]
 
     def still_describes(
         self, groups: list[Group], state: State, plans: Sequence[GroupPlan], sources: dict[Tensor, Tensor]

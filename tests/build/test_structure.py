@@ -303,7 +303,7 @@ def test_every_rule_is_built(backend: str) -> None:
 @needs_native
 def test_settings_are_what_a_kernel_reads() -> None:
     names = {f.name for f in fields(Settings)}
-    properties = {name for name in dir(cpu.native().Hyper) if not name.startswith("_")}
+    properties = {name for name in dir(cpu.native().Settings) if not name.startswith("_")}
     assert names - {"lr_tensor", "lr_address"} == properties
 
 

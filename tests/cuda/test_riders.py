@@ -195,7 +195,7 @@ class Ascent:
             p.grad.copy_(values(p.shape, i, 0))
         self.state: dict[Any, dict[str, Any]] = {p: {} for p in self.params}
         self.sources = {p: p.detach().float() * 1.001 for p in self.params} if sources else None
-        settings = Settings(scope="global", perturb=(0.0, 0.05, 1e-12, 0.0, math.inf), decoupled=True, **options)
+        settings = Settings(norm_scope="global", perturb=(0.0, 0.05, 1e-12, 0.0, math.inf), decoupled=True, **options)
         plan = GroupPlan("ascend", ("backup",), False, "off", backend, settings, copied=dtype in SHORT)
         self.table = StepTable([{"params": self.params}], States(self.state), [plan], self.sources)  # type: ignore[arg-type]
 
@@ -206,7 +206,7 @@ class Ascent:
         return found | {f"backup {i}": self.state[p]["backup"].double() for i, p in enumerate(self.params)}
 
 
-@pytest.mark.parametrize("options", [{}, {"by_weight": True}, {"by_weight": True, "eta": 0.01}], ids=str)
+@pytest.mark.parametrize("options", [{}, {"adaptive": True}, {"adaptive": True, "eta": 0.01}], ids=str)
 @pytest.mark.parametrize("layout", ["contiguous", "channels-last-gradient", "view", "misaligned"])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_ascents(dtype: str, layout: str, options: dict[str, Any], backend: str) -> None:
@@ -222,11 +222,11 @@ def test_ascents(dtype: str, layout: str, options: dict[str, Any], backend: str)
     assert_close(ours.climb(), exact.climb(), max(eps / 2, 1e-12) * 1.01, eps * 1e-2)
 
 
-@pytest.mark.parametrize("by_weight", [False, True])
+@pytest.mark.parametrize("adaptive", [False, True])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_ascents_from_copies_of_the_weights(dtype: str, by_weight: bool, backend: str) -> None:
+def test_ascents_from_copies_of_the_weights(dtype: str, adaptive: bool, backend: str) -> None:
     """Of 16-bit weights in float32."""
-    ours, theirs = (Ascent(b, DTYPES[dtype], sources=True, by_weight=by_weight) for b in (backend, "reference"))
+    ours, theirs = (Ascent(b, DTYPES[dtype], sources=True, adaptive=adaptive) for b in (backend, "reference"))
     eps = torch.finfo(DTYPES[dtype]).eps
     assert_close(ours.climb(), theirs.climb(), eps * 1.01, eps * 1e-2)
     for ascent in (ours, theirs):

@@ -269,9 +269,9 @@ def test_families_do_not_mix(backend: str) -> None:
     for rule, states in (("sgd", 0), ("adam", 2)):
         operand = (p.data_ptr(), "float32", [], [])
         table.add(
-            rule=rule, param=operand, grad=operand, state=[operand] * states, numel=4, length=4, group=0, parameter=0,
-            centre=False, whole=False, first=True, step=None, product=None, source=None, master=None, rest=None, ema=None,
-            rounding="nearest",
+            rule=rule, param=operand, grad=operand, state=[operand] * states, numel=4, unit_length=4, group=0,
+            param_number=0, centre=False, whole=False, first=True, step=None, mu_product=None, source=None, master=None,
+            kahan_comp=None, ema=None, precision="none",
         )  # fmt: skip
     with pytest.raises(ValueError, match="two families"):
         table.bytes()

@@ -144,7 +144,7 @@ def take(table: StepTable) -> None:
 def test_ascent_and_descent(adaptive: bool, dtype: torch.dtype, backend: str) -> None:
     """Up by rho along the gradient, and from the backup down, which leaves the weights where one step would."""
     rho = (0.0, 0.05, 1e-12, 0.0, math.inf)
-    settings = Settings(scope="global", perturb=rho, by_weight=adaptive, eta=0.01 * adaptive)
+    settings = Settings(norm_scope="global", perturb=rho, adaptive=adaptive, eta=0.01 * adaptive)
 
     def outcome(backend: str) -> Iterator[dict[str, torch.Tensor]]:
         made = Run(CASES["adamw"], {"clip_norm": 1.0}, SHAPES, backend=backend, dtype=dtype).step(2)

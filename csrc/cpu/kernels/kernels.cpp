@@ -18,13 +18,13 @@ template <class T> void mean_of_chunk(const Place& at, char* scratch) {
 template <class T> const T* reached(const Place& at, const Block& b, const T* g, char* scratch) {
   const T* const p = open_weights<T>(at, b, scratch, false);
   T* const to = buffer<T>(scratch, kGrad);
-  const T eta = T(at.hyper.eta);
+  const T eta = T(at.settings.eta);
   for (int64_t i = 0; i < b.count; ++i) to[i] = g[i] * math::reach(p[i], eta);
   return to;
 }
 
 template <class T> void squares_chunk(const Place& at, char* scratch) {
-  const bool weights = at.hyper.agc && at.row.length > kUnitMax;
+  const bool weights = at.settings.agc && at.row.unit_length > kUnitMax;
   double sum = 0, weight_sum = 0;
   at.for_each_block([&](const Block& b) {
     const T* g = open(at.row.grad, b.begin, b.count, buffer<T>(scratch, kRaw));
@@ -34,7 +34,7 @@ template <class T> void squares_chunk(const Place& at, char* scratch) {
     if (at.centre_gradient && !at.now.means_known) {
       for (int64_t u = 0; u < b.units; ++u) at.job.unit_mean[b.unit0 + u] = double(means.at[u]);
     }
-    if (at.hyper.by_weight) g = reached(at, b, g, scratch);
+    if (at.settings.adaptive) g = reached(at, b, g, scratch);
     squares_of(at, b, g, means, squares);
     sum += total(squares, b.units);
     if (!weights) return;
