@@ -100,7 +100,9 @@ def build(backend: str, folder: Path) -> Path:
     with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS") or len(os.sched_getaffinity(0)))) as pool:
         objects = list(pool.map(compile_one, [*sources_of(backend), Unit(counters)]))
     stubs = folder / "stubs.cpp"
-    stubs.write_text("".join(f'extern "C" void {name}() {{ __builtin_trap(); }}\n' for name in missing_symbols(objects)))
+    stubs.write_text(
+        "".join(f'extern "C" void {name}() {{ __builtin_trap(); }}\n' for name in missing_symbols(objects))
+    )
     library = folder / f"_{backend}{sysconfig.get_config_var('EXT_SUFFIX')}"
     subprocess.run([*command, "-shared", *map(str, objects), "-x", "c++", str(stubs), "-o", str(library)], check=True)
     return library
@@ -226,7 +228,8 @@ def main() -> int:
         print(json.dumps(trace(backends[0], Path(asked.inside))))
         return 0
     limits = {name: int(most) for name, most in (item.split("=") for item in asked.most)}
-    return int(not all([report(backend, limits.get(backend), asked.lines) for backend in backends]))
+    within = [report(backend, limits.get(backend), asked.lines) for backend in backends]
+    return int(not all(within))
 
 
 if __name__ == "__main__":
