@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from torch import Tensor
 from typing_extensions import Unpack
 
-from ..step.options import Recipe, finite, finite_numbers
+from ..step.options import Recipe
 from .base import Optimizer, Params
+from .rule import Rule, given
 
 
 class Adagrad(Optimizer):
@@ -30,8 +29,7 @@ class Adagrad(Optimizer):
         TypeError, ValueError: An option is unknown, out of range or contradicts another.
     """
 
-    _own_options = ("lr", "lr_decay", "eps", "weight_decay", "initial_accumulator_value")
-    _state_keys = frozenset(("sum",))
+    _rule = Rule("adagrad", {"sum": None}, initial={"sum": "initial_accumulator_value"})
 
     def __init__(
         self,
@@ -48,24 +46,4 @@ class Adagrad(Optimizer):
         fused: bool | None = None,
         **recipe: Unpack[Recipe],
     ) -> None:
-        defaults = {
-            "lr": lr,
-            "lr_decay": lr_decay,
-            "weight_decay": weight_decay,
-            "initial_accumulator_value": initial_accumulator_value,
-            "eps": eps,
-            "foreach": foreach,
-            "maximize": maximize,
-            "differentiable": differentiable,
-            "fused": fused,
-        }
-        super().__init__(params, defaults, dict(recipe))
-
-    def _rule(self, group: dict[str, Any]) -> tuple[str, tuple[str, ...]]:
-        return "adagrad", ("sum",)
-
-    def _initial(self, group: dict[str, Any]) -> tuple[float, ...]:
-        return (finite("initial_accumulator_value", group["initial_accumulator_value"]),)
-
-    def _numbers(self, group: dict[str, Any]) -> dict[str, Any]:
-        return finite_numbers(group, "lr", "lr_decay", "eps", "weight_decay")
+        super().__init__(**given(locals()))

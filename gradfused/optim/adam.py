@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from torch import Tensor
 from typing_extensions import Unpack
 
-from ..step.options import Recipe, adam_numbers, flag, items
+from ..step.options import Recipe, items
 from .base import Optimizer, Params
+from .rule import Rule, given
 
 
-def _refuse_tensors(lr: object, betas: object, given: bool) -> None:
-    """Raise ValueError for tensors where torch's constructor does: one beta of two, or ``given`` that foreach is asked for."""
+def _refuse_tensors(lr: object, betas: object, foreach: bool) -> None:
+    """Raise ValueError for tensors where torch's constructor does: one beta of two, or any where ``foreach`` is asked for."""
     are = [isinstance(value, Tensor) for value in (lr, *(items(betas) or ()))]
     if len(are) == 3 and are[1] != are[2]:
         raise ValueError(f"betas: expected two numbers or two tensors, as torch does, got {betas!r}")
-    if given and any(are):
+    if foreach and any(are):
         name, value = ("lr", lr) if are[0] else ("betas", betas)
         raise ValueError(
             f"{name}: expected a number, as torch does with foreach=True and capturable=False, got {value!r}; "
@@ -44,9 +43,7 @@ class Adam(Optimizer):
         TypeError, ValueError: An option is unknown, out of range or contradicts another.
     """
 
-    _own_options = ("lr", "betas", "eps", "weight_decay", "amsgrad")
-    _state_keys = frozenset(("exp_avg", "exp_avg_sq"))
-    _optional_keys = frozenset(("max_exp_avg_sq",))
+    _rule = Rule("adam", {"exp_avg": None, "exp_avg_sq": None, "max_exp_avg_sq": "amsgrad"})
 
     def __init__(
         self,
@@ -65,26 +62,5 @@ class Adam(Optimizer):
         decoupled_weight_decay: bool = False,
         **recipe: Unpack[Recipe],
     ) -> None:
-        defaults = {
-            "lr": lr,
-            "betas": betas,
-            "eps": eps,
-            "weight_decay": weight_decay,
-            "amsgrad": amsgrad,
-            "maximize": maximize,
-            "foreach": foreach,
-            "capturable": capturable,
-            "differentiable": differentiable,
-            "fused": fused,
-            "decoupled_weight_decay": decoupled_weight_decay,
-        }
-        super().__init__(params, defaults, dict(recipe))
-        _refuse_tensors(lr, betas, given=bool(foreach) and not capturable)
-
-    def _rule(self, group: dict[str, Any]) -> tuple[str, tuple[str, ...]]:
-        if flag("amsgrad", group["amsgrad"]):
-            return "adam_amsgrad", ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
-        return "adam", ("exp_avg", "exp_avg_sq")
-
-    def _numbers(self, group: dict[str, Any]) -> dict[str, Any]:
-        return adam_numbers(group)
+        super().__init__(**given(locals()))
+        _refuse_tensors(lr, betas, foreach=bool(foreach) and not capturable)

@@ -10,6 +10,7 @@ from typing_extensions import Unpack
 from ..step.options import Recipe
 from .adam import Adam
 from .base import Params
+from .rule import given
 
 
 class AdamW(Adam):
@@ -47,21 +48,7 @@ class AdamW(Adam):
         fused: bool | None = None,
         **recipe: Unpack[Recipe],
     ) -> None:
-        super().__init__(
-            params,
-            lr,
-            betas,
-            eps,
-            weight_decay,
-            amsgrad,
-            foreach=foreach,
-            maximize=maximize,
-            capturable=capturable,
-            differentiable=differentiable,
-            fused=fused,
-            decoupled_weight_decay=True,
-            **recipe,
-        )
+        super().__init__(decoupled_weight_decay=True, **given(locals()))
 
     def _numbers(self, group: dict[str, Any]) -> dict[str, Any]:
         # Whatever a loaded state dict says, this is AdamW.

@@ -7,8 +7,9 @@ from typing import Any
 from torch import Tensor
 from typing_extensions import Unpack
 
-from ..step.options import Recipe, beta_numbers, finite_numbers, flag
+from ..step.options import Recipe, flag
 from .base import Optimizer, Params
+from .rule import Rule, given
 
 
 class Adan(Optimizer):
@@ -28,8 +29,7 @@ class Adan(Optimizer):
         TypeError, ValueError: An option is unknown, out of range or contradicts another.
     """
 
-    _own_options = ("lr", "betas", "eps", "weight_decay", "no_prox")
-    _state_keys = frozenset(("exp_avg", "exp_avg_sq", "exp_avg_diff", "neg_pre_grad"))
+    _rule = Rule("adan", dict.fromkeys(("exp_avg", "exp_avg_sq", "exp_avg_diff", "neg_pre_grad")), decoupled=True)
 
     def __init__(
         self,
@@ -43,19 +43,7 @@ class Adan(Optimizer):
         maximize: bool = False,
         **recipe: Unpack[Recipe],
     ) -> None:
-        defaults = {
-            "lr": lr,
-            "betas": betas,
-            "eps": eps,
-            "weight_decay": weight_decay,
-            "no_prox": no_prox,
-            "maximize": maximize,
-        }
-        super().__init__(params, defaults, dict(recipe))
-
-    def _rule(self, group: dict[str, Any]) -> tuple[str, tuple[str, ...]]:
-        return "adan", ("exp_avg", "exp_avg_sq", "exp_avg_diff", "neg_pre_grad")
+        super().__init__(**given(locals()))
 
     def _numbers(self, group: dict[str, Any]) -> dict[str, Any]:
-        numbers = finite_numbers(group, "lr", "eps", "weight_decay") | beta_numbers(group, 3)
-        return numbers | {"decoupled": True, "proximal": not flag("no_prox", group["no_prox"])}
+        return super()._numbers(group) | {"proximal": not flag("no_prox", group["no_prox"])}

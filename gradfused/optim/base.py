@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import threading
 import weakref
-from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any, overload
+from typing import Any, ClassVar, overload
 
 import torch
 from torch import Tensor
@@ -25,6 +24,7 @@ from ..step.spelling import refuse_misspelt, refuse_unknown
 from ..step.state import States
 from ..step.table import StepTable
 from .checkpoint import Kind, restore_dtypes
+from .rule import Rule, rule_numbers, signature_options, telling_options
 
 Params = Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]]
 _NOT_OPTIONS = frozenset(("params", "param_names"))
@@ -41,16 +41,17 @@ def _overwrite(values: dict[Tensor, Tensor]) -> None:
 class Optimizer(torch.optim.Optimizer):
     """A torch optimizer whose step applies a gradient recipe and the update rule in one pass over memory.
 
-    Subclasses say what their rule is called, which state it keeps and which numbers it takes.
+    A subclass declares its rule. Its constructor's signature says which options it takes, and the options of the same names as
+    fields of Settings are the rule's numbers.
     """
 
     _step_supports_amp_scaling = LeavesScalingToStep()
 
-    def __init__(self, params: Params, defaults: dict[str, Any], recipe: dict[str, Any]) -> None:
-        refuse_unknown(recipe, options.DEFAULTS, type(self).__name__)
+    def __init__(self, params: Params, **given: Any) -> None:
+        refuse_unknown([name for name in given if name not in self._own_options], options.DEFAULTS, type(self).__name__)
         self._begin()
         self._complete = False
-        super().__init__(params, defaults | options.DEFAULTS | recipe)
+        super().__init__(params, options.DEFAULTS | given)
         self._check_memory()
         self._complete = True
 
@@ -68,23 +69,18 @@ class Optimizer(torch.optim.Optimizer):
 
     # ---- the rule
 
-    _own_options: tuple[str, ...]  # a state dict whose groups lack one of these is another optimizer's
-    _state_keys: frozenset[str]  # tensors that its state has at whatever options
-    _optional_keys: frozenset[str] = frozenset()  # and those that some options ask for
-    _counts_steps = True  # the rule reads the step's number
-    _keeps_product = False  # and the product of its momenta
+    _rule: ClassVar[Rule]
+    _own_options: ClassVar[dict[str, Any]]  # those in the constructor's signature, with their defaults
 
-    @abstractmethod
-    def _rule(self, group: dict[str, Any]) -> tuple[str, tuple[str, ...]]:
-        """The rule's name in csrc/rules.def and the keys of its state, in its order."""
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if "_rule" in vars(cls):  # not in a class that a user derives from an optimizer
+            cls._own_options = signature_options(cls.__init__)
 
-    @abstractmethod
     def _numbers(self, group: dict[str, Any]) -> dict[str, Any]:
         """The rule's validated options as fields of Settings."""
-
-    def _initial(self, group: dict[str, Any]) -> tuple[float, ...]:
-        """What new state holds, in the rule's order; empty for zeros."""
-        return ()
+        numbers = rule_numbers(group, self._own_options)
+        return numbers | {"decoupled": True} if self._rule.decoupled else numbers
 
     def _plan(self, group: dict[str, Any]) -> GroupPlan:
         """Interprets and validates one group's options."""
@@ -96,17 +92,17 @@ class Optimizer(torch.optim.Optimizer):
         lr = group["lr"]
         if isinstance(lr, Tensor) and gpu.holds(lr):
             settings = replace(settings, lr_tensor=lr, lr_address=lr.data_ptr())
-        rule, states = self._rule(group)
+        rule, states = self._rule.variant(group)
         precision = group["precision"] or "none"
         return GroupPlan(
             rule,
             states,
-            counts=self._counts_steps or settings.noise > 0 or precision == "stochastic",
+            counts=self._rule.counts_steps or settings.noise > 0 or precision == "stochastic",
             centre=options.centre_kind(group),
             backend=group["backend"],
             settings=settings,
-            initial=self._initial(group),
-            mu_product=self._keeps_product,
+            initial=self._rule.initial_values(group, states),
+            mu_product=self._rule.keeps_product,
             precision=precision,
             state_dtype=options.STATE_DTYPES.get(group["state_dtype"]),
             ema=group["ema"] is not None,
@@ -416,9 +412,8 @@ class Optimizer(torch.optim.Optimizer):
 
     def _checked(self, state_dict: dict[str, Any]) -> dict[str, Any]:
         """The state dict with options that it lacks filled in. Raises ValueError unless it is of this kind."""
-        scalars = [*["step"] * self._counts_steps, *["mu_product"] * self._keeps_product]
-        keys = (*sorted(self._state_keys), *scalars)
-        kind = Kind(type(self).__name__, self._own_options, keys, self._optional_keys)
+        rule, telling = self._rule, telling_options(self._own_options)
+        kind = Kind(type(self).__name__, telling, rule.required_keys, rule.optional_keys)
         saved = [dict(group) for group in state_dict["param_groups"]]
         for group, mine in zip(saved, self.param_groups, strict=False):
             kind.check_group(group)

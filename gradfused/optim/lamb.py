@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from torch import Tensor
 from typing_extensions import Unpack
 
-from ..step.options import Recipe, beta_numbers, finite_numbers, flag
+from ..step.options import Recipe
 from .base import Optimizer, Params
+from .rule import Rule, given
 
 
 class LAMB(Optimizer):
@@ -29,8 +28,7 @@ class LAMB(Optimizer):
         TypeError, ValueError: An option is unknown, out of range or contradicts another.
     """
 
-    _own_options = ("lr", "betas", "eps", "weight_decay", "adapt")
-    _state_keys = frozenset(("exp_avg", "exp_avg_sq"))
+    _rule = Rule("lamb", {"exp_avg": None, "exp_avg_sq": None}, decoupled=True)
 
     def __init__(
         self,
@@ -44,19 +42,4 @@ class LAMB(Optimizer):
         maximize: bool = False,
         **recipe: Unpack[Recipe],
     ) -> None:
-        defaults = {
-            "lr": lr,
-            "betas": betas,
-            "eps": eps,
-            "weight_decay": weight_decay,
-            "adapt": adapt,
-            "maximize": maximize,
-        }
-        super().__init__(params, defaults, dict(recipe))
-
-    def _rule(self, group: dict[str, Any]) -> tuple[str, tuple[str, ...]]:
-        return "lamb", ("exp_avg", "exp_avg_sq")
-
-    def _numbers(self, group: dict[str, Any]) -> dict[str, Any]:
-        numbers = finite_numbers(group, "lr", "eps", "weight_decay") | beta_numbers(group)
-        return numbers | {"decoupled": True, "adapt": flag("adapt", group["adapt"])}
+        super().__init__(**given(locals()))

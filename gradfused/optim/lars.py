@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from torch import Tensor
 from typing_extensions import Unpack
 
-from ..step.options import Recipe, finite, finite_numbers, flag, momentum_numbers
+from ..step.options import Recipe
 from .base import Optimizer, Params
+from .rule import Rule, given
 
 
 class LARS(Optimizer):
@@ -31,10 +30,7 @@ class LARS(Optimizer):
         TypeError, ValueError: An option is unknown, out of range or contradicts another.
     """
 
-    _own_options = ("lr", "momentum", "weight_decay", "trust_coefficient", "adapt")
-    _state_keys = frozenset()
-    _optional_keys = frozenset(("momentum_buffer",))
-    _counts_steps = False
+    _rule = Rule("lars", {"momentum_buffer": "momentum"}, counts_steps=False, decoupled=True)  # adds the decay itself
 
     def __init__(
         self,
@@ -51,26 +47,4 @@ class LARS(Optimizer):
         maximize: bool = False,
         **recipe: Unpack[Recipe],
     ) -> None:
-        defaults = {
-            "lr": lr,
-            "momentum": momentum,
-            "dampening": dampening,
-            "weight_decay": weight_decay,
-            "nesterov": nesterov,
-            "trust_coefficient": trust_coefficient,
-            "eps": eps,
-            "adapt": adapt,
-            "maximize": maximize,
-        }
-        super().__init__(params, defaults, dict(recipe))
-
-    def _rule(self, group: dict[str, Any]) -> tuple[str, tuple[str, ...]]:
-        return ("lars_momentum", ("momentum_buffer",)) if finite("momentum", group["momentum"]) else ("lars", ())
-
-    def _numbers(self, group: dict[str, Any]) -> dict[str, Any]:
-        numbers = finite_numbers(group, "lr", "weight_decay", "eps") | momentum_numbers(group)
-        return numbers | {
-            "trust_coefficient": finite("trust_coefficient", group["trust_coefficient"]),
-            "decoupled": True,  # the rule adds the decay, after the norm is taken
-            "adapt": flag("adapt", group["adapt"]),
-        }
+        super().__init__(**given(locals()))

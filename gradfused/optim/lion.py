@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from torch import Tensor
 from typing_extensions import Unpack
 
-from ..step.options import Recipe, beta_numbers, finite_numbers
+from ..step.options import Recipe
 from .base import Optimizer, Params
+from .rule import Rule, given
 
 
 class Lion(Optimizer):
@@ -26,9 +25,7 @@ class Lion(Optimizer):
         TypeError, ValueError: An option is unknown, out of range or contradicts another.
     """
 
-    _own_options = ("lr", "betas", "weight_decay")
-    _state_keys = frozenset(("exp_avg",))
-    _counts_steps = False
+    _rule = Rule("lion", {"exp_avg": None}, counts_steps=False, decoupled=True)
 
     def __init__(
         self,
@@ -40,16 +37,4 @@ class Lion(Optimizer):
         maximize: bool = False,
         **recipe: Unpack[Recipe],
     ) -> None:
-        defaults = {
-            "lr": lr,
-            "betas": betas,
-            "weight_decay": weight_decay,
-            "maximize": maximize,
-        }
-        super().__init__(params, defaults, dict(recipe))
-
-    def _rule(self, group: dict[str, Any]) -> tuple[str, tuple[str, ...]]:
-        return "lion", ("exp_avg",)
-
-    def _numbers(self, group: dict[str, Any]) -> dict[str, Any]:
-        return finite_numbers(group, "lr", "weight_decay") | beta_numbers(group) | {"decoupled": True}
+        super().__init__(**given(locals()))

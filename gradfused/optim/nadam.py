@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from torch import Tensor
 from typing_extensions import Unpack
 
-from ..step.options import Recipe, adam_numbers, finite_numbers
+from ..step.options import Recipe
 from .base import Optimizer, Params
+from .rule import Rule, given
 
 
 class NAdam(Optimizer):
@@ -31,9 +30,7 @@ class NAdam(Optimizer):
         TypeError, ValueError: An option is unknown, out of range or contradicts another.
     """
 
-    _own_options = ("lr", "betas", "eps", "weight_decay", "momentum_decay")
-    _state_keys = frozenset(("exp_avg", "exp_avg_sq"))
-    _keeps_product = True
+    _rule = Rule("nadam", {"exp_avg": None, "exp_avg_sq": None}, keeps_product=True)
 
     def __init__(
         self,
@@ -51,22 +48,4 @@ class NAdam(Optimizer):
         differentiable: bool = False,
         **recipe: Unpack[Recipe],
     ) -> None:
-        defaults = {
-            "lr": lr,
-            "betas": betas,
-            "eps": eps,
-            "weight_decay": weight_decay,
-            "momentum_decay": momentum_decay,
-            "decoupled_weight_decay": decoupled_weight_decay,
-            "foreach": foreach,
-            "maximize": maximize,
-            "capturable": capturable,
-            "differentiable": differentiable,
-        }
-        super().__init__(params, defaults, dict(recipe))
-
-    def _rule(self, group: dict[str, Any]) -> tuple[str, tuple[str, ...]]:
-        return "nadam", ("exp_avg", "exp_avg_sq")
-
-    def _numbers(self, group: dict[str, Any]) -> dict[str, Any]:
-        return adam_numbers(group) | finite_numbers(group, "momentum_decay")
+        super().__init__(**given(locals()))

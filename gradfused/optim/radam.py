@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from torch import Tensor
 from typing_extensions import Unpack
 
-from ..step.options import Recipe, adam_numbers
+from ..step.options import Recipe
 from .base import Optimizer, Params
+from .rule import Rule, given
 
 
 class RAdam(Optimizer):
@@ -30,8 +29,7 @@ class RAdam(Optimizer):
         TypeError, ValueError: An option is unknown, out of range or contradicts another.
     """
 
-    _own_options = ("lr", "betas", "eps", "weight_decay")
-    _state_keys = frozenset(("exp_avg", "exp_avg_sq"))
+    _rule = Rule("radam", {"exp_avg": None, "exp_avg_sq": None})
 
     def __init__(
         self,
@@ -48,21 +46,4 @@ class RAdam(Optimizer):
         differentiable: bool = False,
         **recipe: Unpack[Recipe],
     ) -> None:
-        defaults = {
-            "lr": lr,
-            "betas": betas,
-            "eps": eps,
-            "weight_decay": weight_decay,
-            "decoupled_weight_decay": decoupled_weight_decay,
-            "foreach": foreach,
-            "maximize": maximize,
-            "capturable": capturable,
-            "differentiable": differentiable,
-        }
-        super().__init__(params, defaults, dict(recipe))
-
-    def _rule(self, group: dict[str, Any]) -> tuple[str, tuple[str, ...]]:
-        return "radam", ("exp_avg", "exp_avg_sq")
-
-    def _numbers(self, group: dict[str, Any]) -> dict[str, Any]:
-        return adam_numbers(group)
+        super().__init__(**given(locals()))

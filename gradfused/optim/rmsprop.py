@@ -7,8 +7,9 @@ from typing import Any
 from torch import Tensor
 from typing_extensions import Unpack
 
-from ..step.options import Recipe, finite, finite_numbers, flag, number
+from ..step.options import Recipe, number
 from .base import Optimizer, Params
+from .rule import Rule, given
 
 
 class RMSprop(Optimizer):
@@ -31,9 +32,7 @@ class RMSprop(Optimizer):
         TypeError, ValueError: An option is unknown, out of range or contradicts another.
     """
 
-    _own_options = ("lr", "alpha", "eps", "weight_decay", "momentum", "centered")
-    _state_keys = frozenset(("square_avg",))
-    _optional_keys = frozenset(("momentum_buffer", "grad_avg"))
+    _rule = Rule("rmsprop", {"square_avg": None, "momentum_buffer": "momentum", "grad_avg": "centered"})
 
     def __init__(
         self,
@@ -50,25 +49,7 @@ class RMSprop(Optimizer):
         differentiable: bool = False,
         **recipe: Unpack[Recipe],
     ) -> None:
-        defaults = {
-            "lr": lr,
-            "alpha": alpha,
-            "eps": eps,
-            "weight_decay": weight_decay,
-            "momentum": momentum,
-            "centered": centered,
-            "capturable": capturable,
-            "foreach": foreach,
-            "maximize": maximize,
-            "differentiable": differentiable,
-        }
-        super().__init__(params, defaults, dict(recipe))
-
-    def _rule(self, group: dict[str, Any]) -> tuple[str, tuple[str, ...]]:
-        momentum, centered = finite("momentum", group["momentum"]) > 0, flag("centered", group["centered"])
-        rule = "rmsprop" + "_centered" * centered + "_momentum" * momentum
-        return rule, ("square_avg", *("momentum_buffer",) * momentum, *("grad_avg",) * centered)
+        super().__init__(**given(locals()))
 
     def _numbers(self, group: dict[str, Any]) -> dict[str, Any]:
-        numbers = finite_numbers(group, "lr", "eps", "weight_decay", "momentum")
-        return numbers | {"beta2": number("alpha", group["alpha"], high=1.0)}
+        return super()._numbers(group) | {"beta2": number("alpha", group["alpha"], high=1.0)}

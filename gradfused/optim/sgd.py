@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from torch import Tensor
 from typing_extensions import Unpack
 
-from ..step.options import Recipe, finite, finite_numbers, momentum_numbers
+from ..step.options import Recipe
 from .base import Optimizer, Params
+from .rule import Rule, given
 
 
 class SGD(Optimizer):
@@ -30,10 +29,7 @@ class SGD(Optimizer):
         TypeError, ValueError: An option is unknown, out of range or contradicts another.
     """
 
-    _own_options = ("lr", "momentum", "weight_decay")
-    _state_keys = frozenset()
-    _optional_keys = frozenset(("momentum_buffer",))
-    _counts_steps = False
+    _rule = Rule("sgd", {"momentum_buffer": "momentum"}, counts_steps=False)
 
     def __init__(
         self,
@@ -50,21 +46,4 @@ class SGD(Optimizer):
         fused: bool | None = None,
         **recipe: Unpack[Recipe],
     ) -> None:
-        defaults = {
-            "lr": lr,
-            "momentum": momentum,
-            "dampening": dampening,
-            "weight_decay": weight_decay,
-            "nesterov": nesterov,
-            "maximize": maximize,
-            "foreach": foreach,
-            "differentiable": differentiable,
-            "fused": fused,
-        }
-        super().__init__(params, defaults, dict(recipe))
-
-    def _rule(self, group: dict[str, Any]) -> tuple[str, tuple[str, ...]]:
-        return ("sgd_momentum", ("momentum_buffer",)) if finite("momentum", group["momentum"]) else ("sgd", ())
-
-    def _numbers(self, group: dict[str, Any]) -> dict[str, Any]:
-        return finite_numbers(group, "lr", "weight_decay") | momentum_numbers(group)
+        super().__init__(**given(locals()))

@@ -229,38 +229,6 @@ def finite(name: str, value: Any) -> float:
     return number(name, value, high_open=True)
 
 
-def finite_numbers(group: Mapping[str, Any], *names: str) -> dict[str, Any]:
-    """A group's options that are fields of Settings by their own names, each in [0, inf)."""
-    return {name: finite(name, group[name]) for name in names}
-
-
-def beta_numbers(group: Mapping[str, Any], count: int = 2) -> dict[str, Any]:
-    """A group's ``betas`` as fields of Settings, each in [0, 1)."""
-    values = items(group["betas"])
-    if values is None or len(values) != count:
-        raise TypeError(f"betas: expected {'two' if count == 2 else 'three'} numbers, got {group['betas']!r}")
-    return {f"beta{i + 1}": number(f"betas[{i}]", value, high=1.0, high_open=True) for i, value in enumerate(values)}
-
-
-def adam_numbers(group: Mapping[str, Any]) -> dict[str, Any]:
-    """What Adam, NAdam and RAdam share, as fields of Settings."""
-    numbers = finite_numbers(group, "lr", "eps", "weight_decay") | beta_numbers(group)
-    return numbers | {"decoupled": flag("decoupled_weight_decay", group["decoupled_weight_decay"])}
-
-
-def momentum_numbers(group: Mapping[str, Any]) -> dict[str, Any]:
-    """SGD's ``momentum``, ``dampening`` and ``nesterov`` as fields of Settings."""
-    momentum = finite("momentum", group["momentum"])
-    dampening = number("dampening", group["dampening"], low=-INF)
-    nesterov = flag("nesterov", group["nesterov"])
-    if nesterov and (momentum == 0 or dampening != 0):
-        raise ValueError(
-            "nesterov=True: expected momentum above 0 and no dampening, "
-            f"got momentum={momentum:g}, dampening={dampening:g}"
-        )
-    return {"momentum": momentum, "dampening": dampening, "nesterov": nesterov}
-
-
 def _perturbation(group: Mapping[str, Any]) -> tuple[str | None, float, str]:
     """(kind, radius, scope) with ``clip_norm`` spelt out."""
     kind, scope = group["perturb"], group["norm_scope"]

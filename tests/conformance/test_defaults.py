@@ -65,7 +65,7 @@ def within(default: str | None, work: Callable[[], Any]) -> Any:
 
 def multiply_in_float64(run: Run) -> None:
     """Give a run of NAdam its product of momenta as torch makes it where the default is float64: it rounds elsewhere."""
-    if not run.optimizer._keeps_product:  # type: ignore[attr-defined]
+    if not run.optimizer._rule.keeps_product:  # type: ignore[attr-defined]
         return
     for p in run.params:
         device = p.device if run.optimizer.param_groups[0]["backend"] in ("cuda", "triton") else "cpu"

@@ -162,7 +162,7 @@ def test_state_that_an_option_asks_for_may_be_missing(optimizer):
     for given in variants(optimizer):
         opt = build(optimizer, torch.bfloat16, **given)
         train(opt, 2)
-        optional = (type(opt)._optional_keys | RIDERS) - ({"step"} if type(opt)._counts_steps else set())
+        optional = (type(opt)._rule.optional_keys | RIDERS) - ({"step"} if type(opt)._rule.counts_steps else set())
         for key in set(states(opt)[1]) & optional:
             opt.load_state_dict(damaged(opt, key, "nothing"))
             train(opt, 1)
