@@ -181,7 +181,7 @@ def test_infinite_radius_makes_sense_for_clipping_only(perturb):
 
 def test_a_recipe_becomes_numbers():
     s = settings(clip_norm=2.0, clip_value=3, noise=0.5, noise_decay=0.25, seed=9, reverse=0.5, nonfinite="skip")
-    assert (s.scope, s.perturb) == ("global", (0.0, 2.0, 1e-6, 0.0, 1.0))
+    assert (s.norm_scope, s.perturb) == ("global", (0.0, 2.0, 1e-6, 0.0, 1.0))
     assert (s.clip_value, s.noise, s.noise_decay, s.seed, s.sign, s.skip_nonfinite) == (3.0, 0.5, 0.25, 9, -0.5, True)
 
 
