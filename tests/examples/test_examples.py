@@ -103,6 +103,19 @@ def test_no_study_is_left_out():
     assert {path.stem for path in EXAMPLES.glob("*.py") if "STUDY = Study(" in path.read_text()} == set(NAMES)
 
 
+def test_the_quickstart_prints_what_the_recipe_changed(capsys):
+    module("quickstart").main()
+    plain, recipe = capsys.readouterr().out.splitlines()
+    found = r"(.*): training loss ([\d.]+), ([\d.]+) % of new images read correctly"
+    (without, loss, right), (options, new_loss, new_right) = (
+        re.fullmatch(found, line).groups() for line in (plain, recipe)
+    )
+    assert without == "plain SGD"
+    assert options == "centralize=True, clip_norm=1"
+    assert float(new_loss) < float(loss)
+    assert float(new_right) > float(right) > 60
+
+
 def test_a_script_starts_from_the_command_line():
     run = subprocess.run(
         [sys.executable, str(EXAMPLES / "medical.py"), "--help"], capture_output=True, text=True, check=True, cwd=ROOT
