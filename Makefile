@@ -5,7 +5,7 @@
 #   MAX_JOBS    parallel compiles; default: the CPUs at hand
 #   OUT         where gpu-check leaves its logs
 #   STEPS       which steps gpu-check takes, as in "build bench"; default: all
-#   GRADFUSED_CUDA, GRADFUSED_CUDA_ARCHS   whether and for which GPUs to build CUDA: tools/nvcc.py
+#   GRADFUSED_CUDA, GRADFUSED_CUDA_ARCHS   whether and for which GPUs to build CUDA: tools/build/nvcc.py
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 VENV ?= .venv
@@ -31,8 +31,8 @@ test: native
 # for every target (10 a target).
 test-all: native
 	@$(PYTEST) --interpret-all
-	@$(PY) tools/check_triton.py --all
-	@$(PY) tools/check_triton_lpg.py --all
+	@$(PY) tools/check/check_triton.py --all
+	@$(PY) tools/check/check_triton_lpg.py --all
 
 lint: $(READY)
 	$(PY) -m ruff check .
@@ -42,21 +42,21 @@ lint: $(READY)
 
 # Every CPython of 3.10 to 3.13 on PATH or in pyenv; wheel-check: only the one in .venv.
 wheel: $(READY)
-	@$(PY) tools/wheels.py --torch "$(TORCH)" --all
+	@$(PY) tools/build/wheels.py --torch "$(TORCH)" --all
 
 wheel-check: $(READY)
-	@$(PY) tools/wheels.py --torch "$(TORCH)"
+	@$(PY) tools/build/wheels.py --torch "$(TORCH)"
 
 sanitize: $(READY)
-	@$(PY) tools/sanitize.py
+	@$(PY) tools/check/sanitize.py
 
 # With the python3 that holds a torch with CUDA, and nothing installed: such machines may be offline.
 gpu-check:
-	@$(PYTHON) tools/gpu_check.py --out "$(OUT)" $(STEPS)
+	@$(PYTHON) tools/check/gpu_check.py --out "$(OUT)" $(STEPS)
 
 # Registers, spills and access widths of the CUDA kernels, from their machine code: no GPU needed.
 sass: native
-	@$(PY) tools/check_sass.py
+	@$(PY) tools/check/check_sass.py
 
 # The editable install compiled the modules once; this is the incremental rebuild.
 native: $(READY)

@@ -30,7 +30,7 @@ OLDEST = (3, 3)
 # 128 bytes of reads under way a thread, 64 KiB a multiprocessor. AMD's warps are of 64 threads, Intel's of 32 as NVIDIA's.
 TILE, THREADS = 1024, 128
 # Programs a multiprocessor, each of which takes its share of the chunks: as many as are resident, by the registers that
-# tools/check_triton.py reads, up to 96 in lean kernels and 128 in those with noise, norms by unit, late centring, riders on the
+# check_triton.py reads, up to 96 in lean kernels and 128 in those with noise, norms by unit, late centring, riders on the
 # weights or four state tensors, and in those that weigh.
 LEAN_PROGRAMS, FULL_PROGRAMS = 5, 4
 # On Intel's GPUs for each Xe core, which runs 64 threads or more, each a warp, with 64 floats of registers a lane.

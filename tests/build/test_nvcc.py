@@ -3,15 +3,10 @@
 from __future__ import annotations
 
 import re
-import sys
 from pathlib import Path
 
-import pytest
-from repository import ROOT
-
-sys.path.insert(0, str(ROOT / "tools"))
-
 import nvcc
+import pytest
 
 # What one of CUDA 12.4 prints, on a machine where the runtime's folder is `home`.
 NVCC = """\

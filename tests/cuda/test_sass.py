@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-import sys
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 
-import pytest
-from repository import ROOT
-
-sys.path.insert(0, str(ROOT / "tools"))
-
 import check_sass
+import pytest
 
 SYMBOL = "_ZN9gradfused4cuda40_GLOBAL__N__78af0231_8_apply_cu_e55839d114step_adam_leanENS_6device3JobENS0_5DoingE"
 

@@ -89,9 +89,9 @@ REASON = str(triton.missing() or triton.uninterpretable() or triton.availability
 
 
 def uninterpreted(script: str) -> subprocess.CompletedProcess[str]:
-    """A script of tools/, run in a process whose kernels are compiled."""
+    """A script of tools/check, run in a process whose kernels are compiled."""
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     return subprocess.run(
-        [sys.executable, str(ROOT / "tools" / script)],
+        [sys.executable, str(ROOT / "tools" / "check" / script)],
         capture_output=True, text=True, check=False, env=environment, cwd=ROOT,
     )  # fmt: skip

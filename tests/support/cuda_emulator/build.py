@@ -6,18 +6,20 @@ import fcntl
 import hashlib
 import importlib.util
 import os
-import re
 import shlex
 import shutil
 import subprocess
+import sys
 import sysconfig
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import ModuleType
 
+sys.path.append(str(Path(__file__).resolve().parents[3] / "tools" / "build"))
+
+from sources import APPLY, CSRC, CUDA_FOLDERS, ROOT, apply_parts, cuda_kernels, sources
+
 HERE = Path(__file__).parent
-ROOT = HERE.parents[2]
-CSRC = ROOT / "csrc"
 NAME = "_cuda_emulated"
 SANITIZE = ("-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-fno-omit-frame-pointer")
 
@@ -27,21 +29,11 @@ def compiler() -> str | None:
     return os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++")
 
 
-def _families() -> list[str]:
-    rules = (CSRC / "rules.def").read_text()
-    return list(dict.fromkeys(re.findall(r"^GRADFUSED_RULE\(\w+, \w+, (\w+)\)", rules, re.MULTILINE)))
-
-
-def _units() -> list[tuple[str, Path, list[str]]]:
+def _units() -> list[tuple[str, Path, tuple[str, ...]]]:
     """(name of the object, source, flags), the slowest first."""
-    apply = [
-        (f"apply-{family}-{full}", CSRC / "cuda/apply.cu", [f"-DGRADFUSED_FAMILY={family}", f"-DGRADFUSED_FULL={full}"])
-        for full in (1, 0)
-        for family in _families()
-    ]
-    folders = ("cuda", "device", "bind")
-    rest = [CSRC / "cuda/stats.cu", *(path for f in folders for path in sorted(CSRC.glob(f"{f}/*.cpp")))]
-    return [*apply, *((path.stem, path, []) for path in rest)]
+    parts = [(f"apply-{name}", ROOT / APPLY, flags) for name, flags in apply_parts()]
+    others = (*cuda_kernels(), *sources(CUDA_FOLDERS))
+    return [*parts, *((source.replace("/", "-"), ROOT / source, ()) for source in others)]
 
 
 def _sources_hash(command: list[str]) -> str:
@@ -78,7 +70,7 @@ def build(sanitize: bool = False) -> Path:
 def _compile(command: list[str], library: Path) -> None:
     folder = library.parent
 
-    def compile_one(unit: tuple[str, Path, list[str]]) -> Path:
+    def compile_one(unit: tuple[str, Path, tuple[str, ...]]) -> Path:
         name, source, extra = unit
         out = folder / f"{name}.o"
         subprocess.run([*command, *extra, "-x", "c++", "-c", str(source), "-o", str(out)], check=True)

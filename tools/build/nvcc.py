@@ -1,4 +1,4 @@
-"""Finds NVIDIA's compiler and what it can build; setup.py asks it about gradfused._cuda.
+"""Finds NVIDIA's compiler and what it can build; the build asks it about gradfused._cuda.
 
 Environment:
     GRADFUSED_CUDA: "auto", the default, builds where nvcc is found; "1" insists; "0" leaves it out.

@@ -21,8 +21,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-ROOT = Path(__file__).resolve().parent.parent
-CSRC = ROOT / "csrc"
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "build"))
+
+from sources import CSRC, ROOT, rule_families
+
 BUILT = ROOT / "gradfused" / f"_cuda{sysconfig.get_config_var('EXT_SUFFIX')}"
 LINE = re.compile(r"\s+/\*([0-9a-f]{4,})\*/\s+(?:@(!?U?P\w+)\s+)?([A-Z][A-Z0-9_.]*)\s*(.*?)\s*;")
 WIDE = 128
@@ -325,12 +327,6 @@ def kernels(module: Path, cuobjdump: str) -> Iterator[Kernel]:
             yield Kernel(arch, symbol, *usage[arch, symbol], local, hot_loops(code))
     if process.returncode:
         raise SystemExit(f"{' '.join(command)} failed ({process.returncode})")
-
-
-def rule_families() -> dict[str, list[str]]:
-    """The types of the rules of each family."""
-    rules = re.findall(r"^GRADFUSED_RULE\(\w+, (\w+), (\w+)\)", (CSRC / "rules.def").read_text(), re.MULTILINE)
-    return {family: [rule for rule, its in rules if its == family] for _, family in rules}
 
 
 def has_lean_kernels(rule: str) -> bool:

@@ -1,6 +1,6 @@
 """Compiles the LPG kernels ahead of time for GPUs that need not be there, and reads registers, spills and access widths.
 
-    python tools/check_triton_lpg.py [--all] [--target sm_90 ...]
+    python tools/check/check_triton_lpg.py [--all] [--target sm_90 ...]
 
 Fails where a kernel spills, or where rows allow accesses of 16 bytes and it has none. A target that this Triton cannot compile
 for is left out, with the reason.

@@ -16,7 +16,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 BUILD = ROOT / "build" / "sanitize"
 PACKAGES = BUILD / "lib"
 INSIDE = "GRADFUSED_SANITIZE_INSIDE"

@@ -22,7 +22,7 @@ from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 BUILD = ROOT / "build" / "gpu"
 PACKAGES = BUILD / "lib"
 TOOL_PLACES = ("/usr/local/cuda/bin", "/opt/nvidia/nsight-compute/*", "/usr/local/cuda/nsight-compute*")
@@ -118,7 +118,7 @@ def all_steps(out: Path) -> Iterator[Step]:
     # --clock-control none: the clocks of a lent machine are not ours to set.
     options = "--profile-from-start off --clock-control none --csv --print-units base --metrics"
     profiler = (find_tool("ncu") or "ncu", *options.split(), METRICS)
-    yield Step("ncu", ((*profiler, python, str(ROOT / "tools" / "gpu_step.py")),), needs=("ncu",))
+    yield Step("ncu", ((*profiler, python, str(ROOT / "tools" / "check" / "gpu_step.py")),), needs=("ncu",))
 
 
 def environment(step: Step) -> dict[str, str]:

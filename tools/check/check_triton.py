@@ -1,6 +1,6 @@
 """Compiles the Triton kernels ahead of time for GPUs that need not be there, and reads registers, spills and access widths.
 
-    python tools/check_triton.py [--all] [--target sm_90 ...]
+    python tools/check/check_triton.py [--all] [--target sm_90 ...]
 
 Fails where a hot loop spills, or where what is laid out for accesses of 16 bytes is read or written in narrower ones. A target
 that this Triton cannot compile for is left out, with the reason.

@@ -17,7 +17,8 @@ import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
+from sources import ROOT
+
 DIST = ROOT / "dist"
 MINORS = range(10, 14)
 COMPILERS = ("cc", "c++", "gcc", "g++", "clang", "clang++")
@@ -106,7 +107,7 @@ def check_wheel(python: str, wheel: Path, torch: str | None, work: Path) -> None
         raise SystemExit(f"the clean environment has a compiler: {visible}")
     what: list[str | Path] = [torch, wheel] if torch else ["--no-deps", wheel]
     run(clean, "-m", "pip", "install", "--only-binary", ":all:", *what)
-    script = ROOT / "tools" / ("check_with_torch.py" if torch else "check_without_torch.py")
+    script = ROOT / "tools" / "check" / ("check_with_torch.py" if torch else "check_without_torch.py")
     run(clean, script, path=clean.parent, cwd=work)
 
 
