@@ -158,8 +158,9 @@ inline void define(py::module_& m) {
       .def("__len__", &Rows::size);
 
   py::class_<Watch>(m, "Watch", py::module_local())
-      .def(py::init<py::object, py::object, py::object, py::list, py::dict, py::dict, py::list>(), py::arg("tensor"), py::arg("storage"),
-           py::arg("exchange"), py::arg("groups"), py::arg("state"), py::arg("sources"), py::arg("rows"))
+      .def(py::init<py::object, py::object, py::object, bool, py::list, py::dict, py::dict, py::list>(), py::arg("tensor"),
+           py::arg("storage"), py::arg("exchange"), py::arg("shim"), py::arg("groups"), py::arg("state"), py::arg("sources"),
+           py::arg("rows"))
       .def("refresh", &Watch::refresh, py::arg("groups"), py::arg("state"), py::arg("sources"), py::arg("tables"));
 }
 

@@ -1,5 +1,11 @@
 #include "bind/tensors.h"
 
+#include <cstring>
+
+#ifdef __linux__
+#include <dlfcn.h>
+#endif
+
 namespace py = pybind11;
 
 namespace gradfused::bind {
@@ -20,6 +26,34 @@ void read_tuple(const py::object& tuple, std::vector<int64_t>& into) {
 }
 
 }  // namespace
+
+StorageShim::StorageShim([[maybe_unused]] bool allowed) {
+#ifdef __linux__
+  if (!allowed) return;
+  void* const torch = dlopen("libtorch_cpu.so", RTLD_LAZY | RTLD_NOLOAD);
+  if (!torch) return;
+  bytes_ = reinterpret_cast<Query>(dlsym(torch, "aoti_torch_get_storage_size"));
+  offset_ = reinterpret_cast<Query>(dlsym(torch, "aoti_torch_get_storage_offset"));
+  if (!offset_) bytes_ = nullptr;
+  dlclose(torch);  // torch itself keeps it loaded
+#endif
+}
+
+void StorageShim::learn(PyObject* tensor, const void* implementation, size_t object_size) {
+  if (!bytes_) return;
+  const auto holds = [&](size_t place) {
+    return std::memcmp(reinterpret_cast<char*>(tensor) + place, &implementation, sizeof(void*)) == 0;
+  };
+  for (size_t place = sizeof(PyObject); !place_ && place + sizeof(void*) <= object_size; place += sizeof(void*)) {
+    if (holds(place)) place_ = place;
+  }
+  if (!place_ || !holds(place_)) bytes_ = nullptr;
+}
+
+bool StorageShim::ask(PyObject* tensor, int64_t& bytes, int64_t& offset) const {
+  const void* const handle = reinterpret_cast<char*>(tensor) + place_;
+  return bytes_(handle, &bytes) == 0 && offset_(handle, &offset) == 0;
+}
 
 Accessor::Accessor(py::object descriptor) : descriptor_(std::move(descriptor)), no_arguments_(py::tuple()) {
   PyObject* d = descriptor_.ptr();
@@ -44,6 +78,15 @@ py::object Accessor::operator()(PyObject* tensor) const {
   return py::reinterpret_steal<py::object>(result);
 }
 
+int64_t View::bytes() const {
+  int64_t last = 0;
+  for (size_t d = 0; d < dims; ++d) {
+    if (sizes[d] == 0) return 0;
+    last += (sizes[d] - 1) * strides[d];
+  }
+  return (last + 1) * itemsize;
+}
+
 bool View::lies_as(const View& other) const {
   if (dtype != other.dtype || dims != other.dims) return false;
   for (size_t d = 0; d < dims; ++d) {
@@ -52,27 +95,40 @@ bool View::lies_as(const View& other) const {
   return true;
 }
 
-Tensors::Tensors(const py::object& tensor, const py::object& storage, const py::object& exchange)
+Tensors::Tensors(const py::object& tensor, const py::object& storage, const py::object& exchange, bool shim)
     : type_(tensor),
       grad_(tensor.attr("grad")),
       data_ptr_(tensor.attr("data_ptr")),
       stride_(tensor.attr("stride")),
       dtype_(tensor.attr("dtype")),
       shape_(tensor.attr("shape")),
+      element_size_(tensor.attr("element_size")),
+      offset_(tensor.attr("storage_offset")),
       storage_(tensor.attr("untyped_storage")),
-      storage_data_ptr_(storage.attr("data_ptr")),
       storage_bytes_(storage.attr("nbytes")),
-      exchange_(exchange_of(exchange)) {}
+      implementation_(tensor.attr("_cdata")),
+      exchange_(exchange_of(exchange)),
+      shim_(shim) {}
 
 PyObject* Tensors::checked(PyObject* object) const {
   if (!PyObject_TypeCheck(object, reinterpret_cast<PyTypeObject*>(type_.ptr()))) throw py::type_error("expected a tensor");
   return object;
 }
 
-bool Tensors::in_storage(PyObject* tensor, const Span& span) const {
-  const py::object storage = storage_(tensor);
-  const uintptr_t first = uintptr_t(PyLong_AsUnsignedLongLong(storage_data_ptr_(storage.ptr()).ptr()));
-  return first <= span.first && span.second <= first + uintptr_t(PyLong_AsUnsignedLongLong(storage_bytes_(storage.ptr()).ptr()));
+void Tensors::learn(PyObject* tensor) {
+  const void* const implementation = PyLong_AsVoidPtr(implementation_(checked(tensor)).ptr());
+  shim_.learn(tensor, implementation, size_t(reinterpret_cast<PyTypeObject*>(type_.ptr())->tp_basicsize));
+}
+
+bool Tensors::storage_holds(PyObject* tensor, const View& view) const {
+  int64_t size = 0, offset = 0;
+  if (shim_) {
+    if (!shim_.ask(tensor, size, offset)) return false;
+  } else {
+    size = PyLong_AsLongLong(storage_bytes_(storage_(tensor).ptr()).ptr());
+    offset = PyLong_AsLongLong(offset_(tensor).ptr());
+  }
+  return offset * view.itemsize + view.bytes() <= size;
 }
 
 View Tensors::operator()(PyObject* tensor) const {
@@ -80,12 +136,13 @@ View Tensors::operator()(PyObject* tensor) const {
     DLTensor t;
     if (exchange_->dltensor_from_py_object_no_sync(tensor, &t) != 0) throw py::error_already_set();
     const uintptr_t dtype = uintptr_t(t.dtype.code) << 8 | t.dtype.bits;
-    return {reinterpret_cast<uintptr_t>(t.data) + t.byte_offset, dtype, size_t(t.ndim), t.shape, t.strides};
+    return {reinterpret_cast<uintptr_t>(t.data) + t.byte_offset, dtype, t.dtype.bits / 8, size_t(t.ndim), t.shape, t.strides};
   }
   read_tuple(shape_(checked(tensor)), sizes_);
   read_tuple(stride_(tensor), strides_);
   const uintptr_t address = uintptr_t(PyLong_AsUnsignedLongLong(data_ptr_(tensor).ptr()));
-  return {address, reinterpret_cast<uintptr_t>(dtype_(tensor).ptr()), sizes_.size(), sizes_.data(), strides_.data()};
+  const int64_t itemsize = PyLong_AsLongLong(element_size_(tensor).ptr());
+  return {address, reinterpret_cast<uintptr_t>(dtype_(tensor).ptr()), itemsize, sizes_.size(), sizes_.data(), strides_.data()};
 }
 
 }  // namespace gradfused::bind

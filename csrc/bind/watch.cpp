@@ -46,8 +46,9 @@ void append(const py::list& list, PyObject* object) {
 
 }  // namespace
 
-Watch::Watch(py::object tensor, py::object storage, py::object exchange, py::list groups, py::dict state, py::dict sources, py::list rows)
-    : tensors_(tensor, storage, exchange) {
+Watch::Watch(py::object tensor, py::object storage, py::object exchange, bool shim, py::list groups, py::dict state, py::dict sources,
+             py::list rows)
+    : tensors_(tensor, storage, exchange, shim) {
   // Alive until all is read, whatever other threads do: a garbage collection, which a new object may start, lets them run.
   const py::dict state_now = copy_of(state), sources_now = copy_of(sources);
   states_ = pairs_of(state_now);
@@ -94,14 +95,15 @@ void Watch::add_state(Watched& row, const py::dict& kept) {
 
 void Watch::see(const py::handle& tensor) {
   const View v = tensors_(tensor.ptr());
-  seen_.push_back({v.address, v.dtype, v.dims, shapes_.size()});
+  tensors_.learn(tensor.ptr());
+  seen_.push_back({v.address, v.dtype, v.itemsize, v.dims, shapes_.size()});
   shapes_.insert(shapes_.end(), v.sizes, v.sizes + v.dims);
   shapes_.insert(shapes_.end(), v.strides, v.strides + v.dims);
 }
 
 View Watch::view(const Seen& seen) const {
   const int64_t* const sizes = shapes_.data() + seen.shape;
-  return {seen.address, seen.dtype, seen.dims, sizes, sizes + seen.dims};
+  return {seen.address, seen.dtype, seen.itemsize, seen.dims, sizes, sizes + seen.dims};
 }
 
 bool Watch::same_parameters(const py::list& groups) const {
@@ -162,14 +164,13 @@ bool Watch::gather_gradients(const Held& held) const {
 
 bool Watch::same_gradient(const Seen& seen, PyObject* grad, const std::vector<Rows*>& tables, size_t at) const {
   const View now = tensors_(grad);
-  if (!now.lies_as(view(seen))) return false;
+  // A storage that was freed or shrunk is for whoever builds a table to refuse, and so is a gradient without memory of its own.
+  if (!now.lies_as(view(seen)) || !tensors_.storage_holds(grad, now)) return false;
   for (Rows* table : tables) {
     Operand moved = table->row(at).grad;
     if (now.address == reinterpret_cast<uintptr_t>(moved.data)) continue;
     moved.data = reinterpret_cast<char*>(now.address);
-    // Without memory of its own it is a wrapper, or its storage was freed: to be refused by whoever builds a table.
-    if (now.address == 0 || !tensors_.in_storage(grad, span_of(moved, table->row(at).numel))) return false;
-    if (!table->move_grad(at, moved.data)) return false;
+    if (now.address == 0 || !table->move_grad(at, moved.data)) return false;
   }
   return true;
 }
@@ -178,7 +179,7 @@ bool Watch::lies_still(const Held& held, const std::vector<Rows*>& tables) const
   const Seen* seen = seen_.data();
   const auto still = [&](PyObject* tensor) {
     const View now = tensors_(tensor);
-    const bool same = now.address == seen->address && now.lies_as(view(*seen));
+    const bool same = now.address == seen->address && now.lies_as(view(*seen)) && tensors_.storage_holds(tensor, now);
     ++seen;
     return same;
   };

@@ -20,11 +20,11 @@ namespace gradfused::bind {
 // is told of a tensor is asked again of the one that is there now.
 class Watch {
  public:
-  // `tensor`, `storage` and `exchange` as Tensors has them; `groups` and `state` the optimizer's, `sources` where the weights of some parameters
+  // `tensor`, `storage`, `exchange` and `shim` as Tensors has them; `groups` and `state` the optimizer's, `sources` where the weights of some parameters
   // are read in their place. For each row of the table, in order, `rows` has its parameter's number among those of all groups, the
   // parameter, its gradient, its state by key, and whether the step leaves the gradient at zero.
-  Watch(pybind11::object tensor, pybind11::object storage, pybind11::object exchange, pybind11::list groups, pybind11::dict state,
-        pybind11::dict sources, pybind11::list rows);
+  Watch(pybind11::object tensor, pybind11::object storage, pybind11::object exchange, bool shim, pybind11::list groups,
+        pybind11::dict state, pybind11::dict sources, pybind11::list rows);
 
   // If the tables still describe the optimizer, gradients that moved, but kept their layout, are taken over into them. Returns three
   // lists that hold what the step uses: parameters, all tensors that it writes, and those that it only reads. None asks for a new
@@ -38,6 +38,7 @@ class Watch {
   // How a tensor lay: its sizes and then its strides stand in shapes_, from `shape` on.
   struct Seen {
     uintptr_t address, dtype;
+    int64_t itemsize;
     size_t dims, shape;
   };
   // A state tensor: its place in its parameter's state dict, and the key there.
@@ -70,7 +71,7 @@ class Watch {
   bool lies_still(const Held& held, const std::vector<Rows*>& tables) const;
   bool same_gradient(const Seen& seen, PyObject* grad, const std::vector<Rows*>& tables, size_t at) const;
 
-  const Tensors tensors_;
+  Tensors tensors_;
   // Not owned, and followed only once they are known to be what the optimizer holds now.
   std::vector<PyObject*> params_;
   Pairs states_, sources_;

@@ -22,6 +22,8 @@ DTYPES = {
 _SETTINGS = [f.name for f in fields(Settings) if f.name not in ("lr_tensor", "lr_address")]
 #: Describes a tensor to native code without Python calls. Older versions of torch have none.
 EXCHANGE = getattr(Tensor, "__dlpack_c_exchange_api__", None)
+#: Ask for the size of storages through libtorch's C interface where this torch has it.
+SHIM = True
 
 # (address, dtype, sizes, strides) as a native module reads an operand
 Operand = tuple[int, str, list[int], list[int]]
@@ -159,7 +161,7 @@ class Watch:
             for row in rows
         ]
         self._native = module.Watch(
-            torch._C.TensorBase, torch.UntypedStorage, EXCHANGE, groups, state, sources, described
+            torch._C.TensorBase, torch.UntypedStorage, EXCHANGE, SHIM, groups, state, sources, described
         )
 
     def refresh(

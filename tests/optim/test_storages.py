@@ -9,7 +9,7 @@ import pytest
 import torch
 from cases import EMULATED_CUDA
 from torch import Tensor, nn
-from twins import assert_identical, refuses, snapshot
+from twins import assert_identical, at_the_end_of_a_large_storage, refuses, shrink_in_place, snapshot
 
 import gradfused
 
@@ -74,6 +74,25 @@ def test_freed_and_shrunk_storages_are_refused_and_mended(operand, left, backend
     optimizer.step()
     undisturbed.step()
     assert_identical(snapshot(optimizer)[2:], snapshot(undisturbed)[2:])
+
+
+@every_backend
+@every_operand
+def test_storages_shrunk_in_place_are_refused(operand, backend):
+    """Resized twice, so that what is left of them begins at the old address: a step may not write past its end."""
+    optimizer, params = make(backend)
+    tensor = OPERANDS[operand](optimizer, params[1])
+    assert tensor is not None
+    tensor.data = at_the_end_of_a_large_storage(tensor)
+    optimizer.step()
+    before = [t.detach().clone() for t in (params[0], *optimizer.state[params[0]].values())]
+    length = tensor.untyped_storage().nbytes()
+    shrink_in_place(tensor)
+    with pytest.raises(
+        ValueError, match=f"parameter 'b': expected a storage of {length} bytes or more, got {length - 1}"
+    ):
+        optimizer.step()
+    assert_identical(before, [t.detach() for t in (params[0], *optimizer.state[params[0]].values())])
 
 
 @every_backend

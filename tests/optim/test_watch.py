@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from twins import at_the_end_of_a_large_storage, shrink_in_place
 
 import gradfused
 from gradfused.backends import cpu, native
@@ -17,17 +18,22 @@ pytestmark = pytest.mark.skipif(cpu.native_or_none() is None, reason="the native
 EXCHANGE = getattr(Tensor, "__dlpack_c_exchange_api__", None)
 
 
-@pytest.fixture(params=["exchange", "methods"])
+@pytest.fixture(params=["exchange", "exchange without shim", "methods", "methods without shim"])
 def optimizer(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> gradfused.AdamW:
-    """Three parameters after a step, in a table whose watch asks in one of the two ways."""
-    if request.param == "exchange" and EXCHANGE is None:
+    """Three parameters after a step, in a table whose watch asks in one of these ways."""
+    if "exchange" in request.param and EXCHANGE is None:
         pytest.skip("this torch has no DLPack exchange")
-    monkeypatch.setattr(native, "EXCHANGE", EXCHANGE if request.param == "exchange" else None)
+    monkeypatch.setattr(native, "EXCHANGE", EXCHANGE if "exchange" in request.param else None)
+    monkeypatch.setattr(native, "SHIM", "without" not in request.param)
     shapes = [(6, 1, 5), (4, 4), (8,)]
     params = [torch.nn.Parameter(torch.randn(shape)) for shape in shapes]
     opt = gradfused.AdamW([*params, torch.nn.Parameter(torch.zeros(3))], backend="cpu")
     for p in params:
-        p.grad = torch.randn(p.shape)
+        p.data = at_the_end_of_a_large_storage(p)
+        p.grad = at_the_end_of_a_large_storage(torch.randn(p.shape))
+    opt.step()
+    for value in (value for p in params for value in opt.state[p].values()):
+        value.data = at_the_end_of_a_large_storage(value)
     opt.step()
     return opt
 
@@ -64,6 +70,10 @@ CHANGES: dict[str, Callable[[gradfused.AdamW], Any]] = {
     "a state tensor of another dtype": lambda o: swap(
         o.state[param(o)]["exp_avg"], o.state[param(o)]["exp_avg"].view(torch.int32)
     ),
+    "a parameter whose storage was shrunk in place": lambda o: shrink_in_place(param(o)),
+    "a state tensor whose storage was shrunk in place": lambda o: shrink_in_place(o.state[param(o)]["exp_avg_sq"]),
+    "a count whose storage was shrunk in place": lambda o: shrink_in_place(o.state[param(o)]["step"]),
+    "a gradient whose storage was shrunk in place": lambda o: shrink_in_place(param(o).grad),
     "another state tensor": lambda o: replace_state(o, "exp_avg_sq"),
     "another count": lambda o: replace_state(o, "step"),
     "a count elsewhere": lambda o: swap(o.state[param(o)]["step"], torch.ones(())),
@@ -93,6 +103,16 @@ def test_moved_gradient_is_taken_over(optimizer: gradfused.AdamW) -> None:
     optimizer.step()
     assert optimizer._tables[0] is kept
     assert (p < before).all()
+
+
+def test_view_into_a_larger_storage_stays(optimizer: gradfused.AdamW) -> None:
+    """An offset counts: the view ends with its storage."""
+    memory = torch.randn(30 + 8)
+    param(optimizer).grad = memory[8:].view(6, 1, 5)
+    assert still(optimizer)
+    swap(optimizer.state[param(optimizer)]["exp_avg"], torch.randn(38)[8:].view(6, 1, 5))
+    optimizer.step()
+    assert still(optimizer)
 
 
 def test_stride_of_a_dimension_of_one_means_nothing(optimizer: gradfused.AdamW) -> None:

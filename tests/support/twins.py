@@ -226,3 +226,29 @@ def recovers(opt: torch.optim.Optimizer) -> None:
     before = [p.detach().clone() for p in parameters(opt)]
     opt.step()
     assert all(not torch.equal(p, b) for p, b in zip(parameters(opt), before, strict=True))
+
+
+def shrink_in_place(tensor: Tensor) -> None:
+    """Leave a tensor at its address, in a storage that ends a byte before the tensor does.
+
+    It is resized twice, to nothing and then to less than it had: allocators often give the same address again. To be sure that
+    they do, the tensor has to lie at the end of a large storage: see `at_the_end_of_a_large_storage`.
+    """
+    storage = tensor.untyped_storage()
+    address, length = storage.data_ptr(), storage.nbytes()
+    for _ in range(64):
+        storage.resize_(0)
+        storage.resize_(length - 1)
+        if storage.data_ptr() == address:
+            return
+    pytest.skip("the allocator does not give the old address again")
+
+
+def at_the_end_of_a_large_storage(tensor: Tensor) -> Tensor:
+    """The same values as a view whose storage begins 64 MiB earlier.
+
+    An allocator asks the system for so much memory and gives it back at once. None of it is touched but its end.
+    """
+    before = (64 << 20) // tensor.element_size()
+    memory = torch.empty(before + tensor.numel(), dtype=tensor.dtype, device=tensor.device)
+    return memory[before:].view(tensor.shape).copy_(tensor.detach())
