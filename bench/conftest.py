@@ -5,18 +5,16 @@ from __future__ import annotations
 from functools import cache
 
 import pytest
-from gradfused.bench.cases.models import MODELS
-from gradfused.bench.cases.recipes import RECIPES, RULES
-from gradfused.bench.cases.steps import Case, Workload, workload_of
+from gradfused.bench.cases import MODELS, RECIPES, RULES, StepCase, Workload, workload_of
 from gradfused.bench.measure.check import Checker
 
 MODEL_NAMES = ("small-400", "resnet50")
 RECIPE_NAMES = ("plain", "centralize", "clip")
 
 
-def case_of(model: str, recipe: str) -> Case:
+def case_of(model: str, recipe: str) -> StepCase:
     """A case of AdamW in float32 on the CPU."""
-    return Case(MODELS[model], RECIPES[recipe], RULES["adamw"])
+    return StepCase(MODELS[model], RECIPES[recipe], RULES["adamw"])
 
 
 @cache
@@ -39,12 +37,12 @@ def workload(model: str) -> Workload:
 
 
 @pytest.fixture(params=RECIPE_NAMES)
-def case(model: str, request: pytest.FixtureRequest) -> Case:
+def case(model: str, request: pytest.FixtureRequest) -> StepCase:
     """A model with each recipe."""
     return case_of(model, request.param)
 
 
 @pytest.fixture
-def checker(case: Case) -> Checker:
+def checker(case: StepCase) -> Checker:
     """What says whether a variant of the case is right."""
     return checker_of(case.model.name, case.recipe.name)

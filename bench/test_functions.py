@@ -5,8 +5,9 @@ from __future__ import annotations
 from functools import cache
 
 import pytest
-from gradfused.bench.cases.functions import FunctionCase, Way
-from gradfused.bench.measure.functions import FUNCTIONS, SIZES, FunctionChecker
+from gradfused.bench.cases import FunctionCase, FunctionPeer
+from gradfused.bench.measure.functions import FunctionChecker
+from gradfused.bench.peers import FUNCTIONS, SIZES
 from pytest_benchmark.fixture import BenchmarkFixture
 
 ROUNDS = 7
@@ -25,9 +26,9 @@ def checker_of(case: FunctionCase) -> FunctionChecker:
 @pytest.mark.parametrize(
     ("case", "way"),
     [(case, way) for case in CASES for way in case.recipe.ways if not way.opt_in],
-    ids=lambda value: value.name if isinstance(value, Way) else value.recipe.name,
+    ids=lambda value: value.name if isinstance(value, FunctionPeer) else value.recipe.name,
 )
-def test_function(benchmark: BenchmarkFixture, case: FunctionCase, way: Way) -> None:
+def test_function(benchmark: BenchmarkFixture, case: FunctionCase, way: FunctionPeer) -> None:
     reason = way.reason_against(case)
     if reason:
         pytest.skip(reason)

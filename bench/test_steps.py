@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import pytest
-from gradfused.bench.cases.steps import Case, Workload
+from gradfused.bench.cases import StepCase, Workload
 from gradfused.bench.measure.check import Checker
-from gradfused.bench.peers import PEERS
-from gradfused.bench.peers.eager import NoiseSource
-from gradfused.bench.timing.roof import roof_of
+from gradfused.bench.peers import PEERS, NoiseSource
+from gradfused.bench.timing import roof_of
 from pytest_benchmark.fixture import BenchmarkFixture
 
 from .conftest import case_of
@@ -20,7 +19,7 @@ ROUNDS = 7
 def test_step(
     benchmark: BenchmarkFixture,
     workload: Workload,
-    case: Case,
+    case: StepCase,
     checker: Checker,
     name: str,
 ) -> None:
@@ -46,7 +45,7 @@ def test_roof(benchmark: BenchmarkFixture, workload: Workload, model: str) -> No
     note_bandwidth(benchmark, roof.moved)
 
 
-def describe(benchmark: BenchmarkFixture, case: Case) -> None:
+def describe(benchmark: BenchmarkFixture, case: StepCase) -> None:
     """Puts variants of one case side by side."""
     benchmark.group = f"{case.model.name}, {case.recipe.name}"
 

@@ -1,4 +1,4 @@
-"""The other half of the job: does a recipe train, and what does it cost in a real loop?"""
+"""Trains a small network with torch and with gradfused, to compare accuracy and time in a real training loop."""
 
 from __future__ import annotations
 
@@ -14,26 +14,26 @@ from torch.optim import Optimizer
 
 import gradfused
 
-from .cases.recipes import RECIPES, Recipe
-from .peers.eager import NoiseSource, Transforms
-from .timing.rounds import no_collector
+from .cases import RECIPES, StepRecipe
+from .peers import NoiseSource, Transforms
+from .timing import no_collector
 
 EPOCHS, BATCH, LR, WEIGHT_DECAY = 12, 64, 3e-3, 0.05
 TEST_SHARE = 0.25
 
-# A prepared step, given the parameters and a recipe.
-MakeStep = Callable[[list[nn.Parameter], Recipe], tuple[Optimizer, Callable[[], object]]]
+# Makes an optimizer and the step to call, from the parameters and a recipe.
+MakeStep = Callable[[list[nn.Parameter], StepRecipe], tuple[Optimizer, Callable[[], object]]]
 
 
 @dataclass(frozen=True)
-class Digits:
-    """scikit-learn's handwritten digits, split once for all runs.
+class DigitsSplit:
+    """scikit-learn's handwritten digits, split in the same way for all runs.
 
     Attributes:
-        images: (n, 1, 8, 8), in [0, 1].
-        labels: (n,), 0 to 9.
-        test_images: The same, held out.
-        test_labels: The same, held out.
+        images: Training images of shape (n, 1, 8, 8), with values in [0, 1].
+        labels: Their labels of shape (n,), from 0 to 9.
+        test_images: The images held out for the test.
+        test_labels: Their labels.
     """
 
     images: Tensor
@@ -42,8 +42,8 @@ class Digits:
     test_labels: Tensor
 
 
-def load_digits(device: torch.device) -> Digits:
-    """Loads and splits the data; nothing is downloaded."""
+def load_digits(device: torch.device) -> DigitsSplit:
+    """Load and split the data, which comes with scikit-learn."""
     from sklearn.datasets import load_digits as sklearn_digits
     from sklearn.model_selection import train_test_split
 
@@ -58,11 +58,11 @@ def load_digits(device: torch.device) -> Digits:
     def label_tensor(array: Any) -> Tensor:
         return torch.tensor(array, dtype=torch.long, device=device)
 
-    return Digits(image_tensor(train_x), label_tensor(train_y), image_tensor(test_x), label_tensor(test_y))
+    return DigitsSplit(image_tensor(train_x), label_tensor(train_y), image_tensor(test_x), label_tensor(test_y))
 
 
 def make_network() -> nn.Sequential:
-    """A small CNN with batch norm: 10 tensors, 85 162 elements."""
+    """A small CNN with batch norm: 10 parameters with 85 162 elements together."""
     return nn.Sequential(
         nn.Conv2d(1, 32, 3, padding=1, bias=False),
         nn.BatchNorm2d(32),
@@ -79,9 +79,9 @@ def make_network() -> nn.Sequential:
 
 
 def torch_step(fused: bool) -> MakeStep:
-    """torch's AdamW after eager transforms."""
+    """A `MakeStep` for torch's AdamW after eager transforms."""
 
-    def make(params: list[nn.Parameter], recipe: Recipe) -> tuple[Optimizer, Callable[[], object]]:
+    def make(params: list[nn.Parameter], recipe: StepRecipe) -> tuple[Optimizer, Callable[[], object]]:
         fast = True if fused else None
         optimizer = torch.optim.AdamW(params, lr=LR, weight_decay=WEIGHT_DECAY, fused=fast)
         transforms = Transforms(recipe, params, NoiseSource(), foreach=True)
@@ -96,8 +96,8 @@ def torch_step(fused: bool) -> MakeStep:
     return make
 
 
-def gradfused_step(params: list[nn.Parameter], recipe: Recipe) -> tuple[Optimizer, Callable[[], object]]:
-    """gradfused's AdamW with the recipe inside."""
+def gradfused_step(params: list[nn.Parameter], recipe: StepRecipe) -> tuple[Optimizer, Callable[[], object]]:
+    """A `MakeStep` for gradfused's AdamW with the recipe in its step."""
     optimizer = gradfused.AdamW(params, lr=LR, weight_decay=WEIGHT_DECAY, **recipe.options)
     return optimizer, optimizer.step
 
@@ -110,14 +110,14 @@ VARIANTS: dict[str, MakeStep] = {
 
 
 @dataclass(frozen=True)
-class Outcome:
-    """One training run.
+class TrainingRun:
+    """What one training run came to.
 
     Attributes:
-        accuracy: On the held-out images, 0 to 1.
-        seconds: Of the whole training loop.
-        optimizer_seconds: Of the transforms and steps alone.
-        steps: Number of steps.
+        accuracy: The share of held-out images classified right, from 0 to 1.
+        seconds: Time of the whole training loop.
+        optimizer_seconds: Time of the transforms and the steps alone.
+        steps: The number of steps.
     """
 
     accuracy: float
@@ -126,8 +126,8 @@ class Outcome:
     steps: int
 
 
-def train_once(data: Digits, make: MakeStep, recipe: Recipe, seed: int) -> Outcome:
-    """Trains one network; the seed decides its weights and the order of the data."""
+def train_once(data: DigitsSplit, make: MakeStep, recipe: StepRecipe, seed: int) -> TrainingRun:
+    """Train one network; the seed decides its weights and the order of the data."""
     torch.manual_seed(seed)
     device = data.images.device
     network = make_network().to(device)
@@ -146,11 +146,11 @@ def train_once(data: Digits, make: MakeStep, recipe: Recipe, seed: int) -> Outco
             in_step += time.perf_counter() - before
             steps += 1
     seconds = time.perf_counter() - start
-    return Outcome(accuracy(network, data), seconds, in_step, steps)
+    return TrainingRun(accuracy(network, data), seconds, in_step, steps)
 
 
 @torch.no_grad()
-def accuracy(network: nn.Module, data: Digits) -> float:
+def accuracy(network: nn.Module, data: DigitsSplit) -> float:
     """The share of held-out images that are classified right."""
     network.eval()
     guesses = network(data.test_images).argmax(dim=1)
@@ -163,21 +163,23 @@ def compare(
     device: torch.device,
     on_run: Callable[[str, int, int], object] = lambda what, done, total: None,
 ) -> list[dict[str, Any]]:
-    """Trains every variant with every recipe and seed, variants taking turns.
+    """Train every variant with every recipe and seed; the variants take turns.
 
     Args:
-        recipes: Names; "plain" is the recipe switched off.
-        seeds: How many runs of each.
+        recipes: Names of recipes; "plain" is the recipe switched off.
+        seeds: How many runs each variant gets with each recipe.
         device: Where to train.
-        on_run: Told what runs next, and how many runs of how many are done.
+        on_run: Called before each run with its name, how many runs are done, and how many there are.
 
     Returns:
-        A row a variant and recipe.
+        A row for each variant and recipe.
     """
     data = load_digits(device)
     cells = [(name, recipe) for recipe in recipes for name in VARIANTS]
-    outcomes: dict[tuple[str, str], list[Outcome]] = {cell: [] for cell in cells}
-    train_once(data, VARIANTS["torch.optim.AdamW"], RECIPES["plain"], seed=0)  # warms torch up
+    outcomes: dict[tuple[str, str], list[TrainingRun]] = {cell: [] for cell in cells}
+    train_once(
+        data, VARIANTS["torch.optim.AdamW"], RECIPES["plain"], seed=0
+    )  # an untimed run first, in which torch warms up
     runs = [(seed, *cell) for seed in range(seeds) for cell in cells]
     with no_collector():
         for done, (seed, name, recipe) in enumerate(runs):
@@ -187,8 +189,8 @@ def compare(
     return [summary(name, recipe, outcomes[name, recipe]) for name, recipe in cells]
 
 
-def summary(variant: str, recipe: str, runs: Sequence[Outcome]) -> dict[str, Any]:
-    """The runs of one variant and recipe as a row."""
+def summary(variant: str, recipe: str, runs: Sequence[TrainingRun]) -> dict[str, Any]:
+    """The runs of one variant and recipe as a row of the table."""
     scores = [run.accuracy for run in runs]
     in_step = statistics.median(run.optimizer_seconds for run in runs)
     return {

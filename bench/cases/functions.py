@@ -1,4 +1,4 @@
-"""The second kind of case: forward and backward of a function on tensors of a real size, in place of an optimizer step."""
+"""The other kind of case: forward and backward of a function on tensors of a real size."""
 
 from __future__ import annotations
 
@@ -10,23 +10,26 @@ import torch
 from torch import Tensor
 
 from .models import Shape
+from .peer import Peer
 from .steps import CPU
 
 Tensors = dict[str, Tensor]
-Run = Callable[[Tensors], Sequence[Tensor]]  # the value and the gradients
+Run = Callable[[Tensors], Sequence[Tensor]]  # computes a function's value and its gradients
+# The value and gradients in float64; the flag asks for those of a yardstick, which leaves out what the function is about.
+Oracle = Callable[[Tensors, bool], Sequence[Tensor]]
 
-CHECK_ELEMENTS = 1 << 20  # of the main tensor, when a way is checked
+CHECK_ELEMENTS = 1 << 20  # elements of the main tensor when a variant is checked
 
 
 @dataclass(frozen=True)
 class Size:
-    """What a function is measured on.
+    """The size of the tensors that a function is measured on.
 
     Attributes:
-        name: What `--models` calls it.
+        name: Its name for `--models`.
         about: One line for `--list`.
-        shape: Of the main tensor, whose gradient is asked for.
-        outputs: Width of the linear layer behind it; 0 where there is none.
+        shape: The shape of the main tensor, whose gradient is asked for.
+        outputs: Width of the linear layer that follows; 0 where none does.
     """
 
     name: str
@@ -36,85 +39,71 @@ class Size:
 
     @property
     def shapes(self) -> list[Shape]:
-        """The shape of each tensor that has a gradient."""
+        """The shape of each tensor that gets a gradient."""
         width = self.shape[-1]
         return [self.shape, *([(self.outputs, width), (self.outputs,)] if self.outputs else [])]
 
     @property
     def elements(self) -> int:
-        """Elements of the main tensor."""
+        """The number of elements of the main tensor."""
         return prod(self.shape)
 
     @property
     def cropped(self) -> Size:
-        """The same with fewer rows, of which at least two are left."""
+        """The same size with fewer rows, but at least two, for the check."""
         rows = max(2, CHECK_ELEMENTS // prod(self.shape[1:]))
         return replace(self, shape=(min(self.shape[0], rows), *self.shape[1:]))
 
 
 @dataclass(frozen=True)
-class Way:
-    """One way of computing a function and its gradients.
+class FunctionPeer(Peer):
+    """One way of computing a function and its gradients; `build()` returns a `Run`.
 
     Attributes:
-        name: What `--peers` and the tables call it.
-        about: One line for `--list`.
-        build: Makes what computes them, once a case.
-        absent: Why this machine lacks it, or None.
-        unable: Why it cannot do a case, or None.
-        opt_in: Runs only where `--peers` names it.
-        yardstick: Leaves out what the case is about, and is there for scale.
+        yardstick: It leaves out what the function is about, and gives a sense of scale.
         copies: Memory that it takes, in multiples of the main tensor.
     """
 
-    name: str
-    about: str
-    build: Callable[[], Run]
-    absent: Callable[[], str | None] = lambda: None
-    unable: Callable[[FunctionCase], str | None] = lambda case: None
-    opt_in: bool = False
     yardstick: bool = False
     copies: float = 2.0
-
-    def reason_against(self, case: FunctionCase) -> str | None:
-        """Why it will not be measured on a case, or None if it can."""
-        return self.absent() or self.unable(case)
 
 
 @dataclass(frozen=True)
 class Function:
-    """A function and every way of computing it that is known here.
+    """A function that gradfused computes, as a case of the benchmark.
 
     Attributes:
-        name: What `--recipes` calls it.
+        name: Its name for `--recipes`.
         about: One line for `--list`.
-        sizes: What it is measured on.
-        make: The tensors of a size, in a dtype on a device; the same values every time.
-        oracle: The value and gradients in float64, with what the case is about or, for yardsticks, without.
-        ways: gradfused first.
-        standard: The way whose error, twice over, is allowed to all.
-        streams: Times the main tensor has to pass through memory, by size.
+        spoken: Its name in a sentence.
+        sizes: The sizes that it is measured on.
+        make: Makes the tensors of a size, with the same values every time.
+        oracle: Computes the value and the gradients in float64.
+        ways: The peers, gradfused first.
+        standard: The name of the peer that most users would write; twice its error is allowed to all.
+        streams: How many times the main tensor has to pass through memory, by size.
     """
 
     name: str
     about: str
+    spoken: str
     sizes: tuple[Size, ...]
     make: Callable[[Size, torch.dtype, torch.device], Tensors]
-    oracle: Callable[[Tensors, bool], Sequence[Tensor]]
-    ways: tuple[Way, ...]
+    oracle: Oracle
+    ways: tuple[FunctionPeer, ...]
     standard: str
     streams: Callable[[Size], int]
 
 
 @dataclass(frozen=True)
 class FunctionCase:
-    """What is measured: every way of one function on one size runs interleaved.
+    """Forward and backward of one function on one size, which every variant computes, all interleaved.
 
     Attributes:
         recipe: The function.
         model: The size.
-        dtype: Of every tensor that has a gradient.
-        device: Where they live.
+        dtype: The type of every tensor that gets a gradient.
+        device: Where the tensors are.
     """
 
     recipe: Function
@@ -132,25 +121,29 @@ class FunctionCase:
 
     @property
     def plain(self) -> FunctionCase:
-        """There is no simpler case."""
+        """The case itself: a function has nothing to switch off."""
         return self
 
     @property
+    def bytes_per_element(self) -> int:
+        """Bytes that have to move for each element of the main tensor."""
+        return self.recipe.streams(self.model) * self.dtype.itemsize
+
+    @property
     def bytes_moved(self) -> int:
-        """What has to pass through memory, weights aside."""
-        return self.model.elements * self.recipe.streams(self.model) * self.dtype.itemsize
+        """Bytes that have to move, not counting the weights of a linear layer."""
+        return self.model.elements * self.bytes_per_element
 
     @property
     def title(self) -> str:
-        """What a table is about."""
-        per_element = self.recipe.streams(self.model) * self.dtype.itemsize
+        """The heading of the case's table."""
         return (
             f"{self.model.name} | {self.recipe.name} | {self.work} | {self.dtype_name} on {self.device.type} "
-            f"({self.model.about}: {self.model.elements / 1e6:.1f}M elements, {per_element} bytes each)"
+            f"({self.model.about}: {self.model.elements / 1e6:.1f}M elements, {self.bytes_per_element} bytes each)"
         )
 
     def tensors(self, dtype: torch.dtype | None = None) -> Tensors:
-        """The case's tensors; in another dtype their values are those of the case's own."""
+        """The case's tensors; in another dtype their values are those of the case's own, converted."""
         made = self.recipe.make(self.model, self.dtype, self.device)
         if dtype is None:
             return made
@@ -161,6 +154,6 @@ class FunctionCase:
 
 
 def gradients(y: Tensor, tensors: Tensors, upstream: Tensor | None = None) -> list[Tensor]:
-    """A value and its gradients by every tensor that has one."""
+    """A value, and its gradient with respect to every tensor that requires one."""
     leaves = [tensor for tensor in tensors.values() if tensor.requires_grad]
     return [y.detach(), *torch.autograd.grad(y, leaves, upstream)]

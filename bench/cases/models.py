@@ -10,11 +10,11 @@ Shape = tuple[int, ...]
 
 
 @dataclass(frozen=True)
-class Model:
-    """A model as an optimizer sees it.
+class ModelShapes:
+    """A model as an optimizer sees it: the shapes of its parameters.
 
     Attributes:
-        name: What `--models` calls it.
+        name: Its name for `--models`.
         about: One line for `--list`.
         make: Yields the shape of each parameter.
     """
@@ -30,7 +30,7 @@ class Model:
 
     @property
     def elements(self) -> int:
-        """Elements of all parameters together."""
+        """The number of elements of all parameters together."""
         return sum(map(prod, self.make()))
 
 
@@ -45,7 +45,7 @@ def linear(outputs: int, inputs: int) -> Iterator[Shape]:
 
 
 def small_400() -> Iterator[Shape]:
-    """Many tensors too small to hide the cost of a launch: measures overhead, not bandwidth."""
+    """Many tensors so small that a step measures overhead in place of bandwidth."""
     for _ in range(200):
         yield from linear(32, 32)
 
@@ -125,10 +125,10 @@ def llama_1b() -> Iterator[Shape]:
 MODELS = {
     model.name: model
     for model in (
-        Model("small-400", "200 x (32, 32) and 200 x (32,): the overhead of a step", small_400),
-        Model("resnet50", "torchvision's ResNet-50", resnet50),
-        Model("vit-b16", "torchvision's ViT-B/16", vit_b16),
-        Model("gpt2", "GPT-2 small, Conv1D weights as (in, out)", gpt2),
-        Model("llama-1b", "TinyLlama-1.1B; 18 GB in float32, so a default on CUDA alone", llama_1b),
+        ModelShapes("small-400", "200 x (32, 32) and 200 x (32,): the overhead of a step", small_400),
+        ModelShapes("resnet50", "torchvision's ResNet-50", resnet50),
+        ModelShapes("vit-b16", "torchvision's ViT-B/16", vit_b16),
+        ModelShapes("gpt2", "GPT-2 small, Conv1D weights as (in, out)", gpt2),
+        ModelShapes("llama-1b", "TinyLlama-1.1B; 18 GB in float32, so a default on CUDA alone", llama_1b),
     )
 }

@@ -1,4 +1,4 @@
-"""Checks and times the ways of computing a function, as the runner does optimizer steps."""
+"""Measures functions: builds and checks each way of computing one, then times all that passed together."""
 
 from __future__ import annotations
 
@@ -9,34 +9,12 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from ..cases.functions import Function, FunctionCase, Run, Size, Way
-from ..cases.steps import CPU, bytes_available
-from ..peers.lpg import LPG
-from ..peers.reversal import REVERSAL
-from ..report.results import OURS, ROOF, CaseResult, Skipped, case_fields
-from ..timing.quiet import CpuWatch
-from ..timing.roof import Roof, copy_of
-from ..timing.rounds import Budget, Meter, Series, interleave
+from ..cases import CPU, FunctionCase, FunctionPeer, Run
+from ..peers import chosen_ways
+from ..timing import Budget, Meter, Roof, bytes_available, copy_of
 from .check import LIMITS, LOW_PRECISION_LIMITS, Verdict
-from .steps import WALL, Progress, Ready, all_series, fill, hushed, meter_for, silent, told
-
-FUNCTIONS = {function.name: function for function in (REVERSAL, LPG)}
-SIZES: dict[str, Size] = {size.name: size for function in FUNCTIONS.values() for size in function.sizes}
-WAYS: dict[str, list[Way]] = {}
-for _way in (way for function in FUNCTIONS.values() for way in function.ways):
-    WAYS.setdefault(_way.name, []).append(_way)
-
-
-def chosen_ways(function: Function, names: Sequence[str] | None) -> list[Way]:
-    """The ways of a run, gradfused first.
-
-    Args:
-        function: Of which.
-        names: What `--peers` gave; None takes everyone but the opt-in ones. Yardsticks go with any peer.
-    """
-    if names is None:
-        return [way for way in function.ways if not way.opt_in]
-    return [way for way in function.ways if way.name == OURS or way.name in names or (way.yardstick and names)]
+from .results import CaseResult
+from .running import Progress, Ready, hushed, meter_for, silent, skipped, time_together, told
 
 
 class FunctionChecker:
@@ -46,25 +24,23 @@ class FunctionChecker:
         self.case = replace(case, model=case.model.cropped)
         self.values = replace(self.case, device=CPU).tensors(torch.float64)
         floor, ceiling = LIMITS.get(case.dtype, LOW_PRECISION_LIMITS)
-        floor = max(
-            floor, 2 * torch.finfo(case.dtype).eps
-        )  # errors are relative: one rounding of a value, and one before
+        floor = max(floor, 2 * torch.finfo(case.dtype).eps)  # errors are relative, and two roundings are allowed
         standard = next(way for way in case.recipe.ways if way.name == case.recipe.standard)
         self.allowed = min(max(2 * self.error(standard), floor), ceiling)
 
-    def error(self, way: Way) -> float:
-        """How far a way's value and gradients are from the oracle's, each relative to its largest element."""
+    def error(self, way: FunctionPeer) -> float:
+        """The largest error of a way's value and gradients, each relative to its largest element."""
         found = way.build()(self.case.tensors())
         exact = self.case.recipe.oracle(self.values, way.yardstick)
         return max(relative_error(a, b) for a, b in zip(found, exact, strict=True))
 
-    def verdict(self, way: Way) -> Verdict:
+    def verdict(self, way: FunctionPeer) -> Verdict:
         """Whether a way may be timed."""
         return Verdict(self.error(way), self.allowed)
 
 
 def relative_error(found: Tensor, exact: Tensor) -> float:
-    """The largest absolute difference, in units of the largest element; infinite where one is not a number."""
+    """The largest absolute difference, divided by the largest element; infinite where a value is not a number."""
     difference = (found.detach().cpu().double() - exact).abs().max() / exact.abs().max()
     return float(difference) if difference == difference else float("inf")
 
@@ -76,56 +52,47 @@ def measure_function(
     progress: Progress = silent,
     meter: Meter | None = None,
 ) -> CaseResult:
-    """Checks and times the ways of one case.
+    """Check and time the ways of one case.
 
     Args:
-        case: What to measure.
-        names: What `--peers` gave.
+        case: The case.
+        names: The names that `--peers` gave, or None.
         budget: How long timing may take.
-        progress: Told how it goes.
-        meter: How to time; that of the case's device by default.
+        progress: Called with what is being done.
+        meter: How to time the device; by default what suits the case's.
 
     Returns:
-        A record for each way that could do the case and did it right; the rest with reasons.
+        A record for each way that could do the case and did it right, and the reason for each other one.
     """
     result, meter = CaseResult(case), meter or meter_for(case.device)
     roof = roof_for(case)
     ready = prepare(case, chosen_ways(case.recipe, names), result, progress)
-    series = dict(all_series(ready, meter, sets=1))
-    series[ROOF, WALL] = Series(roof.step, meter.device or meter.wall)
-    watch = CpuWatch()
-    samples = interleave(
-        series,
-        budget=budget,
-        on_round=lambda done, total: progress(f"timing, round {done} of {total}", done / total),
-    )
-    result.others_share = watch.share_of_others()
-    fill(result, ready, samples, roof.moved)
+    time_together(result, ready, roof, meter, budget, progress)
     return result
 
 
 def roof_for(case: FunctionCase) -> Roof:
-    """A copy between two tensors like the case's main one, which are there already."""
+    """A copy between two tensors like the case's main one, both allocated already."""
     source = torch.randn(case.model.shape, device=case.device).to(case.dtype)
     return copy_of(source)
 
 
-def prepare(case: FunctionCase, ways: Sequence[Way], result: CaseResult, progress: Progress) -> dict[str, Ready]:
-    """The ways that may be timed, on the same tensors; the others go to `result.skipped`."""
+def prepare(
+    case: FunctionCase, ways: Sequence[FunctionPeer], result: CaseResult, progress: Progress
+) -> dict[str, Ready]:
+    """The ways that may be timed, all on the same tensors; the others are added to `result.skipped`."""
     checker, tensors, ready = FunctionChecker(case), case.tensors(), {}
     for way in ways:
         progress(f"checking {way.name}", 0.0)
         run = right_way(way, case, checker)
         if isinstance(run, str):
-            result.skipped.append(
-                Skipped(**case_fields(case), variant=way.name, reason=run, everywhere=bool(way.absent()))
-            )
-            continue
-        ready[way.name] = Ready(functools.partial(run, tensors))
+            result.skipped.append(skipped(case, way, run))
+        else:
+            ready[way.name] = Ready(functools.partial(run, tensors))
     return ready
 
 
-def right_way(way: Way, case: FunctionCase, checker: FunctionChecker) -> Run | str:
+def right_way(way: FunctionPeer, case: FunctionCase, checker: FunctionChecker) -> Run | str:
     """A way that may be timed, or why it may not."""
     reason = way.reason_against(case) or memory_reason(way, case)
     if reason:
@@ -134,11 +101,11 @@ def right_way(way: Way, case: FunctionCase, checker: FunctionChecker) -> Run | s
         with hushed():
             verdict = checker.verdict(way)
             return way.build() if verdict.right else str(verdict)
-    except Exception as error:  # other people's code: whatever it raises, the others still run
+    except Exception as error:  # other packages may raise anything, and the remaining ways must still run
         return f"failed: {told(error)}"
 
 
-def memory_reason(way: Way, case: FunctionCase) -> str | None:
-    """Why what a way allocates does not fit, or None; in 16 bits some compute in float32."""
+def memory_reason(way: FunctionPeer, case: FunctionCase) -> str | None:
+    """Why the memory that a way allocates is not there, or None; some compute 16-bit tensors in float32."""
     needed, free = case.model.elements * max(4, case.dtype.itemsize) * way.copies, bytes_available(case.device)
     return None if needed < free else f"it needs {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free"

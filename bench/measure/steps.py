@@ -1,151 +1,70 @@
-"""Measures cases: builds each variant, checks it, and times all that passed together."""
+"""Measures optimizer steps: builds and checks each peer, then times all that passed together."""
 
 from __future__ import annotations
 
-import contextlib
-import io
-import warnings
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 
-import torch
-
-from ..cases.recipes import RECIPES
-from ..cases.steps import Case, Workload, bytes_available
-from ..peers import PEERS
-from ..peers.eager import NoiseSource
-from ..peers.peer import Peer
-from ..report.results import (
-    EVENTS,
-    FUSED_PLAIN,
-    GRAPH,
-    ROOF,
-    CaseResult,
-    Skipped,
-    case_fields,
-    is_ours,
-    record,
-    roof_record,
-)
-from ..timing import cuda
-from ..timing.quiet import CpuWatch
-from ..timing.roof import roof_of
-from ..timing.rounds import Budget, Meter, Samples, Series, Step, in_turn, interleave
+from ..cases import FUSED_PLAIN, StepCase, Workload, is_ours
+from ..peers import PEERS, NoiseSource, StepPeer
+from ..timing import Budget, Meter, Step, bytes_available, in_turn, roof_of
 from .check import Checker, same_on_any_threads
+from .results import CaseResult
+from .running import Progress, Ready, first_of, hushed, meter_for, silent, skipped, time_together, told
 
 THREAD_CHECK_ELEMENTS = 30_000_000  # larger models would only repeat the same code for longer
-WALL, DEVICE = "wall", "device"  # the two times of a variant
-
-# Told what is being done, and which part of the current case is finished, from 0 to 1.
-Progress = Callable[[str, float], object]
 
 
-def silent(what: str, part: float) -> None:
-    """A `Progress` that tells nobody."""
-
-
-@dataclass(frozen=True)
-class Plan:
-    """How to measure.
-
-    Attributes:
-        peers: Whom, gradfused among them.
-        budget: How long a case may take.
-    """
-
-    peers: Sequence[Peer]
-    budget: Budget
-
-
-@dataclass(frozen=True)
-class Ready:
-    """A variant that may be timed.
-
-    Attributes:
-        step: Takes a step on the next set of tensors.
-        replay: Has the device take a step on every set, without the host; None where that is not to be had.
-    """
-
-    step: Step
-    replay: Step | None = None
-
-
-def meter_for(device: torch.device) -> Meter:
-    """How a device is timed."""
-    return cuda.meter(device) if device.type == "cuda" else Meter()
-
-
-def measure(
-    case: Case, sets: Sequence[Workload], plan: Plan, progress: Progress = silent, meter: Meter | None = None
+def measure_step(
+    case: StepCase,
+    sets: Sequence[Workload],
+    peers: Sequence[StepPeer],
+    budget: Budget,
+    progress: Progress = silent,
+    meter: Meter | None = None,
 ) -> CaseResult:
-    """Checks and times the variants of one case.
+    """Check and time the variants of one case.
 
     Args:
-        case: What to measure.
-        sets: The model's tensors, once or as often as overflows the cache; they are overwritten.
-        plan: Whom to measure, and for how long.
-        progress: Told how it goes.
-        meter: How to time; that of the case's device by default.
+        case: The case.
+        sets: The model's tensors, once or as many times as overflow the cache; they are overwritten.
+        peers: The peers to measure, gradfused among them.
+        budget: How long timing may take.
+        progress: Called with what is being done.
+        meter: How to time the device; by default what suits the case's.
 
     Returns:
-        A record for each variant that could do the case and did it right; the rest with reasons.
+        A record for each variant that could do the case and did it right, and the reason for each other one.
     """
     result, meter = CaseResult(case), meter or meter_for(case.device)
     for workload in sets:
         workload.reset()
-    roof = roof_of(case, sets[0])  # first: on CUDA it takes memory, which peers must leave it
-    ready = prepare(case, sets, plan.peers, result, meter, progress)
-    series = dict(all_series(ready, meter, len(sets)))
-    series[ROOF, WALL] = Series(roof.step, meter.device or meter.wall)
-    watch = CpuWatch()
-    samples = interleave(
-        series,
-        budget=plan.budget,
-        refresh=lambda: [workload.refresh() for workload in sets],
-        on_round=lambda done, total: progress(f"timing, round {done} of {total}", done / total),
-    )
-    result.others_share = watch.share_of_others()
-    fill(result, ready, samples, roof.moved)
+    roof = roof_of(case, sets[0])  # before the peers, which must leave it its memory on CUDA
+    ready = prepare(case, sets, peers, result, meter, progress)
+
+    def refresh() -> None:
+        for workload in sets:
+            workload.refresh()
+
+    time_together(result, ready, roof, meter, budget, progress, len(sets), refresh)
     return result
 
 
-def all_series(ready: dict[str, Ready], meter: Meter, sets: int) -> Iterator[tuple[tuple[str, str], Series]]:
-    """What to time of each variant: the caller's time, and the device's where that is another."""
-    for name, variant in ready.items():
-        yield (name, WALL), Series(variant.step, meter.wall)
-        if meter.device and variant.replay:
-            yield (name, DEVICE), Series(variant.replay, meter.device, holds=sets)
-        elif meter.device:
-            yield (name, DEVICE), Series(variant.step, meter.device)
-
-
-def fill(result: CaseResult, ready: dict[str, Ready], samples: dict[tuple[str, str], Samples], roof_bytes: int) -> None:
-    """Makes the records of a case, the roof's last."""
-    case, roof = result.case, samples[ROOF, WALL]
-    gbps = roof_bytes / roof.median / 1e6
-    for name, variant in ready.items():
-        means = GRAPH if variant.replay else EVENTS
-        of_device = samples.get((name, DEVICE))
-        result.records.append(record(case, name, gbps, samples[name, WALL], of_device, means))
-    result.records.append(roof_record(case, roof, gbps))
-
-
 def prepare(
-    case: Case,
+    case: StepCase,
     sets: Sequence[Workload],
-    peers: Sequence[Peer],
+    peers: Sequence[StepPeer],
     result: CaseResult,
     meter: Meter,
     progress: Progress,
 ) -> dict[str, Ready]:
-    """The variants that may be timed; the others go to `result.skipped`."""
+    """The variants that may be timed; the others are added to `result.skipped`."""
     checker = Checker(case)
     candidates = [(peer, case, checker) for peer in peers]
     fused = PEERS["torch-fused"]
     if fused in peers and not case.recipe.plain and not fused.unable(case):
-        # What the recipe costs on top of a plain step, seen side by side.
-        plain = replace(case, recipe=RECIPES["plain"])
-        candidates.append((replace(fused, name=FUSED_PLAIN), plain, Checker(plain)))
+        # torch's step without the recipe shows what the recipe costs on top.
+        candidates.append((replace(fused, name=FUSED_PLAIN), case.plain, Checker(case.plain)))
     ready = {}
     for peer, its_case, its_checker in candidates:
         progress(f"checking {peer.name}", 0.0)
@@ -161,13 +80,7 @@ def prepare(
     return ready
 
 
-def skipped(case: Case, peer: Peer, reason: str) -> Skipped:
-    """The record of a variant that is not timed."""
-    everywhere = peer.absent() is not None
-    return Skipped(**case_fields(case), variant=peer.name, reason=reason, everywhere=everywhere)
-
-
-def ready_steps(peer: Peer, case: Case, sets: Sequence[Workload], checker: Checker) -> list[Step] | str:
+def ready_steps(peer: StepPeer, case: StepCase, sets: Sequence[Workload], checker: Checker) -> list[Step] | str:
     """A peer's step on each set of tensors, already taken once, or why it is not timed."""
     reason = peer.reason_against(case) or memory_reason(peer, case, len(sets))
     if reason:
@@ -178,19 +91,19 @@ def ready_steps(peer: Peer, case: Case, sets: Sequence[Workload], checker: Check
         with hushed():
             verdict = checker.verdict(peer)
             return built(peer, case, sets) if verdict.right else str(verdict)
-    except Exception as error:  # other people's code: whatever it raises, the others still run
+    except Exception as error:  # other packages may raise anything, and the remaining peers must still run
         return f"failed: {told(error)}"
 
 
 def ready_replay(
-    peer: Peer,
-    case: Case,
+    peer: StepPeer,
+    case: StepCase,
     sets: Sequence[Workload],
     checker: Checker,
     steps: Sequence[Step],
     capture: Callable[[Sequence[Step]], Step],
 ) -> Step | str:
-    """One call that takes a peer's step on every set without the host, already made once, or why there is none."""
+    """A call that has the device take a peer's step on every set, already made once, or why there is none."""
     if peer.uncapturable:
         return peer.uncapturable
     try:
@@ -203,14 +116,14 @@ def ready_replay(
             replay = capture(steps)
             replay()
             if not peer.rebuilds:
-                for step in steps:  # gradfused gave its table to the graph, and here makes another
+                for step in steps:  # gradfused leaves its table to the graph, and makes another in these steps
                     step()
     except Exception as error:  # as above
         return f"capturing failed: {told(first_of(error))}"
     return replay
 
 
-def built(peer: Peer, case: Case, sets: Sequence[Workload]) -> list[Step]:
+def built(peer: StepPeer, case: StepCase, sets: Sequence[Workload]) -> list[Step]:
     """A peer's step on each set of tensors, already taken once."""
     steps = [peer.build(case, workload, NoiseSource()) for workload in sets]
     for step in steps:
@@ -218,31 +131,10 @@ def built(peer: Peer, case: Case, sets: Sequence[Workload]) -> list[Step]:
     return steps
 
 
-@contextlib.contextmanager
-def hushed() -> Iterator[None]:
-    """Keeps other people's code from the screen: some peers print or warn when they are made."""
-    with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
+def memory_reason(peer: StepPeer, case: StepCase, sets: int = 1) -> str | None:
+    """Why the memory that a peer allocates is not there, or None.
 
-
-def first_of(error: BaseException) -> BaseException:
-    """The error that led to this one: a failed capture ends in another that says nothing."""
-    while error.__context__ is not None:
-        error = error.__context__
-    return error
-
-
-def told(error: BaseException) -> str:
-    """An error in one line."""
-    lines = str(error).strip().splitlines() or [""]
-    return f"{type(error).__name__}: {lines[0]}"
-
-
-def memory_reason(peer: Peer, case: Case, sets: int = 1) -> str | None:
-    """Why what a peer allocates does not fit, or None.
-
-    On CUDA a graph holds temporaries of its own, and some peers keep state that they do not share.
+    On CUDA a graph has temporaries of its own, and some peers keep state that they do not share.
     """
     on_cuda = case.device.type == "cuda"
     drawn = case.recipe.noise and (peer.copies or (on_cuda and not is_ours(peer.name)))
@@ -255,8 +147,8 @@ def memory_reason(peer: Peer, case: Case, sets: int = 1) -> str | None:
     return f"its {what} {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free"
 
 
-def threads_agree(cases: Sequence[Case]) -> bool | None:
-    """Whether gradfused's bits are those of one thread, on the measured models of moderate size."""
+def threads_agree(cases: Sequence[StepCase]) -> bool | None:
+    """Whether gradfused computes the same bits on 1 thread as on more, tried on the models of moderate size."""
     tried = [
         same_on_any_threads(case)
         for case in cases

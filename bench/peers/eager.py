@@ -1,4 +1,4 @@
-"""A recipe in plain PyTorch, as careful users write it: what peers run before their own step."""
+"""A recipe in plain PyTorch, as careful users write it: what peers do before, around and after their own step."""
 
 from __future__ import annotations
 
@@ -8,16 +8,17 @@ import torch
 from torch import Tensor
 from torch.nn.utils import clip_grad_norm_, get_total_norm
 
-from ..cases.recipes import Recipe
+from ..cases import StepRecipe, Workload
+from ..timing import Step
 
 CLIP_EPS = 1e-6  # as in torch's clip_grad_norm_
 
 
 class NoiseSource:
-    """Where eager peers get standard normal noise: torch's own generator."""
+    """Gives eager peers standard normal noise from torch's own generator."""
 
     def advance(self, step: int) -> None:
-        """Called once before each step."""
+        """Prepare the noise of a step; called once before each."""
 
     def draw(self, index: int, grad: Tensor) -> Tensor:
         """Noise for the parameter at `index`, shaped like its gradient."""
@@ -25,20 +26,19 @@ class NoiseSource:
 
 
 class Transforms:
-    """Applies a recipe to gradients in place.
+    """The parts of a recipe that change the gradients, applied to them in place.
 
     Args:
-        recipe: What to apply.
-        params: Whose gradients.
-        source: Of noise.
+        recipe: The recipe to apply.
+        params: The parameters whose gradients are changed.
+        source: Where noise comes from.
         foreach: Use torch's multi-tensor operations where they exist.
-        sigma_tensor: Keep the noise's scale in a tensor, so that compiled code need not be
-            compiled again when it changes.
+        sigma_tensor: Keep the scale of the noise in a tensor, so that compiled code is not compiled again when it changes.
     """
 
     def __init__(
         self,
-        recipe: Recipe,
+        recipe: StepRecipe,
         params: Sequence[Tensor],
         source: NoiseSource,
         *,
@@ -52,7 +52,7 @@ class Transforms:
             self.sigma = torch.zeros((), dtype=params[0].dtype, device=params[0].device)
 
     def advance(self) -> None:
-        """Prepares the noise of the next step."""
+        """Prepare the noise of the next step."""
         if not self.recipe.noise:
             return
         sigma = self.recipe.sigma(self.step)
@@ -65,7 +65,7 @@ class Transforms:
 
     @torch.no_grad()
     def apply(self) -> None:
-        """Transforms the gradients, in the order of docs/design.md#what-a-step-computes."""
+        """Centralise, clip, add noise and reverse, in gradfused's order."""
         recipe, grads = self.recipe, gradients(self.params)
         if recipe.centralize:
             centralize(grads, foreach=self.foreach)
@@ -78,15 +78,14 @@ class Transforms:
 
 
 class FoldedTransforms(Transforms):
-    """As `Transforms`, but leaves the last multiplication to the fused step's `grad_scale`.
+    """Transforms that leave clipping and reversal to the division by `grad_scale` in torch's fused step.
 
-    What would multiply every gradient (clipping, reversal) is returned as the number that the
-    optimizer divides by, which saves a read and a write of every gradient.
+    Both multiply every gradient by one number. Handing that number to the optimizer saves a read and a write of every gradient.
     """
 
     @torch.no_grad()
     def folded(self) -> Tensor:
-        """Transforms the gradients as far as needed; returns the 0-dim `grad_scale` to preset."""
+        """Do what cannot be folded, and return the 0-dim tensor to set as `grad_scale`."""
         recipe, grads = self.recipe, gradients(self.params)
         if recipe.centralize:
             centralize(grads, foreach=self.foreach)
@@ -95,19 +94,19 @@ class FoldedTransforms(Transforms):
             total = get_total_norm(grads, foreach=self.foreach).float()
             divisor = ((total + CLIP_EPS) / recipe.clip).clamp_(min=1.0)
         if recipe.noise:
-            # Scaled up here, because the step will scale it down.
+            # The step will divide the noise as well, so it is scaled up here.
             noise_scale = (divisor * self.sigma).to(grads[0].dtype)
             add_noise(grads, self.source, noise_scale, foreach=self.foreach)
         return divisor if recipe.reverse is None else divisor / -recipe.reverse
 
 
 def gradients(params: Sequence[Tensor]) -> list[Tensor]:
-    """The gradients, read anew each step as training does."""
+    """The gradients of the parameters that have one, read anew each step as training does."""
     return [param.grad for param in params if param.grad is not None]
 
 
 def centralize(grads: list[Tensor], *, foreach: bool) -> None:
-    """Subtracts each unit's mean from gradients of dim >= 2."""
+    """Subtract the mean of each unit from gradients of dim >= 2."""
     matrices = [grad for grad in grads if grad.dim() > 1]
     if foreach and matrices:
         torch._foreach_sub_(matrices, [unit_mean(grad) for grad in matrices])
@@ -122,7 +121,7 @@ def unit_mean(grad: Tensor) -> Tensor:
 
 
 def add_noise(grads: list[Tensor], source: NoiseSource, sigma: float | Tensor, *, foreach: bool) -> None:
-    """Adds `sigma` times standard normal noise to each gradient."""
+    """Add `sigma` times standard normal noise to each gradient."""
     if foreach and not isinstance(sigma, Tensor):
         noises = [source.draw(index, grad) for index, grad in enumerate(grads)]
         torch._foreach_add_(grads, noises, alpha=sigma)
@@ -136,9 +135,78 @@ def add_noise(grads: list[Tensor], source: NoiseSource, sigma: float | Tensor, *
 
 
 def scale(grads: list[Tensor], factor: float, *, foreach: bool) -> None:
-    """Multiplies every gradient by a number."""
+    """Multiply every gradient by a number."""
     if foreach:
         torch._foreach_mul_(grads, factor)
         return
     for grad in grads:
         grad.mul_(factor)
+
+
+class EagerSAM:
+    """Sharpness-aware minimization as its paper writes it (Foret et al. 2021, equations 2 and 3).
+
+    Args:
+        params: The parameters to move along their gradients.
+        rho: The length of the ascent.
+        foreach: Use torch's multi-tensor operations.
+    """
+
+    def __init__(self, params: list[torch.nn.Parameter], rho: float, *, foreach: bool) -> None:
+        self.params, self.rho, self.foreach = params, rho, foreach
+        self.kept: list[Tensor] = []
+
+    @torch.no_grad()
+    def ascend(self) -> None:
+        """Save the weights, and move them by rho along the gradient."""
+        grads = [p.grad for p in self.params if p.grad is not None]
+        scale = float(self.rho / (get_total_norm(grads, foreach=self.foreach) + 1e-12))
+        self.kept = [p.detach().clone() for p in self.params]
+        if self.foreach:
+            torch._foreach_add_(self.params, grads, alpha=scale)
+            return
+        for p, grad in zip(self.params, grads, strict=True):
+            p.add_(grad, alpha=scale)
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        """Copy the saved weights back."""
+        if self.foreach:
+            torch._foreach_copy_(self.params, self.kept)
+        else:
+            for p, kept in zip(self.params, self.kept, strict=True):
+                p.copy_(kept)
+        self.kept = []
+
+
+def average(workload: Workload, fresh: float) -> None:
+    """Move the averages towards the weights; lerp does not mix dtypes, so 16-bit weights take two operations."""
+    params = list(workload.params)
+    if workload.averages[0].dtype == params[0].dtype:
+        torch._foreach_lerp_(workload.averages, params, fresh)
+    else:
+        torch._foreach_mul_(workload.averages, 1.0 - fresh)
+        torch._foreach_add_(workload.averages, params, alpha=fresh)
+
+
+def around(recipe: StepRecipe, workload: Workload, step: Step, *, foreach: bool) -> Step:
+    """A step with SAM before it and an average of the weights after it, where the recipe has them."""
+    if recipe.sam is not None:
+        sam, inner = EagerSAM(workload.params, recipe.sam, foreach=foreach), step
+
+        def both_halves() -> None:
+            sam.ascend()
+            sam.restore()
+            inner()
+
+        step = both_halves
+    if recipe.ema is not None:
+        fresh, alone = 1.0 - recipe.ema, step
+
+        @torch.no_grad()
+        def step_and_average() -> None:
+            alone()
+            average(workload, fresh)
+
+        step = step_and_average
+    return step

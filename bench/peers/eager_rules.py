@@ -1,4 +1,4 @@
-"""Rules that torch.optim lacks, in torch's multi-tensor operations, as its own optimizers are written."""
+"""Update rules that torch.optim lacks, written in torch's multi-tensor operations as its own optimizers are."""
 
 from __future__ import annotations
 
@@ -8,13 +8,14 @@ from math import sqrt
 import torch
 from torch import Tensor
 
-from ..cases.steps import Case, Workload
+from ..cases import StepCase, Workload
+from ..timing import Step
 
 Lists = dict[str, list[Tensor]]
-Step = Callable[[], None]
+MakeRule = Callable[["StepCase", list[Tensor], "Lists"], Step]
 
 
-def lion(case: Case, params: list[Tensor], state: Lists) -> Step:
+def lion(case: StepCase, params: list[Tensor], state: Lists) -> Step:
     """Chen et al. 2023, algorithm 2."""
     beta1, beta2 = case.rule.options["betas"]
 
@@ -30,12 +31,12 @@ def lion(case: Case, params: list[Tensor], state: Lists) -> Step:
 
 
 def ratios(numerators: list[Tensor], denominators: list[Tensor]) -> list[Tensor]:
-    """Quotients of norms, 1 where either is zero."""
+    """Quotients of norms; 1 where either norm is zero."""
     pairs = zip(numerators, denominators, strict=True)
     return [torch.where((a > 0) & (b > 0), a / b, torch.ones_like(a)) for a, b in pairs]
 
 
-def lamb(case: Case, params: list[Tensor], state: Lists) -> Step:
+def lamb(case: StepCase, params: list[Tensor], state: Lists) -> Step:
     """You et al. 2020, algorithm 2."""
     (beta1, beta2), eps, taken = case.rule.options["betas"], case.rule.options["eps"], [0]
 
@@ -59,7 +60,7 @@ def lamb(case: Case, params: list[Tensor], state: Lists) -> Step:
     return step
 
 
-def lars(case: Case, params: list[Tensor], state: Lists) -> Step:
+def lars(case: StepCase, params: list[Tensor], state: Lists) -> Step:
     """You et al. 2017, with the learning rate outside the momentum."""
     options = case.rule.options
 
@@ -77,7 +78,7 @@ def lars(case: Case, params: list[Tensor], state: Lists) -> Step:
     return step
 
 
-def adan(case: Case, params: list[Tensor], state: Lists) -> Step:
+def adan(case: StepCase, params: list[Tensor], state: Lists) -> Step:
     """Xie et al. 2022, as the authors' multi-tensor code has it."""
     (beta1, beta2, beta3), eps, taken = case.rule.options["betas"], case.rule.options["eps"], [0]
 
@@ -104,13 +105,13 @@ def adan(case: Case, params: list[Tensor], state: Lists) -> Step:
     return step
 
 
-RULES = {"Lion": lion, "LAMB": lamb, "LARS": lars, "Adan": adan}
+RULES: dict[str, MakeRule] = {"Lion": lion, "LAMB": lamb, "LARS": lars, "Adan": adan}
 
 
 class EagerOptimizer:
-    """One of these rules on a workload's tensors, with an optimizer's ``step``."""
+    """One of these rules on a workload's tensors, with the `step` method of an optimizer."""
 
-    def __init__(self, case: Case, workload: Workload) -> None:
+    def __init__(self, case: StepCase, workload: Workload) -> None:
         state = {key: workload.state[key].tensors for key in case.rule.state}
         self._step = RULES[case.rule.class_name](case, list(workload.params), state)
 

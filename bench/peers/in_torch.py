@@ -1,4 +1,4 @@
-"""Peers that need only torch, and gradfused itself."""
+"""gradfused itself, and the peers that need nothing but torch."""
 
 from __future__ import annotations
 
@@ -12,47 +12,46 @@ from torch.optim import Optimizer
 import gradfused
 from gradfused.backends import NAMES, availability
 
-from ..cases.steps import Case, Workload
-from ..report.results import OURS
-from ..timing.rounds import Step
+from ..cases import OURS, StepCase, Workload
+from ..timing import Step
 from .eager import FoldedTransforms, NoiseSource, Transforms
 from .eager_rules import RULES as EAGER_RULES
 from .eager_rules import EagerOptimizer
-from .peer import Build, Peer, cuda_only, few_large, graph_options, rule_options, share_state, transform_then_step
+from .peer import Build, StepPeer, cuda_only, few_large, graph_options, rule_options, share_state, transform_then_step
 
 
-def torch_optimizer(case: Case, workload: Workload, **options: object) -> Optimizer:
-    """torch's optimizer for a case, on the workload's state."""
+def torch_optimizer(case: StepCase, workload: Workload, **options: object) -> Optimizer:
+    """torch's optimizer for a case, using the workload's state."""
     kind = getattr(torch.optim, case.rule.class_name)
     optimizer: Optimizer = kind(workload.params, **rule_options(case), **graph_options(case), **options)
     share_state(optimizer, workload)
     return optimizer
 
 
-def build_loop(case: Case, workload: Workload, source: NoiseSource) -> Step:
-    """torch's for-loop implementation, transforms in a loop too."""
+def build_loop(case: StepCase, workload: Workload, source: NoiseSource) -> Step:
+    """torch's for-loop implementation, after transforms in a loop."""
     optimizer = torch_optimizer(case, workload, foreach=False)
     transforms = Transforms(case.recipe, workload.params, source, foreach=False)
     return transform_then_step(transforms, optimizer, workload)
 
 
-def build_foreach(case: Case, workload: Workload, source: NoiseSource) -> Step:
-    """torch's multi-tensor implementation, transforms through `torch._foreach_*` too."""
+def build_foreach(case: StepCase, workload: Workload, source: NoiseSource) -> Step:
+    """torch's multi-tensor implementation, after transforms through `torch._foreach_*`."""
     optimizer = torch_optimizer(case, workload, foreach=True)
     transforms = Transforms(case.recipe, workload.params, source, foreach=True)
     return transform_then_step(transforms, optimizer, workload)
 
 
-def build_fused(case: Case, workload: Workload, source: NoiseSource) -> Step:
-    """torch's fused implementation after whichever eager transforms are faster."""
+def build_fused(case: StepCase, workload: Workload, source: NoiseSource) -> Step:
+    """torch's fused implementation, after eager transforms in a loop or multi-tensor, whichever is faster."""
     optimizer = torch_optimizer(case, workload, fused=True)
     foreach = not few_large(workload)
     transforms = Transforms(case.recipe, workload.params, source, foreach=foreach)
     return transform_then_step(transforms, optimizer, workload)
 
 
-def build_folded(case: Case, workload: Workload, source: NoiseSource) -> Step:
-    """torch's fused implementation with clipping and reversal folded into its unscaling."""
+def build_folded(case: StepCase, workload: Workload, source: NoiseSource) -> Step:
+    """torch's fused implementation, with clipping and reversal folded into its division by `grad_scale`."""
     optimizer = torch_optimizer(case, workload, fused=True)
     foreach = not few_large(workload)
     transforms = FoldedTransforms(case.recipe, workload.params, source, foreach=foreach)
@@ -65,8 +64,8 @@ def build_folded(case: Case, workload: Workload, source: NoiseSource) -> Step:
     return step
 
 
-def nothing_to_fold(case: Case) -> str | None:
-    """Only what multiplies every gradient by one number can be folded."""
+def nothing_to_fold(case: StepCase) -> str | None:
+    """The `unable` of the folding peer: only what multiplies every gradient by one number can be folded."""
     recipe = case.recipe
     foldable = recipe.clip is not None or recipe.reverse is not None
     if recipe.sam is not None or recipe.ema is not None or not foldable:
@@ -74,39 +73,39 @@ def nothing_to_fold(case: Case) -> str | None:
     return not_fused(case)
 
 
-def not_torchs(case: Case) -> str | None:
-    """torch.optim lacks the rule."""
+def not_torchs(case: StepCase) -> str | None:
+    """The `unable` of a peer that needs the rule in torch.optim."""
     return None if hasattr(torch.optim, case.rule.class_name) else f"torch.optim has no {case.rule.class_name}"
 
 
-def not_fused(case: Case) -> str | None:
-    """torch.optim lacks the rule, or a fused implementation of it."""
+def not_fused(case: StepCase) -> str | None:
+    """The `unable` of a peer that needs the rule in torch.optim with a fused implementation."""
     kind = getattr(torch.optim, case.rule.class_name, None)
     if kind is None or "fused" in inspect.signature(kind).parameters:
         return not_torchs(case)
     return f"torch.optim has no fused {case.rule.class_name}"
 
 
-def not_compiled(case: Case) -> str | None:
-    """What is around the step is not part of the compiled function."""
+def not_compiled(case: StepCase) -> str | None:
+    """The `unable` of the compiled peer, whose function does not include what is around a step."""
     return "leaves SAM and averages to eager code" if case.recipe.sam or case.recipe.ema else not_torchs(case)
 
 
-def build_eager(case: Case, workload: Workload, source: NoiseSource) -> Step:
-    """The paper's formula in torch's multi-tensor operations, transforms through whichever are faster."""
+def build_eager(case: StepCase, workload: Workload, source: NoiseSource) -> Step:
+    """The paper's formula in torch's multi-tensor operations, after eager transforms."""
     transforms = Transforms(case.recipe, workload.params, source, foreach=not few_large(workload))
     return transform_then_step(transforms, EagerOptimizer(case, workload), workload)
 
 
-def torch_has_it(case: Case) -> str | None:
-    """torch.optim's own says more than a formula in torch's operations."""
+def torch_has_it(case: StepCase) -> str | None:
+    """The `unable` of formulas in torch's operations where torch.optim has the rule itself."""
     has = case.rule.class_name not in EAGER_RULES
     return f"torch.optim has {case.rule.class_name}: see torch-foreach" if has else None
 
 
-def build_compiled(case: Case, workload: Workload, source: NoiseSource) -> Step:
+def build_compiled(case: StepCase, workload: Workload, source: NoiseSource) -> Step:
     """`torch.compile` of the transforms and the step together."""
-    torch.compiler.reset()  # past a few versions of one function it silently stays eager
+    torch.compiler.reset()  # after a few versions of one function torch silently stops compiling it
     on_device = replace(case, captured=case.device.type == "cuda")
     optimizer = torch_optimizer(on_device, workload, foreach=True)
     transforms = Transforms(case.recipe, workload.params, source, foreach=True, sigma_tensor=True)
@@ -124,12 +123,12 @@ def build_compiled(case: Case, workload: Workload, source: NoiseSource) -> Step:
 
 
 def build_gradfused(backend: str) -> Build:
-    """gradfused on one of its backends."""
+    """The `build` of gradfused on one of its backends."""
 
-    def build(case: Case, workload: Workload, source: NoiseSource) -> Step:
+    def build(case: StepCase, workload: Workload, source: NoiseSource) -> Step:
         kind = getattr(gradfused, case.rule.class_name)
         options = {**rule_options(case), **case.recipe.options}
-        optimizer: gradfused.optim.Optimizer = kind(workload.params, **options, backend=backend)
+        optimizer = kind(workload.params, **options, backend=backend)
         share_state(optimizer, workload, extra=True)
         if case.recipe.sam is None:
             return optimizer.step
@@ -152,12 +151,11 @@ def missing(backend: str) -> Callable[[], str | None]:
 PRECISIONS = ("kahan", "stochastic", "master")
 
 
-def on_backend(name: str) -> Peer:
-    """gradfused on a GPU with a backend other than the one that it would take."""
-    about = f"this package with backend={name!r}"
-    return Peer(
+def on_backend(name: str) -> StepPeer:
+    """gradfused on a GPU with a backend named, which may not be the one that it would choose."""
+    return StepPeer(
         f"{OURS}-{name}",
-        about,
+        f"this package with backend={name!r}",
         build_gradfused(name),
         absent=missing(name),
         unable=cuda_only,
@@ -167,9 +165,9 @@ def on_backend(name: str) -> Peer:
 
 
 TORCH_PEERS = (
-    Peer(OURS, "this package", build_gradfused("auto"), precisions=PRECISIONS),
+    StepPeer(OURS, "this package", build_gradfused("auto"), precisions=PRECISIONS),
     *(on_backend(name) for name in NAMES if name not in ("auto", "cpu", "reference")),
-    Peer(
+    StepPeer(
         f"{OURS}-reference",
         "this package's oracle in the case's own dtype",
         build_gradfused("reference"),
@@ -178,25 +176,48 @@ TORCH_PEERS = (
         copies=1,
         uncapturable="the oracle waits for the device",
     ),
-    Peer("torch-loop", "torch.optim, foreach=False", build_loop, unable=not_torchs, rebuilds=True),
-    Peer("torch-foreach", "torch.optim, foreach=True", build_foreach, unable=not_torchs, copies=2, rebuilds=True),
-    Peer("torch-fused", "torch.optim, fused=True", build_fused, unable=not_fused, rebuilds=True),
-    Peer(
+    StepPeer(
+        "torch-loop",
+        "torch.optim, foreach=False",
+        build_loop,
+        "torch's for-loop {rule}",
+        unable=not_torchs,
+        rebuilds=True,
+    ),
+    StepPeer(
+        "torch-foreach",
+        "torch.optim, foreach=True",
+        build_foreach,
+        "torch's multi-tensor {rule}",
+        unable=not_torchs,
+        copies=2,
+        rebuilds=True,
+    ),
+    StepPeer(
+        "torch-fused",
+        "torch.optim, fused=True",
+        build_fused,
+        "torch's fused {rule}",
+        unable=not_fused,
+        rebuilds=True,
+    ),
+    StepPeer(
         "torch-eager",
-        "rules that torch.optim lacks, in its multi-tensor operations",
+        "rules that torch.optim lacks, in torch's multi-tensor operations",
         build_eager,
+        "{rule} in torch's multi-tensor operations",
         unable=torch_has_it,
         copies=2,
         uncapturable="it counts its steps on the host",
     ),
-    Peer(
+    StepPeer(
         "torch-fused-gradscale",
-        "the same, clipping and reversal folded into a preset optimizer.grad_scale",
+        "torch.optim, fused=True, with clipping and reversal folded into a preset optimizer.grad_scale",
         build_folded,
         unable=nothing_to_fold,
         rebuilds=True,
     ),
-    Peer(
+    StepPeer(
         "torch-compile",
         "torch.compile of transforms and step; slow to compile",
         build_compiled,

@@ -1,4 +1,4 @@
-"""Cross-entropy with perturbed logit gradients (LPG), forward and backward."""
+"""Cross-entropy with logit-gradient perturbation (LPG), forward and backward: its sizes, its oracle and its peers."""
 
 from __future__ import annotations
 
@@ -11,18 +11,17 @@ from torch.nn import functional as F
 
 from gradfused.nn import lpg_cross_entropy
 
-from ..cases.functions import Function, Run, Size, Tensors, Way, gradients
-from ..report.results import CROSS_ENTROPY, OURS
+from ..cases import CROSS_ENTROPY, OURS, Function, FunctionPeer, Run, Size, Tensors, gradients
 
 SIZES = (
     Size("8192x1000", "logits of 8192 images, 1000 classes", (8192, 1000)),
     Size("2048x32000", "logits of 2048 tokens, 32000 words", (2048, 32000)),
 )
-LEAST, MOST = 0.05, 2.0  # of a radius: some exceed the norm that they are to dampen
+LEAST, MOST = 0.05, 2.0  # bounds of a radius; some radii exceed the norm that they are to dampen
 
 
 def make(size: Size, dtype: torch.dtype, device: torch.device) -> Tensors:
-    """Logits and a long tail of classes, the k-th as often as 1 / k: the frequent dampened, the rare amplified."""
+    """Logits, and targets with a long tail: class k is as frequent as 1 / k, frequent ones are dampened, rare ones amplified."""
     generator = torch.Generator().manual_seed(0)
     rows, classes = size.shape
     drawn = torch.rand(rows, generator=generator, dtype=torch.float64)
@@ -36,7 +35,7 @@ def make(size: Size, dtype: torch.dtype, device: torch.device) -> Tensors:
 
 
 def oracle(tensors: Tensors, plain: bool) -> Sequence[Tensor]:
-    """The definition, class by class."""
+    """The definition of LPG, computed class by class."""
     logits, target = tensors["logits"].detach(), tensors["target"]
     picked = logits.log_softmax(1).gather(1, target[:, None])
     gradient = logits.softmax(1) - F.one_hot(target, logits.shape[1])
@@ -50,7 +49,7 @@ def oracle(tensors: Tensors, plain: bool) -> Sequence[Tensor]:
 
 
 class EagerLPG(torch.autograd.Function):
-    """The formula as one writes it in torch, as a loss for training: cross-entropy forward, perturbed backward."""
+    """The formula as one writes it in torch: cross-entropy in the forward pass, perturbed gradients in the backward pass."""
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, target: Tensor, sign: Tensor, radius: Tensor) -> Tensor:
@@ -74,12 +73,12 @@ class EagerLPG(torch.autograd.Function):
 
 
 def exact_dtype(logits: Tensor) -> torch.dtype:
-    """float32 for 16-bit logits."""
+    """The dtype to compute in: float32 for 16-bit logits, the logits' own otherwise."""
     return torch.promote_types(logits.dtype, torch.float32)
 
 
 def lengths(norms: Tensor, sign: Tensor, radius: Tensor) -> Tensor:
-    """How far each class's mean moves along itself."""
+    """How far the mean gradient of each class moves along itself."""
     radius = radius.to(norms.dtype)
     return torch.where(sign > 0, radius, torch.where(sign < 0, -radius.minimum(norms), 0.0))
 
@@ -87,14 +86,14 @@ def lengths(norms: Tensor, sign: Tensor, radius: Tensor) -> Tensor:
 def frugal_lpg(
     log_p: Tensor, tensors: Tensors, members: Tensor, counts: Tensor, classes: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """The formula in the fewest of torch's operations that we know, in place, the gradient made along with the loss.
+    """The formula in the fewest torch operations that we know: all in place, with the gradient computed along with the loss.
 
     Args:
-        log_p: Log-softmax of the logits; overwritten.
-        tensors: The case's.
-        members: The place of each row's class among those in the batch.
-        counts: Rows of each of those.
-        classes: Their numbers.
+        log_p: Log-softmax of the logits; it is overwritten.
+        tensors: The tensors of the case.
+        members: For each row, the index of its class among the classes in the batch.
+        counts: The number of rows of each class in the batch.
+        classes: The classes in the batch.
     """
     target, rows = tensors["target"][:, None], log_p.shape[0]
     loss = -log_p.gather(1, target).mean()
@@ -110,7 +109,7 @@ def frugal_lpg(
 
 
 def frugally(run: Callable[..., tuple[Tensor, Tensor]]) -> Run:
-    """The frugal formula with what it takes for given."""
+    """The frugal formula, with the classes of the batch and the log-softmax computed before it."""
 
     def loss_and_gradient(tensors: Tensors) -> list[Tensor]:
         logits = tensors["logits"].detach()
@@ -122,47 +121,59 @@ def frugally(run: Callable[..., tuple[Tensor, Tensor]]) -> Run:
 
 
 def build_compiled() -> Run:
-    """torch.compile of all that follows the batch's classes, whose number it cannot know."""
+    """torch.compile of the frugal formula, without the search for the batch's classes, whose number it cannot know."""
     torch.compiler.reset()
     return frugally(torch.compile(frugal_lpg, dynamic=True))
 
 
 def run_gradfused(tensors: Tensors) -> list[Tensor]:
-    """gradfused's loss."""
+    """gradfused's loss and its gradient."""
     loss = lpg_cross_entropy(tensors["logits"], tensors["target"], tensors["sign"], tensors["radius"])
     return gradients(loss, tensors)
 
 
 def run_eager(tensors: Tensors) -> list[Tensor]:
-    """The formula as one writes it."""
+    """The eager loss and its gradient."""
     loss = EagerLPG.apply(tensors["logits"], tensors["target"], tensors["sign"], tensors["radius"])
     return gradients(loss, tensors)
 
 
 def run_cross_entropy(tensors: Tensors) -> list[Tensor]:
-    """torch's loss, with nothing perturbed."""
+    """torch's own loss, whose gradient is not perturbed."""
     return gradients(F.cross_entropy(tensors["logits"], tensors["target"]), tensors)
 
 
-LPG = Function(
-    "lpg",
-    "cross-entropy with class-level logit-gradient perturbation",
-    SIZES,
-    make,
-    oracle,
-    (
-        Way(OURS, "gradfused.nn.lpg_cross_entropy", lambda: run_gradfused),
-        Way("eager-lpg", "the formula as one writes it, an autograd function", lambda: run_eager, copies=7),
-        Way("eager-lpg-frugal", "in place, the gradient made with the loss", lambda: frugally(frugal_lpg), copies=5),
-        Way(
-            "torch-compile",
-            "torch.compile of the frugal formula; slow to compile",
-            build_compiled,
-            opt_in=True,
-            copies=5,
-        ),
-        Way(CROSS_ENTROPY, "F.cross_entropy, nothing perturbed", lambda: run_cross_entropy, yardstick=True, copies=3),
+WAYS = (
+    FunctionPeer(OURS, "gradfused.nn.lpg_cross_entropy", lambda: run_gradfused),
+    FunctionPeer(
+        "eager-lpg",
+        "the formula as one writes it, an autograd function",
+        lambda: run_eager,
+        "the formula written in PyTorch",
+        copies=7,
     ),
+    FunctionPeer(
+        "eager-lpg-frugal",
+        "in place, with the gradient computed along with the loss",
+        lambda: frugally(frugal_lpg),
+        copies=5,
+    ),
+    FunctionPeer(
+        "torch-compile", "torch.compile of the frugal formula; slow to compile", build_compiled, opt_in=True, copies=5
+    ),
+    FunctionPeer(
+        CROSS_ENTROPY, "F.cross_entropy, without perturbation", lambda: run_cross_entropy, yardstick=True, copies=3
+    ),
+)
+
+LPG = Function(
+    name="lpg",
+    about="cross-entropy with class-level logit-gradient perturbation",
+    spoken="LPG cross-entropy",
+    sizes=SIZES,
+    make=make,
+    oracle=oracle,
+    ways=WAYS,
     standard="eager-lpg",
-    streams=lambda size: 3,  # logits read by both passes, their gradient written
+    streams=lambda size: 3,  # both passes read the logits, and the backward pass writes their gradient
 )

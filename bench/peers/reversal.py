@@ -1,4 +1,4 @@
-"""Gradient reversal, alone and in front of a linear layer."""
+"""Gradient reversal, alone and before a linear layer: its sizes, its oracle and its peers."""
 
 from __future__ import annotations
 
@@ -12,9 +12,7 @@ from torch.nn import functional as F
 
 from gradfused.nn import GradientReversal, reversal_linear
 
-from ..cases.functions import Function, FunctionCase, Run, Size, Tensors, Way, gradients
-from ..report.results import NO_REVERSAL, OURS
-from .peer import needs
+from ..cases import NO_REVERSAL, OURS, Function, FunctionCase, FunctionPeer, Run, Size, Tensors, gradients, needs
 
 LAMBDA = 0.5
 
@@ -26,7 +24,7 @@ SIZES = (
 
 
 def make(size: Size, dtype: torch.dtype, device: torch.device) -> Tensors:
-    """Features, the gradient that comes back to what is made of them, and the layer behind them, if any."""
+    """Features, the linear layer that follows, if any, and the gradient that arrives at the output."""
     generator = torch.Generator().manual_seed(0)
 
     def normal(*shape: int, scale: float = 1.0) -> Tensor:
@@ -41,7 +39,7 @@ def make(size: Size, dtype: torch.dtype, device: torch.device) -> Tensors:
 
 
 def oracle(tensors: Tensors, plain: bool) -> Sequence[Tensor]:
-    """The formulas themselves."""
+    """The formulas of the value and of each gradient."""
     x, upstream, factor = tensors["x"].detach(), tensors["upstream"], 1.0 if plain else -LAMBDA
     if "weight" not in tensors:
         return [x, factor * upstream]
@@ -50,7 +48,7 @@ def oracle(tensors: Tensors, plain: bool) -> Sequence[Tensor]:
 
 
 class PlainFunction(torch.autograd.Function):
-    """Reversal as it stands in most code that has it."""
+    """Reversal as most code that uses it has it."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, lambda_: float) -> Tensor:
@@ -63,7 +61,7 @@ class PlainFunction(torch.autograd.Function):
 
 
 def layered(reverse: Callable[[Tensor], Tensor]) -> Run:
-    """Reversal as a layer, and the linear layer behind it, if any, as another."""
+    """Reversal as a layer, then the linear layer, if there is one."""
 
     def run(tensors: Tensors) -> list[Tensor]:
         y = reverse(tensors["x"])
@@ -74,7 +72,7 @@ def layered(reverse: Callable[[Tensor], Tensor]) -> Run:
 
 
 def build_gradfused() -> Run:
-    """One layer where there is a linear one to fold reversal into, else reversal alone."""
+    """gradfused: reversal folded into the linear layer, or alone where there is none."""
     alone = layered(GradientReversal(LAMBDA))
 
     def run(tensors: Tensors) -> Sequence[Tensor]:
@@ -103,39 +101,49 @@ def build_compiled() -> Run:
 
 
 def build_revgrad() -> Run:
-    """pytorch-revgrad's layer."""
+    """The layer of pytorch-revgrad."""
     return layered(import_module("pytorch_revgrad").RevGrad(alpha=LAMBDA))
 
 
 def needs_a_head(case: FunctionCase) -> str | None:
-    """For gradfused's layer, where that is what gradfused runs anyway."""
+    """The `unable` of gradfused's layer where gradfused itself runs just that layer."""
     return None if case.model.outputs else f"is {OURS} itself where no linear layer follows"
 
 
 def streams(size: Size) -> int:
-    """Alone: the gradient read and written. With a head: features read by both passes, their gradient written."""
+    """Alone, the gradient is read and written. Before a linear layer, features are read twice and their gradient is written."""
     return 3 if size.outputs else 2
 
 
-REVERSAL = Function(
-    "reversal",
-    "gradient reversal at a layer boundary, alone and before a linear layer",
-    SIZES,
-    make,
-    oracle,
-    (
-        Way(OURS, "gradfused.nn.reversal_linear, or GradientReversal alone", build_gradfused),
-        Way(
-            f"{OURS}-layer",
-            "GradientReversal, then F.linear",
-            lambda: layered(GradientReversal(LAMBDA)),
-            unable=needs_a_head,
-        ),
-        Way("autograd-function", "the usual ten lines", lambda: layered(lambda x: PlainFunction.apply(x, LAMBDA))),
-        Way("pytorch-revgrad", "its RevGrad layer", build_revgrad, absent=needs("pytorch_revgrad", "pytorch-revgrad")),
-        Way("torch-compile", "torch.compile of autograd-function and F.linear", build_compiled, opt_in=True),
-        Way(NO_REVERSAL, "the same with nothing reversed", lambda: layered(lambda x: x.view_as(x)), yardstick=True),
+WAYS = (
+    FunctionPeer(OURS, "gradfused.nn.reversal_linear, or GradientReversal alone", build_gradfused),
+    FunctionPeer(
+        f"{OURS}-layer",
+        "GradientReversal, then F.linear",
+        lambda: layered(GradientReversal(LAMBDA)),
+        unable=needs_a_head,
     ),
+    FunctionPeer(
+        "autograd-function",
+        "the usual ten lines of an autograd function",
+        lambda: layered(lambda x: PlainFunction.apply(x, LAMBDA)),
+        "the usual autograd function",
+    ),
+    FunctionPeer(
+        "pytorch-revgrad", "its RevGrad layer", build_revgrad, absent=needs("pytorch_revgrad", "pytorch-revgrad")
+    ),
+    FunctionPeer("torch-compile", "torch.compile of autograd-function and F.linear", build_compiled, opt_in=True),
+    FunctionPeer(NO_REVERSAL, "the same without reversal", lambda: layered(lambda x: x.view_as(x)), yardstick=True),
+)
+
+REVERSAL = Function(
+    name="reversal",
+    about="gradient reversal at a layer boundary, alone and before a linear layer",
+    spoken="gradient reversal",
+    sizes=SIZES,
+    make=make,
+    oracle=oracle,
+    ways=WAYS,
     standard="autograd-function",
     streams=streams,
 )

@@ -1,4 +1,4 @@
-"""The machine and the versions that a measurement belongs to."""
+"""A description of the machine and of the versions that a measurement was taken with."""
 
 from __future__ import annotations
 
@@ -14,8 +14,7 @@ import gradfused
 from gradfused.backends import cpu
 
 from ..peers import backend_on
-from ..timing import cuda
-from ..timing.quiet import usable_cpus
+from ..timing import cuda, usable_cpus
 
 PEER_PACKAGES = (
     "torch-optimi",
@@ -30,7 +29,7 @@ PEER_PACKAGES = (
 
 
 def describe(device: torch.device) -> dict[str, Any]:
-    """What a reader needs to compare figures; never a host name or a path."""
+    """What a reader needs in order to compare figures; it holds no host name and no path."""
     environment: dict[str, Any] = {
         "date": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
         "gradfused": gradfused.__version__,
@@ -59,12 +58,12 @@ def cpu_name() -> str:
 
 
 def native_isa() -> str | None:
-    """The instruction set that gradfused's kernels were chosen for, if they load here."""
+    """The instruction set for which gradfused chose its kernels, or None if they do not load here."""
     return cpu.isa() if cpu.availability().usable else None
 
 
 def peer_versions() -> dict[str, str]:
-    """Versions of the peers' packages that are installed."""
+    """The versions of those peers' packages that are installed."""
     found = {}
     for package in PEER_PACKAGES:
         try:

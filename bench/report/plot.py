@@ -1,4 +1,4 @@
-"""A bar chart of a run, with the roof as a line, fit for a slide."""
+"""A bar chart of a run, with the roof as a dashed line."""
 
 from __future__ import annotations
 
@@ -6,16 +6,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..cases.functions import FunctionCase
-from ..cases.steps import Case
-from .results import CROSS_ENTROPY, NO_REVERSAL, OURS, ROOF, YARDSTICKS, CaseResult, Record, Results
+from ..cases import CROSS_ENTROPY, NO_REVERSAL, OURS, ROOF, YARDSTICKS, FunctionCase, StepCase
+from ..measure import CaseResult, Record, Results
 from .tables import environment_line, milliseconds
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 OUR_COLOUR, ROOF_COLOUR = "#d9480f", "#212529"
-# Peers stay quiet next to ours: one hue for torch, others apart from it.
+# Muted colours for peers: blues for torch, greys and greens for other packages.
 PEER_COLOURS = {
     "gradfused-triton": "#f2a679",
     "gradfused-cuda": "#f2a679",
@@ -37,16 +36,16 @@ PEER_COLOURS = {
     "eager-lpg-frugal": "#5d8fc0",
     "pytorch-revgrad": "#9a9ea3",
 }
-WITHOUT = "nothing perturbed or reversed"
+WITHOUT = "without perturbation or reversal"
 BAR = 0.8  # width of a group of bars, where groups are 1 apart
 
 
 def write_plot(results: Results, path: Path) -> None:
-    """Draws milliseconds a step: a panel a model, a group a recipe, a bar a variant.
+    """Draw milliseconds a step: a panel for each model, in it a group for each recipe, in that a bar for each variant.
 
     Args:
-        results: Of a run with at least one case.
-        path: Of the image; its suffix chooses the format.
+        results: The results of a run with at least one case.
+        path: The path of the image; its suffix chooses the format.
     """
     import matplotlib
 
@@ -70,7 +69,7 @@ def write_plot(results: Results, path: Path) -> None:
 
 
 def panels_of(cases: Sequence[CaseResult]) -> list[list[CaseResult]]:
-    """Cases that differ in their recipe alone share a panel."""
+    """The cases of each panel: those that differ only in their recipe share one."""
     panels: dict[tuple[Any, ...], list[CaseResult]] = {}
     for result in cases:
         case = result.case
@@ -79,7 +78,7 @@ def panels_of(cases: Sequence[CaseResult]) -> list[list[CaseResult]]:
 
 
 def draw_panel(axis: Axes, cases: Sequence[CaseResult]) -> None:
-    """Draws the groups of one model."""
+    """Draw the groups of one model."""
     for position, result in enumerate(cases):
         draw_group(axis, position, result)
     case = cases[0].case
@@ -102,13 +101,13 @@ def draw_panel(axis: Axes, cases: Sequence[CaseResult]) -> None:
 
 
 def group_label(result: CaseResult) -> str:
-    """The recipe's name, with a warning where the figures above it mean nothing."""
+    """The recipe's name, with a warning if other programs disturbed the measurement."""
     name = result.case.recipe.name
     return f"{name}\n(disturbed)" if result.disturbed else name
 
 
 def draw_group(axis: Axes, position: int, result: CaseResult) -> None:
-    """Draws the bars of one case, slowest first, and its roof."""
+    """Draw the bars of one case, slowest first, and its roof."""
     ours, roof = result.ms(OURS), result.ms(ROOF)
     bars = [r for r in result.records if r.variant not in YARDSTICKS]
     bars.sort(key=lambda record: (record.variant == OURS, -record.ms_median))
@@ -137,14 +136,14 @@ def draw_group(axis: Axes, position: int, result: CaseResult) -> None:
 
 
 def draw_line(axis: Axes, position: int, ms: float | None, **style: Any) -> None:
-    """A line over a group of bars, where there is a figure for it."""
+    """Draw a horizontal line across a group of bars, if there is a figure for it."""
     if ms:
         ends = [position - BAR / 2 - 0.04, position + BAR / 2 + 0.04]
         axis.plot(ends, [ms, ms], color=ROOF_COLOUR, lw=1.6, **style)
 
 
 def times(record: Record, ours: float | None) -> str:
-    """How many times as long as gradfused, short enough to sit on a bar."""
+    """How many times as long as gradfused a variant takes, short enough for the top of a bar."""
     if not ours:
         return ""
     ratio = record.ms_median / ours
@@ -152,8 +151,8 @@ def times(record: Record, ours: float | None) -> str:
 
 
 def heading(results: Results) -> str:
-    """What was timed."""
-    rules = dict.fromkeys(r.case.rule.class_name for r in results.cases if isinstance(r.case, Case))
+    """The first part of the title: what was timed."""
+    rules = dict.fromkeys(r.case.rule.class_name for r in results.cases if isinstance(r.case, StepCase))
     steps = [f"One optimizer step, {', '.join(rules)}"] if rules else []
     functions = ["forward and backward"] if any(isinstance(r.case, FunctionCase) for r in results.cases) else []
     dtypes = dict.fromkeys(result.case.dtype_name for result in results.cases)
@@ -162,7 +161,7 @@ def heading(results: Results) -> str:
 
 
 def finish(figure: Any, axes: Sequence[Axes], results: Results) -> None:
-    """Title, one legend for all panels, and the machine."""
+    """Add the title, the description of the machine, and one legend for all panels."""
     handles: dict[str, Any] = {}
     for axis in axes:
         for handle, label in zip(*axis.get_legend_handles_labels(), strict=True):

@@ -2,26 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from .results import (
-    CROSS_ENTROPY,
-    EVENTS,
-    FUSED_PLAIN,
-    NO_REVERSAL,
-    OURS,
-    ROOF,
-    CaseResult,
-    Record,
-    Results,
-    Skipped,
-    is_ours,
-)
+from ..cases import CROSS_ENTROPY, FUSED_PLAIN, NO_REVERSAL, OURS, ROOF, is_ours
+from ..measure import EVENTS, CaseResult, Record, Results, Skipped
+from .sentence import closing_sentence, milliseconds
 
 VERDICTS = {
     True: Text("met", style="green"),
@@ -36,32 +26,38 @@ LABELS = {
 }
 HEADINGS = ("ms", "p20 - p80", f"x {OURS}", "GB/s", "% of roof", "time / roof")
 CUDA_HEADINGS = ("wall ms", "p20 - p80", f"x {OURS}", "device ms", "p20 - p80", f"x {OURS}", "GB/s", "% of roof")
-BUSY = 10.0  # percent: above it, others use the GPU
+BUSY = 10.0  # percent of the time; above it, other programs are using the GPU
 
 
-def print_case(console: Console, result: CaseResult) -> None:
-    """Prints the table of one case, and who is missing from it."""
+def print_case(console: Console, result: CaseResult, asked: Sequence[str] | None = None) -> None:
+    """Print the table of one case, and why variants have no row in it.
+
+    Args:
+        console: Where to print.
+        result: The result of the case.
+        asked: The peers that were asked for by name; the others are mentioned only if something went wrong.
+    """
     console.print()
     console.print(Text(result.case.title, style="bold"))
     console.print(case_table(result))
     if result.disturbed:
         console.print(Text(f"  {disturbance(result)}", style="bold red"))
     for skip in result.skipped:
-        if not skip.everywhere:
-            console.print(Text(f"  {skip.variant}: {skip.reason}", style=skip_style(skip)))
+        if not skip.everywhere and (not skip.expected or skip.variant in (OURS, *(asked or ()))):
+            console.print(Text(f"  {skip.variant}: {skip.reason}", style="bold red" if went_wrong(skip) else "dim"))
     for name, reason in result.uncaptured.items():
         console.print(Text(f"  {name}: * between events, not as a CUDA graph: {reason}", style="dim"))
 
 
 def disturbance(result: CaseResult) -> str:
-    """Why the figures of a case are not to be trusted."""
+    """Why the figures of a case cannot be trusted."""
     share = 100 * (result.others_share or 0.0)
     return f"disturbed: other programs took {share:.0f} % of the processors; measure again on a quiet machine"
 
 
-def skip_style(skip: Skipped) -> str:
-    """Who is wrong or broken stands out from who was never able."""
-    return "bold red" if skip.reason.startswith(("wrong", "failed")) else "dim"
+def went_wrong(skip: Skipped) -> bool:
+    """Whether a variant failed or computed something else, as opposed to being unable to do the case."""
+    return skip.reason.startswith(("wrong", "failed"))
 
 
 def case_table(result: CaseResult) -> Table:
@@ -78,12 +74,12 @@ def case_table(result: CaseResult) -> Table:
 
 
 def cells(record: Record, ours: Record | None, roof_ms: float | None) -> list[str]:
-    """A record as text."""
+    """A record as the cells of a row."""
     return [*wall_cells(record, ours), *rates(record), ratio(record.ms_median, roof_ms)]
 
 
 def cuda_cells(record: Record, ours: Record | None, roof_ms: float | None) -> list[str]:
-    """A record as text, with both of its times; the roof has the device's alone."""
+    """A record as the cells of a row with both of its times; the roof has only the device's."""
     device = [
         f"{milliseconds(record.ms_on_device)}{' *' if record.device_clock == EVENTS else ''}",
         spread(record.ms_device_p20, record.ms_device_p80),
@@ -96,7 +92,7 @@ def cuda_cells(record: Record, ours: Record | None, roof_ms: float | None) -> li
 
 
 def wall_cells(record: Record, ours: Record | None) -> list[str]:
-    """Whose record it is, and what its caller waited for."""
+    """The cells with the name of a variant and how long its caller waited."""
     return [
         LABELS.get(record.variant, record.variant),
         milliseconds(record.ms_median),
@@ -106,58 +102,65 @@ def wall_cells(record: Record, ours: Record | None) -> list[str]:
 
 
 def spread(low: float | None, high: float | None) -> str:
-    """Where the middle of the samples lies."""
+    """The range of the middle 60 % of the samples."""
     return "-" if low is None or high is None else f"{milliseconds(low)} - {milliseconds(high)}"
 
 
 def rates(record: Record) -> list[str]:
-    """A record against the roof."""
+    """The cells that compare a record with the roof."""
     return [f"{record.gbps:.1f}", f"{100 * record.gbps / record.roof_gbps:.0f} %"]
 
 
 def ratio(value: float, of: float | None) -> str:
-    """How many times as long."""
+    """How many times as long a time is as another."""
     return f"{value / of:.2f}" if of else "-"
 
 
-def milliseconds(value: float) -> str:
-    """Three significant digits where that helps."""
-    if value >= 100:
-        return f"{value:.0f}"
-    places = 1 if value >= 10 else 2 if value >= 0.995 else 3 if value >= 0.0995 else 4
-    return f"{value:.{places}f}"
-
-
 def row_style(record: Record) -> str:
-    """gradfused stands out; what is there for scale steps back."""
+    """gradfused's rows stand out, and those of yardsticks have a colour of their own."""
     plain = "green" if is_ours(record.variant) else ""
     return "bold green" if record.variant == OURS else "cyan" if record.variant in LABELS else plain
 
 
-def print_closing(console: Console, results: Results) -> None:
-    """Prints what holds for the whole run: the machine, who is missing, the targets."""
+def print_closing(
+    console: Console, results: Results, asked: Sequence[str] | None = None, with_targets: bool = False
+) -> None:
+    """Print what holds for the whole run: missing peers, warnings, the machine, and a sentence that sums it up.
+
+    Args:
+        console: Where to print.
+        results: The results of the run.
+        asked: The peers that were asked for by name; only those are reported as missing.
+        with_targets: Print the table of the project's targets too.
+    """
     console.print()
-    if results.targets:
+    if results.targets and with_targets:
         console.print(target_table(results.targets))
     missing = {skip.variant: skip.reason for case in results.cases for skip in case.skipped if skip.everywhere}
     for name, reason in missing.items():
-        console.print(Text(f"not here: {name}: {reason}", style="dim"))
+        if name in (asked or ()):
+            console.print(Text(f"not here: {name}: {reason}", style="dim"))
     if results.environment.get("backend") == "reference":
-        console.print(Text("gradfused ran its reference: python -m gradfused says what it lacks", style="bold red"))
+        warning = "gradfused ran its slow reference backend; python -m gradfused says why no other one works here"
+        console.print(Text(warning, style="bold red"))
     for left in results.left_out:
         console.print(Text(f"left out: {left['reason']}", style="bold red"))
     busy = results.environment.get("gpu_busy_before_percent", 0.0)
     if busy > BUSY:
-        console.print(Text(f"others used the GPU before this run, {busy:.0f} % of the time", style="bold red"))
+        console.print(Text(f"other programs used the GPU before this run, {busy:.0f} % of the time", style="bold red"))
     console.print(Text(environment_line(results.environment), style="dim"))
+    sentence = closing_sentence(results)
+    if sentence:
+        console.print()
+        console.print(Text(sentence, style="bold"), soft_wrap=True)
 
 
 def target_table(rows: Iterable[dict[str, Any]]) -> Table:
-    """Targets, measured against set."""
+    """The project's targets with what was measured."""
     table = Table(title="Targets", title_justify="left", title_style="bold")
     table.add_column("case")
     table.add_column("target")
-    table.add_column("set", justify="right")
+    table.add_column("limit", justify="right")
     table.add_column("measured", justify="right")
     table.add_column("")
     for row in rows:

@@ -1,4 +1,7 @@
-"""What the project set out to reach, against what a run measured: for AdamW, in float32 where nothing else is said."""
+"""The project's targets: how fast gradfused was meant to become, and whether a run reached it.
+
+They are for AdamW in float32, unless a target says otherwise.
+"""
 
 from __future__ import annotations
 
@@ -6,16 +9,16 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ..cases.functions import FunctionCase
-from ..cases.steps import Case
-from .results import CROSS_ENTROPY, FUSED_PLAIN, OURS, ROOF, CaseResult, Record, Results
+from ..cases import CROSS_ENTROPY, FUSED_PLAIN, OURS, ROOF, Case, FunctionCase
+from ..measure import CaseResult, Record, Results
 
 Measure = Callable[[CaseResult], "float | None"]
 Time = Callable[[Record], float]
 
-FUSED_ADAMS = ("optimi", "apex", "bitsandbytes")  # the fused steps of others
-SAME = 0.99  # of another's speed: closer than that, two runs of one step may be apart
-FASTER, OTHER_RULES = 1.0, 2.5  # times as fast as the best peer: AdamW in bfloat16, and other rules with a recipe
+FUSED_ADAMS = ("optimi", "apex", "bitsandbytes")  # other packages' fused steps
+SAME = 0.99  # relative speed that counts as the same: two runs of one step may differ by as much
+FASTER, OTHER_RULES = 1.0, 2.5  # how many times as fast as the best peer AdamW in bfloat16, and other rules, have to be
+FIRST_RULES = ("SGD", "Adam", "AdamW")  # rules that the target for other rules is not about
 
 
 @dataclass(frozen=True)
@@ -23,12 +26,12 @@ class Target:
     """A bound on one figure of one case.
 
     Attributes:
-        model: Name of the model, or None for each that was measured.
+        model: Name of the model, or None for every model.
         recipe: Name of the recipe.
-        title: What is bounded, for a reader.
-        measure: The figure, or None where it was not measured.
+        title: What the figure is, for the table.
+        measure: Computes the figure from a case's result, or None if the records for it are missing.
         limit: The bound.
-        at_least: Whether the figure must reach the limit, or stay within it.
+        at_least: The figure must be at least `limit`; otherwise at most.
     """
 
     model: str | None
@@ -39,12 +42,12 @@ class Target:
     at_least: bool = True
 
     def meant(self, result: CaseResult) -> bool:
-        """Whether it is set for a case."""
+        """Whether the target is about a case."""
         case = result.case
         return case.model.name == (self.model or case.model.name) and case.recipe.name == self.recipe
 
     def row(self, result: CaseResult) -> dict[str, Any] | None:
-        """This target as a row of the report, or None where it was not measured."""
+        """The target as a row of the table, or None if its figure was not measured."""
         value = self.measure(result)
         if value is None:
             return None
@@ -62,7 +65,7 @@ class Target:
 def row(
     case: str, title: str, value: float | str, limit: float | str, met: bool | None, sign: str = ""
 ) -> dict[str, Any]:
-    """A row of the report on targets; `met` is None where the measurement was disturbed."""
+    """A row of the table; `met` is None if other programs disturbed the measurement."""
     return {
         "case": case,
         "target": title,
@@ -73,7 +76,7 @@ def row(
 
 
 def speedup_over(variant: str) -> Measure:
-    """How many times as long a variant takes as gradfused."""
+    """The figure: how many times as long as gradfused a variant takes."""
 
     def measure(result: CaseResult) -> float | None:
         theirs, ours = result.ms(variant), result.ms(OURS)
@@ -83,7 +86,7 @@ def speedup_over(variant: str) -> Measure:
 
 
 def time_relative_to(variant: str) -> Measure:
-    """How many times as long gradfused takes as a variant."""
+    """The figure: how many times as long as a variant gradfused takes."""
 
     def measure(result: CaseResult) -> float | None:
         theirs, ours = result.ms(variant), result.ms(OURS)
@@ -93,28 +96,28 @@ def time_relative_to(variant: str) -> Measure:
 
 
 def over(model: str, recipe: str, variant: str, limit: float) -> Target:
-    """gradfused is at least so many times as fast as a variant."""
+    """The target that gradfused is at least so many times as fast as a variant."""
     return Target(model, recipe, f"times faster than {variant}", speedup_over(variant), limit)
 
 
 def within(model: str, recipe: str, variant: str, limit: float) -> Target:
-    """gradfused takes at most so many times as long as a variant."""
+    """The target that gradfused takes at most so many times as long as a variant."""
     title = f"time relative to {variant}"
     return Target(model, recipe, title, time_relative_to(variant), limit, at_least=False)
 
 
 def wall(record: Record) -> float:
-    """What a step's caller waits for."""
+    """How long the caller of a step waits."""
     return record.ms_median
 
 
 def device(record: Record) -> float:
-    """What a step keeps the device busy."""
+    """How long a step keeps the device busy."""
     return record.ms_on_device
 
 
 def over_best(is_meant: Callable[[str], bool], time: Time) -> Measure:
-    """How many times as long as gradfused the fastest of some peers takes."""
+    """The figure: how many times as long as gradfused the fastest of some peers takes."""
 
     def measure(result: CaseResult) -> float | None:
         ours = result.of(OURS)
@@ -125,25 +128,25 @@ def over_best(is_meant: Callable[[str], bool], time: Time) -> Measure:
 
 
 def best_torch(model: str | None, recipe: str, limit: float) -> Target:
-    """gradfused is at least so many times as fast as the fastest way that needs only torch, by the wall clock."""
+    """The target that gradfused is so many times as fast as the fastest peer that needs only torch, by the wall clock."""
     measure = over_best(lambda name: name.startswith("torch-"), wall)
     return Target(model, recipe, "wall clock: times faster than the best torch way", measure, limit)
 
 
 def never_slower(title: str, time: Time) -> Target:
-    """A plain step is no slower than others' fused ones."""
+    """The target that a plain step is no slower than other packages' fused ones."""
     names = f"{title}: times faster than the best of {', '.join(FUSED_ADAMS)}"
     return Target(None, "plain", names, over_best(FUSED_ADAMS.__contains__, time), SAME)
 
 
 def share_of_roof(result: CaseResult) -> float | None:
-    """The rate at which gradfused moves what it must, against the roof's."""
+    """The figure: gradfused's rate of memory traffic as a share of the roof's."""
     ours = result.of(OURS)
     return ours.gbps / ours.roof_gbps if ours else None
 
 
 def of_copy(model: str, recipe: str, limit: float) -> Target:
-    """gradfused moves what it must at a share of a copy's rate."""
+    """The target that gradfused's rate of memory traffic is at least a share of a copy's."""
     return Target(model, recipe, "device: share of a copy's bandwidth", share_of_roof, limit)
 
 
@@ -182,7 +185,7 @@ TARGETS = {
 
 
 def evaluate(results: Results) -> list[dict[str, Any]]:
-    """Every target that the run measured."""
+    """A row for every target that the run has figures for."""
     rows = [*case_rows(results.cases), *fastest_rows(results.cases)]
     if results.same_on_any_threads is not None:
         same = results.same_on_any_threads
@@ -192,7 +195,7 @@ def evaluate(results: Results) -> list[dict[str, Any]]:
 
 
 def case_rows(cases: Sequence[CaseResult]) -> Iterator[dict[str, Any]]:
-    """Rows of the targets that belong to a model and a recipe, in float32."""
+    """The rows of the targets for a model and a recipe in float32."""
     for result in cases:
         case = result.case
         for target in TARGETS[case.device.type] if case.dtype_name == "float32" and is_judged(case) else ():
@@ -202,7 +205,7 @@ def case_rows(cases: Sequence[CaseResult]) -> Iterator[dict[str, Any]]:
 
 
 def fastest_rows(cases: Sequence[CaseResult]) -> Iterator[dict[str, Any]]:
-    """On a CPU: gradfused against the fastest of its peers, AdamW where that is the target, and the other rules."""
+    """The rows that compare gradfused with the fastest peer on a CPU, for AdamW and for the other rules."""
     for result in cases:
         case = result.case
         if case.device.type == "cpu" and (asks_to_be_fastest(case) or is_other_rule(case)):
@@ -211,7 +214,7 @@ def fastest_rows(cases: Sequence[CaseResult]) -> Iterator[dict[str, Any]]:
 
 
 def best_row(result: CaseResult, limit: float) -> Iterator[dict[str, Any]]:
-    """gradfused against the fastest of its peers, if there are some."""
+    """The row that compares gradfused with the fastest of its peers, if any were measured."""
     case, peers, ours = result.case, list(result.competitors()), result.ms(OURS)
     if not peers or not ours:
         return
@@ -229,23 +232,23 @@ def best_row(result: CaseResult, limit: float) -> Iterator[dict[str, Any]]:
     )
 
 
-def asks_to_be_fastest(case: Case | FunctionCase) -> bool:
-    """Whether AdamW is to be faster than every peer."""
+def asks_to_be_fastest(case: Case) -> bool:
+    """Whether the target of a case is that AdamW is faster than every peer."""
     return is_adamw(case) and (case.dtype_name == "bfloat16" or case.recipe.name in ("noise", "full"))
 
 
-def is_other_rule(case: Case | FunctionCase) -> bool:
-    """Whether the family's target is set for a case."""
-    if isinstance(case, FunctionCase) or case.rule.class_name in ("SGD", "Adam", "AdamW"):
+def is_other_rule(case: Case) -> bool:
+    """Whether the target for the other rules is about a case."""
+    if isinstance(case, FunctionCase) or case.rule.class_name in FIRST_RULES:
         return False
     return (case.model.name, case.recipe.name, case.dtype_name) == ("gpt2", "clip", "float32")
 
 
-def is_judged(case: Case | FunctionCase) -> bool:
-    """Whether a case is a function or of the update rule that targets are set for."""
+def is_judged(case: Case) -> bool:
+    """Whether a case is a function, or a step of the rule that the targets are for."""
     return isinstance(case, FunctionCase) or is_adamw(case)
 
 
-def is_adamw(case: Case | FunctionCase) -> bool:
-    """Whether a case is of the update rule that targets are set for."""
+def is_adamw(case: Case) -> bool:
+    """Whether a case is a step of the rule that the targets are for."""
     return case.rule_name == "adamw"

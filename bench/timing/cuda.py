@@ -1,4 +1,4 @@
-"""What is particular about timing on an NVIDIA GPU: clocks, graphs, and what the machine says of itself."""
+"""Timing on an NVIDIA GPU: its clocks, CUDA graphs, and a description of the GPU for the record."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from .rounds import Clock, Meter, Step, no_collector
 
 # Several steps a sample, so that the host runs ahead of the device as it does in training.
 BURST_MS, LEAST_BURST, MOST_BURST = 10.0, 5, 200
-SMI_SECONDS = 10.0  # nvidia-smi hangs where a driver does
+SMI_SECONDS = 10.0  # nvidia-smi hangs if the driver does
 
 
 def problem(index: int) -> str | None:
-    """Why torch cannot compute on a GPU here, or None."""
+    """Why torch cannot compute on the GPU of this number, or None."""
     if torch.version.cuda is None:
         return f"torch {torch.__version__} is built without CUDA: install one with CUDA from pytorch.org"
     count = torch.cuda.device_count()
@@ -37,7 +37,7 @@ def problem(index: int) -> str | None:
 
 
 def read_wall(step: Step, count: int) -> float:
-    """Milliseconds a call on the host's clock, from an idle device until it is idle again."""
+    """Milliseconds a call takes by the host's clock, from an idle device until it is idle again."""
     torch.cuda.synchronize()
     start = time.perf_counter()
     for _ in range(count):
@@ -47,7 +47,7 @@ def read_wall(step: Step, count: int) -> float:
 
 
 def read_events(step: Step, count: int) -> float:
-    """Milliseconds a call between two events; waits for the host are in it, where there are any."""
+    """Milliseconds a call takes between two CUDA events; if the device waits for the host, that is included."""
     start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     torch.cuda.synchronize()
     start.record()
@@ -59,24 +59,24 @@ def read_events(step: Step, count: int) -> float:
 
 
 class Replay:
-    """A captured graph. Keeps alive whatever owns memory that its kernels use."""
+    """A captured CUDA graph; it holds the steps, and so keeps alive the memory that the graph's kernels use."""
 
     def __init__(self, graph: torch.cuda.CUDAGraph, steps: Sequence[Step]) -> None:
         self.graph, self.steps = graph, list(steps)
 
     def __call__(self) -> None:
-        """Has the device repeat what was captured."""
+        """Have the device repeat what was captured."""
         self.graph.replay()
 
 
 class Capture:
-    """Captures steps in graphs that share one pool for temporaries: no two of them ever run at once."""
+    """Captures steps in graphs that share one pool of memory for temporaries, since no two of them run at the same time."""
 
     def __init__(self) -> None:
         self.pool = torch.cuda.graph_pool_handle()
 
     def __call__(self, steps: Sequence[Step]) -> Replay:
-        """One graph of the steps, in order. Each must have been taken before.
+        """Capture the steps, in order, in one graph. Each must have been taken before.
 
         Raises:
             RuntimeError: A step waits for the device, or does something else that no graph can hold.
@@ -93,7 +93,7 @@ class Capture:
         return Replay(graph, steps)
 
     def recover(self, stream: torch.cuda.Stream) -> None:
-        """Mends what a failed capture leaves behind in torch: its stream current, its pool and generator in use."""
+        """Undo what a failed capture leaves behind in torch: its stream is current, its pool and generator count as in use."""
         torch.cuda.set_stream(stream)
         self.pool = torch.cuda.graph_pool_handle()
         try:
@@ -104,7 +104,7 @@ class Capture:
 
 
 def meter(device: torch.device) -> Meter:
-    """How a GPU is timed; one a case, so that its graphs' memory goes with the case."""
+    """How to time a GPU. Each case makes its own meter, so that the memory of its graphs is freed with the case."""
     return Meter(
         wall=Clock(read_wall, BURST_MS, LEAST_BURST, MOST_BURST),
         device=Clock(read_events, BURST_MS, LEAST_BURST, MOST_BURST),
@@ -114,12 +114,12 @@ def meter(device: torch.device) -> Meter:
 
 
 def cache_bytes(device: torch.device) -> int:
-    """Of the L2 cache, the last one before memory."""
+    """The size of the L2 cache, the last one before memory."""
     return int(torch.cuda.get_device_properties(device).L2_cache_size)
 
 
 def describe(device: torch.device) -> dict[str, Any]:
-    """A GPU as the environment's record has it; what its own tool cannot tell is left out."""
+    """The GPU's part of the environment's record, without what nvidia-smi cannot tell."""
     properties = torch.cuda.get_device_properties(device)
     told = smi(device, ("driver_version", "power.limit", "utilization.gpu"))
     known = {
@@ -137,7 +137,7 @@ def describe(device: torch.device) -> dict[str, Any]:
 
 
 def clocks(device: torch.device) -> dict[str, Any]:
-    """The clocks in MHz as they are now: of use right after work, before the GPU slows down."""
+    """The current clocks in MHz; they are worth recording right after work, before the GPU slows down."""
     fields = {"sm": "clocks.sm", "sm_max": "clocks.max.sm", "memory": "clocks.mem", "memory_max": "clocks.max.mem"}
     told = smi(device, tuple(fields.values()))
     found = {key: number(told.get(field)) for key, field in fields.items()}
@@ -145,7 +145,7 @@ def clocks(device: torch.device) -> dict[str, Any]:
 
 
 def number(text: str | None) -> float | None:
-    """What nvidia-smi says, as a number; None for its [N/A] and its kin."""
+    """A field of nvidia-smi's answer as a number; None for [N/A] and the like."""
     try:
         return float(text or "")
     except ValueError:
@@ -153,11 +153,11 @@ def number(text: str | None) -> float | None:
 
 
 def smi(device: torch.device, fields: Sequence[str]) -> dict[str, str]:
-    """What nvidia-smi tells of a GPU; nothing where it is missing or fails. Only ever asks."""
+    """Ask nvidia-smi for some fields of a GPU; returns nothing where it is missing or fails. No setting is changed."""
     tool = shutil.which("nvidia-smi")
     if tool is None:
         return {}
-    # By its UUID: CUDA_VISIBLE_DEVICES renumbers GPUs for torch, not for nvidia-smi.
+    # The UUID names the GPU, because CUDA_VISIBLE_DEVICES renumbers GPUs for torch but not for nvidia-smi.
     uuid = getattr(torch.cuda.get_device_properties(device), "uuid", None)
     name = str(device.index or 0) if uuid is None else f"GPU-{str(uuid).removeprefix('GPU-')}"
     query = [f"--id={name}", f"--query-gpu={','.join(fields)}", "--format=csv,noheader,nounits"]

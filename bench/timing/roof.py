@@ -1,4 +1,4 @@
-"""The roof: what memory gives a loop with a step's streams and no math."""
+"""The roof: how fast memory lets a loop read and write what a step has to, if it computes nothing."""
 
 from __future__ import annotations
 
@@ -8,18 +8,19 @@ import torch
 
 from gradfused.backends import cpu
 
-from ..cases.steps import Case, Workload, bytes_available
+from ..cases import StepCase, Workload
+from .machine import bytes_available
 from .rounds import Step
 
-COPY_BYTES = 1 << 31  # of each side of the copy: tens of times any GPU's L2
+COPY_BYTES = 1 << 31  # of each side of the copy: tens of times any GPU's L2 cache
 
 
 @dataclass(frozen=True)
 class Roof:
-    """One sweep over memory.
+    """A loop over memory, timed beside the variants.
 
     Attributes:
-        step: The sweep.
+        step: Runs the loop once.
         moved: Bytes that it reads and writes.
     """
 
@@ -27,11 +28,11 @@ class Roof:
     moved: int
 
 
-def roof_of(case: Case, workload: Workload) -> Roof:
-    """The roof for a case's update rule, without the norm's extra read of the gradient and the recipe's own state.
+def roof_of(case: StepCase, workload: Workload) -> Roof:
+    """The roof for a case's update rule; the norm's read of the gradient and the recipe's state are not part of it.
 
-    On a CPU it is gradfused's own loop over the workload, all streams in one sweep, or else one in-place
-    torch kernel a written tensor, which moves more and is credited with it. On CUDA it is a copy.
+    On a CPU it is gradfused's own loop over all the tensors at once. Where that cannot run, it is one in-place torch kernel per
+    written tensor, which moves more and is credited with all that it moves. On CUDA it is a copy.
     """
     if case.device.type == "cuda":
         return copy_on(case.device)
@@ -39,7 +40,7 @@ def roof_of(case: Case, workload: Workload) -> Roof:
     read = workload.grads.flat
     if not has_native_loop(case):
         return Roof(lambda: sweep_with_torch(written, read), 3 * len(written) * read.nbytes)
-    # The loop is float32's; half as many of those are the same bytes in 16-bit types.
+    # The loop reads float32; a tensor of a 16-bit type has the same bytes as half as many of those.
     floats = [tensor.view(torch.float32) for tensor in (*written, read)]
     return Roof(lambda: cpu.roof(floats[:-1], floats[-1:]), case.rule.streams * read.nbytes)
 
@@ -47,25 +48,25 @@ def roof_of(case: Case, workload: Workload) -> Roof:
 def copy_on(device: torch.device, largest: int = COPY_BYTES) -> Roof:
     """A copy within a device's memory, of a tensor that no cache holds, whatever the model."""
     count = min(largest, bytes_available(device) // 8) // 4
-    return copy_of(torch.randn(count, device=device))  # zeros are known to run faster
+    return copy_of(torch.randn(count, device=device))  # a copy of zeros is known to be faster
 
 
 def copy_of(source: torch.Tensor) -> Roof:
-    """A copy into memory that is there already."""
+    """A copy into memory that is allocated already."""
     target = torch.zeros_like(source)
     return Roof(lambda: target.copy_(source), 2 * source.nbytes)
 
 
-def has_native_loop(case: Case) -> bool:
-    """Whether gradfused's loop can sweep a case's tensors.
+def has_native_loop(case: StepCase) -> bool:
+    """Whether gradfused's loop can go over a case's tensors.
 
-    Halves of float64 are left alone: read as float32 some are subnormal, which costs time.
+    float64 tensors are left to torch: halves of them, read as float32, may be subnormal numbers, which are slow.
     """
     return cpu.availability().usable and case.dtype != torch.float64
 
 
 @torch.no_grad()
 def sweep_with_torch(written: list[torch.Tensor], read: torch.Tensor) -> None:
-    """Adds zero times the gradient: one read and one in-place update a written tensor."""
+    """Add zero times the gradient to each written tensor in place."""
     for tensor in written:
         tensor.add_(read, alpha=0)

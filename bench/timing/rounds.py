@@ -16,8 +16,11 @@ import torch
 MIN_ROUNDS = 9  # a slow variant, which sits out every second round, still gets 5 samples
 LEAST_ROUNDS = 5  # on a machine that turns out to be busy
 MAX_ROUNDS = 60
-SLOW, SLOW_MS = 3.0, 40.0  # times the fastest, and ms: such variants sit out every second round
-SHORT_MS = 20.0  # steps below this are at the mercy of what ran before: they get a lead-in
+SLOW, SLOW_MS = (
+    3.0,
+    40.0,
+)  # slower than both, in multiples of the fastest and in ms, a variant sits out every second round
+SHORT_MS = 20.0  # steps shorter than this depend on what ran before them, so an untimed one precedes each sample
 
 Step = Callable[[], object]
 Key = TypeVar("Key", bound=Hashable)
@@ -25,7 +28,7 @@ Key = TypeVar("Key", bound=Hashable)
 
 @dataclass
 class Samples:
-    """Milliseconds a step, one value a sample."""
+    """The samples of one variant, in milliseconds a step."""
 
     values: list[float] = field(default_factory=list)
 
@@ -41,13 +44,13 @@ class Samples:
 
 @dataclass(frozen=True)
 class Clock:
-    """Reads a time, and says how many steps make a sample.
+    """How to read a time, and how many steps make a sample.
 
     Attributes:
-        read: Milliseconds a call, over so many calls of a step.
-        burst_ms: A sample lasts at least about this long, in whole steps.
-        least: Steps in a sample.
-        most: Steps in a sample.
+        read: Calls a step so many times and returns the milliseconds that one call took.
+        burst_ms: A sample lasts about this long or longer.
+        least: The fewest steps in a sample.
+        most: The most steps in a sample.
     """
 
     read: Callable[[Step, int], float]
@@ -56,12 +59,12 @@ class Clock:
     most: int = 20
 
     def burst(self, ms: float) -> int:
-        """Steps in a sample, given what one takes: the least, unless that is too short to time."""
+        """The number of steps in a sample, if one step takes so many milliseconds."""
         return max(self.least, min(self.most, round(self.burst_ms / max(ms, 1e-6))))
 
 
 def read_host(step: Step, count: int) -> float:
-    """Milliseconds a call, on the host's clock."""
+    """Milliseconds a call takes by the host's clock."""
     start = time.perf_counter()
     for _ in range(count):
         step()
@@ -73,13 +76,13 @@ HOST = Clock(read_host)
 
 @dataclass(frozen=True)
 class Meter:
-    """How one kind of device is timed: all that timing knows of it.
+    """How one kind of device is timed.
 
     Attributes:
-        wall: What a caller waits for.
-        device: What keeps the device busy; None where that is the same.
-        capture: Turns steps into one call that has the device repeat them without the host, or raises.
-        cache_bytes: Of the cache that tensors should overflow; 0 leaves small models in it.
+        wall: Reads how long a caller waits.
+        device: Reads how long the device is busy; None where that is the same time.
+        capture: Turns steps into one call that has the device repeat them without the host; raises if it cannot.
+        cache_bytes: Size of the cache that tensors should overflow; 0 lets small models stay in cache.
     """
 
     wall: Clock = HOST
@@ -89,7 +92,7 @@ class Meter:
 
 
 def in_turn(steps: Sequence[Step]) -> Step:
-    """Each call takes the next of the steps, for ever."""
+    """A callable that takes the next of the steps at each call, and starts over after the last."""
     if len(steps) == 1:
         return steps[0]
     turns = cycle(steps)
@@ -98,12 +101,12 @@ def in_turn(steps: Sequence[Step]) -> Step:
 
 @dataclass(frozen=True)
 class Series:
-    """What is timed, and how.
+    """One thing to time, and its clock.
 
     Attributes:
-        step: What a call does.
-        clock: Times it.
-        holds: Steps that a call takes.
+        step: The callable to time.
+        clock: The clock that times it.
+        holds: How many steps one call takes.
     """
 
     step: Step
@@ -111,31 +114,31 @@ class Series:
     holds: int = 1
 
     def calls(self, ms: float) -> int:
-        """Calls in a sample, given what a step takes."""
+        """The number of calls in a sample, if a step takes so many milliseconds."""
         return -(-self.clock.burst(ms) // self.holds)
 
     def lead_in(self, ms: float) -> int:
-        """Untimed calls before a sample, so that it finds its own code and data in cache, not others'.
+        """The number of untimed calls before a sample, so that it finds its own code and data in cache.
 
-        Large models overflow every cache, where this would only take time.
+        Large models overflow every cache, where an untimed call would only take time.
         """
         return 1 if ms * self.holds < SHORT_MS else 0
 
     def cost(self, ms: float) -> float:
-        """Milliseconds that a sample takes, given what a step takes."""
+        """Milliseconds that a whole sample takes, if a step takes so many."""
         return ms * self.holds * (self.calls(ms) + self.lead_in(ms))
 
     def read(self, calls: int) -> float:
-        """Milliseconds a step, over so many calls."""
+        """Milliseconds a step takes, over so many calls."""
         return self.clock.read(self.step, calls) / self.holds
 
     def warm_up(self) -> float:
-        """The first call allocates and compiles, the next say what a warm step takes."""
+        """Call once, which allocates and compiles, then return the milliseconds that a warm step takes."""
         self.read(1)
         return self.read(-(-self.clock.least // self.holds))
 
     def sample(self, warm_ms: float) -> float:
-        """One sample: milliseconds a step."""
+        """Take one sample, in milliseconds a step."""
         for _ in range(self.lead_in(warm_ms)):
             self.step()
         return self.read(self.calls(warm_ms))
@@ -143,32 +146,32 @@ class Series:
 
 @dataclass(frozen=True)
 class Budget:
-    """How long a case may take.
+    """How long the timing of a case may take.
 
     Attributes:
-        seconds: About what timing may take; `MIN_ROUNDS` are taken in any case, or on a machine too
-            busy for them `LEAST_ROUNDS`.
-        rounds: Exactly so many rounds for every variant, whatever they take.
+        seconds: About how long timing may take. At least `MIN_ROUNDS` are taken, or `LEAST_ROUNDS` where the machine turns
+            out to be busy.
+        rounds: If given, exactly so many rounds are taken, however long they are.
     """
 
     seconds: float = 10.0
     rounds: int | None = None
 
     def rounds_of(self, cost_ms: float) -> int:
-        """The number of rounds, given what one takes."""
+        """The number of rounds to take, if one takes so many milliseconds."""
         if self.rounds is not None:
             return self.rounds
         return min(MAX_ROUNDS, max(MIN_ROUNDS, int(self.seconds * 1e3 / max(cost_ms, 1e-3))))
 
     def spent(self, rounds: int, elapsed: float) -> bool:
-        """Whether it is time to stop after so many rounds: steps were slower than when warm."""
+        """Whether to stop early, because rounds took much longer than the warm-up let expect."""
         if self.rounds is not None or rounds < LEAST_ROUNDS:
             return False
         return elapsed > (1.5 if rounds >= MIN_ROUNDS else 3.0) * self.seconds
 
 
 def slow_variants(warm: Mapping[Key, float]) -> set[Key]:
-    """Variants so slow that they would eat the time of all others."""
+    """The variants so slow that they would take the time of all others."""
     limit = max(SLOW * min(warm.values()), SLOW_MS)
     return {name for name, ms in warm.items() if ms > limit}
 
@@ -180,15 +183,15 @@ def interleave(
     refresh: Callable[[], object] = lambda: None,
     on_round: Callable[[int, int], object] = lambda done, total: None,
 ) -> dict[Key, Samples]:
-    """Times variants against each other.
+    """Time variants against each other, one sample of each a round.
 
-    Each round has its own order, so that no variant always finds what the same one left in cache.
+    Each round has its own order, so that no variant always finds in cache what the same other variant left there.
 
     Args:
-        series: What to time, by name.
-        budget: Says how many rounds.
+        series: What to time, by key.
+        budget: Decides the number of rounds.
         refresh: Called before each round, untimed.
-        on_round: Told how many rounds are done, of how many.
+        on_round: Called after each round with how many are done, and of how many.
 
     Returns:
         The samples of each variant.
@@ -214,7 +217,7 @@ def interleave(
 
 @contextmanager
 def no_collector() -> Iterator[None]:
-    """Keeps Python's garbage collector out of the samples."""
+    """Keep Python's garbage collector from running inside a sample."""
     gc.collect()
     gc.disable()
     try:

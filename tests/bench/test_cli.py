@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import re
 import socket
 from dataclasses import MISSING, fields
 from itertools import pairwise
@@ -13,17 +14,13 @@ from pathlib import Path
 import pytest
 import torch
 from bench_cases import CPU, result_of
-from gradfused.bench import cli, commands
+from gradfused.bench import cli, commands, request
 from gradfused.bench import train as training
-from gradfused.bench.cases.models import MODELS
-from gradfused.bench.cases.recipes import RECIPES, RULES
-from gradfused.bench.cases.steps import bytes_needed
-from gradfused.bench.peers import PEERS
-from gradfused.bench.peers.peer import Peer
-from gradfused.bench.report import targets
-from gradfused.bench.report.environment import describe
-from gradfused.bench.report.results import FUSED_PLAIN, OURS, ROOF, Record, Results
-from gradfused.bench.report.tables import print_case
+from gradfused.bench.cases import FUSED_PLAIN, MODELS, OURS, RECIPES, ROOF, RULES, bytes_needed
+from gradfused.bench.measure import CaseResult, Record, Results, Skipped
+from gradfused.bench.peers import PEERS, StepPeer
+from gradfused.bench.report import describe, print_case, targets
+from gradfused.bench.report.sentence import closing_sentence
 from rich.console import Console
 
 # ---- targets
@@ -102,7 +99,7 @@ def test_bad_arguments_say_what_is_allowed(arguments, message, capsys):
 
 
 def test_a_model_that_does_not_fit_is_refused(monkeypatch, capsys):
-    monkeypatch.setattr(cli, "bytes_available", lambda device: 8 * 10**9)
+    monkeypatch.setattr(request, "bytes_available", lambda device: 8 * 10**9)
     with pytest.raises(SystemExit):
         cli.main(["--models", "llama-1b"])
     message = " ".join(capsys.readouterr().err.split())
@@ -147,9 +144,9 @@ def run_small(files: dict[str, Path], *more: str) -> int:
 
 
 def test_a_run_prints_and_writes(files, capsys, monkeypatch):
-    monkeypatch.setitem(PEERS, "apex", Peer("apex", "", None, absent=lambda: "no wheel"))
+    monkeypatch.setitem(PEERS, "apex", StepPeer("apex", "", None, absent=lambda: "no wheel"))
     pytest.importorskip("matplotlib")
-    assert run_small(files, "--plot", str(files["png"])) == 0
+    assert run_small(files, "--plot", str(files["png"]), "--targets") == 0
     shown = capsys.readouterr().out
     assert "small-400 | clip | adamw | float32 on cpu (400 tensors" in shown
     assert "not here: apex: no wheel" in shown
@@ -165,11 +162,96 @@ def test_a_run_prints_and_writes(files, capsys, monkeypatch):
     assert files["png"].read_bytes().startswith(b"\x89PNG")
 
 
+def test_a_usual_run_shows_neither_targets_nor_peers_that_nobody_asked_for(monkeypatch, capsys):
+    """And it ends with a sentence that quotes its own figures."""
+    for name in PEERS:
+        if not name.startswith(("torch-", OURS)):
+            monkeypatch.setitem(PEERS, name, StepPeer(name, "", None, absent=lambda: "no wheel"))
+    assert cli.main(["--models", "small-400", "--recipes", "clip", "--steps", "1"]) == 0
+    shown = capsys.readouterr().out
+    assert "not here" not in shown
+    assert "no wheel" not in shown
+    assert "Targets" not in shown
+    sentence = shown.strip().splitlines()[-1]
+    assert re.search(
+        r"gradfused\.AdamW with centralisation and clipping takes [\d.]+ ms a step on small-400, ", sentence
+    )
+    assert "torch's fused AdamW with centralisation and clip_grad_norm_" in sentence
+
+
+def test_what_a_peer_says_it_cannot_do_is_told_to_those_who_ask(capsys):
+    result = result_of("small-400", "plain", {OURS: 1.0})
+    fields = {"model": "small-400", "recipe": "plain", "optimizer": "adamw", "dtype": "float32", "device": "cpu"}
+    result.skipped += [
+        Skipped(**fields, variant="torch-fused-gradscale", reason="nothing to fold", expected=True),
+        Skipped(**fields, variant="optimi", reason="wrong (err 1.0e+00)"),
+    ]
+    print_case(Console(width=120), result)
+    shown = capsys.readouterr().out
+    assert "nothing to fold" not in shown
+    assert "optimi: wrong" in shown
+    print_case(Console(width=120), result, ["torch-fused-gradscale"])
+    assert "torch-fused-gradscale: nothing to fold" in capsys.readouterr().out
+    assert "expected" not in json.dumps([skip.as_json() for skip in result.skipped])
+
+
+# ---- the closing sentence
+
+
+def sentence_of(*cases: CaseResult) -> str:
+    return closing_sentence(Results({}, list(cases)))
+
+
+def test_the_sentence_compares_with_what_users_write():
+    assert sentence_of(result_of("small-400", "clip", {OURS: 0.39, "torch-fused": 2.69, "torch-loop": 9.0})) == (
+        "On this machine gradfused.AdamW with centralisation and clipping takes 0.390 ms a step on small-400, "
+        "6.9 times as fast as torch's fused AdamW with centralisation and clip_grad_norm_."
+    )
+
+
+def test_the_sentence_is_honest_where_gradfused_is_slower_or_the_same():
+    slower = sentence_of(result_of("gpt2", "plain", {OURS: 50.0, "torch-fused": 45.0}))
+    assert slower.endswith("takes 50.0 ms a step on gpt2, 1.1 times as long as torch's fused AdamW.")
+    same = sentence_of(result_of("gpt2", "plain", {OURS: 50.0, "torch-fused": 50.2}))
+    assert same.endswith("takes 50.0 ms a step on gpt2, as long as torch's fused AdamW.")
+
+
+def test_the_sentence_covers_every_model_and_names_a_faster_peer():
+    cases = [
+        result_of("small-400", "clip", {OURS: 0.5, "torch-fused": 4.0, "torch-fused-gradscale": 3.0}),
+        result_of("gpt2", "clip", {OURS: 50.0, "torch-fused": 45.0, "torch-fused-gradscale": 46.0}),
+        result_of("gpt2", "plain", {OURS: 1.0, "torch-fused": 99.0}),
+    ]
+    assert sentence_of(*cases).endswith(
+        "takes 0.500 ms a step on small-400 and 50.0 ms on gpt2, 8.0 and 0.90 times as fast as torch's fused AdamW with "
+        "centralisation and clip_grad_norm_, and 6.0 and 0.90 times as fast as torch-fused-gradscale and torch-fused, "
+        "the fastest other variants."
+    )
+
+
+def test_the_sentence_tells_of_other_programs_and_of_other_dtypes():
+    result = result_of("gpt2", "ema", {OURS: 1.0}, torch.bfloat16)
+    result.others_share = 0.4
+    assert sentence_of(result) == (
+        "On this machine, while other programs took up to 40 % of its processors, gradfused.AdamW in bfloat16 with weight "
+        "averaging takes 1.00 ms a step on gpt2."
+    )
+    assert sentence_of() == ""
+    assert sentence_of(result_of("gpt2", "clip", {"torch-fused": 1.0})) == ""
+
+
+@pytest.mark.parametrize("recipe", list(RECIPES))
+def test_every_recipe_can_be_put_into_words(recipe):
+    sentence = sentence_of(result_of("gpt2", recipe, {OURS: 1.0, "torch-fused": 2.0}))
+    assert (" with " in sentence) == (recipe != "plain")
+    assert "2.0 times as fast as torch's fused AdamW" in sentence
+
+
 def test_a_run_without_gradfused_fails(monkeypatch, capsys, files):
     def explode(case, workload, source):
         raise RuntimeError("no kernels")
 
-    monkeypatch.setitem(PEERS, OURS, Peer(OURS, "", explode))
+    monkeypatch.setitem(PEERS, OURS, StepPeer(OURS, "", explode))
     assert run_small(files) == 1
     assert "gradfused: failed: RuntimeError: no kernels" in capsys.readouterr().out
 
@@ -183,11 +265,9 @@ def test_the_environment_names_no_machine():
 
 
 def test_cases_of_one_workload_are_neighbours():
-    args = cli.make_parser().parse_args(
-        ["--models", "small-400,resnet50", "--dtype", "float32,bfloat16", "--recipes", "all"]
-    )
-    cli.fill_defaults(args)
-    keys = [(case.model.name, case.dtype) for case in commands.cases_of(args)]
+    options = ["--models", "small-400,resnet50", "--dtype", "float32,bfloat16", "--recipes", "all"]
+    asked = cli.request_from(cli.make_parser().parse_args(options))
+    keys = [(case.model.name, case.dtype) for case in asked.step_cases()]
     changes = sum(a != b for a, b in pairwise(keys))
     assert len(keys) == 2 * 2 * len(RECIPES)
     assert changes == 3

@@ -12,17 +12,15 @@ import pytest
 import torch
 from bench_cases import CPU, TINY, tiny_case, workload_of
 from gradfused.bench import cli, commands
-from gradfused.bench.cases.models import MODELS
-from gradfused.bench.cases.recipes import RULES
-from gradfused.bench.cases.steps import MAX_SETS, Workload, bytes_needed, make_sets, sets_needed
-from gradfused.bench.measure.steps import Plan, first_of, measure, told
-from gradfused.bench.peers import PEERS
+from gradfused.bench.cases import MODELS, OURS, ROOF, RULES, Workload, bytes_needed, make_sets, sets_needed
+from gradfused.bench.cases.steps import MAX_SETS
+from gradfused.bench.measure import EVENTS, CaseResult, Results, measure_step
+from gradfused.bench.measure.results import GRAPH
+from gradfused.bench.measure.running import first_of, told
+from gradfused.bench.peers import PEERS, StepPeer
 from gradfused.bench.peers.in_torch import torch_optimizer
-from gradfused.bench.peers.peer import Peer
-from gradfused.bench.report.results import EVENTS, GRAPH, OURS, ROOF, CaseResult, Results
-from gradfused.bench.timing import cuda
+from gradfused.bench.timing import Budget, Clock, Meter, Series, Step, cuda, in_turn, interleave
 from gradfused.bench.timing.roof import copy_on
-from gradfused.bench.timing.rounds import Budget, Clock, Meter, Series, Step, in_turn, interleave
 
 H200_L2 = 60 << 20
 
@@ -236,17 +234,16 @@ def refuse_to_capture(steps: Sequence[Step]) -> Step:
     raise RuntimeError("no graphs here\nat all")
 
 
-def fused_here() -> Peer:
+def fused_here() -> StepPeer:
     """torch's fused step; on a CPU it could not be captured as it is on a GPU."""
     return replace(PEERS["torch-fused"], rebuilds=False)
 
 
-def measured(capture: Callable[[Sequence[Step]], Step], *others: Peer) -> tuple[CaseResult, list[Workload]]:
+def measured(capture: Callable[[Sequence[Step]], Step], *others: StepPeer) -> tuple[CaseResult, list[Workload]]:
     meter = Meter(made_up_clock(4.0, []), made_up_clock(6.0, []), capture, cache_bytes=2 * 16 * TINY.elements)
     case = tiny_case()
     sets = make_sets(case, meter.cache_bytes)
-    plan = Plan([PEERS[OURS], *others], Budget(rounds=3))
-    return measure(case, sets, plan, meter=meter), sets
+    return measure_step(case, sets, [PEERS[OURS], *others], Budget(rounds=3), meter=meter), sets
 
 
 @pytest.fixture(scope="module")

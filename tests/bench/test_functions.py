@@ -7,28 +7,29 @@ from dataclasses import replace
 
 import pytest
 import torch
-from gradfused.bench import cli, commands
-from gradfused.bench.cases.functions import FunctionCase, Size, Way
-from gradfused.bench.cases.models import MODELS
-from gradfused.bench.cases.recipes import RECIPES
+from gradfused.bench import cli
+from gradfused.bench.cases import (
+    CROSS_ENTROPY,
+    MODELS,
+    NO_REVERSAL,
+    OURS,
+    RECIPES,
+    ROOF,
+    FunctionCase,
+    FunctionPeer,
+    Size,
+)
+from gradfused.bench.measure import CaseResult, Record, Results, measure_function
 from gradfused.bench.measure import functions as function_runner
-from gradfused.bench.measure.functions import FUNCTIONS, SIZES, WAYS, FunctionChecker, chosen_ways, measure_function
+from gradfused.bench.measure.functions import FunctionChecker
+from gradfused.bench.measure.results import bytes_moved, case_fields
+from gradfused.bench.peers import FUNCTIONS, SIZES, WAYS, chosen_ways
 from gradfused.bench.peers import lpg as lpg_case
 from gradfused.bench.peers.lpg import LPG
 from gradfused.bench.peers.reversal import LAMBDA, REVERSAL
 from gradfused.bench.report import targets
-from gradfused.bench.report.results import (
-    CROSS_ENTROPY,
-    NO_REVERSAL,
-    OURS,
-    ROOF,
-    CaseResult,
-    Record,
-    Results,
-    bytes_moved,
-    case_fields,
-)
-from gradfused.bench.timing.rounds import Budget
+from gradfused.bench.request import Request
+from gradfused.bench.timing import Budget
 from torch.nn import functional as F
 
 HEAD = Size("head", "a small head", (40, 12), 5)
@@ -39,7 +40,7 @@ CASES = [FunctionCase(FUNCTIONS[name], size) for name, sizes in TINY.items() for
 every_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.model.name)
 
 
-def way_of(case: FunctionCase, name: str) -> Way:
+def way_of(case: FunctionCase, name: str) -> FunctionPeer:
     return next(way for way in case.recipe.ways if way.name == name)
 
 
@@ -173,8 +174,8 @@ def reversal_result() -> CaseResult:
         raise RuntimeError("no such layer\nand more")
 
     extra = (
-        Way("broken", "", explode),
-        Way("elsewhere", "", explode, absent=lambda: "not installed"),
+        FunctionPeer("broken", "", explode),
+        FunctionPeer("elsewhere", "", explode, absent=lambda: "not installed"),
         replace(way_of(CASES[0], NO_REVERSAL), name="forgetful", yardstick=False),
     )
     mine = tuple(way for way in REVERSAL.ways if way.name != "pytorch-revgrad")
@@ -229,10 +230,8 @@ def test_lpg_has_targets():
 # ---- the command line
 
 
-def parsed(*arguments: str):
-    args = cli.make_parser().parse_args(arguments)
-    cli.fill_defaults(args)
-    return args
+def parsed(*arguments: str) -> Request:
+    return cli.request_from(cli.make_parser().parse_args(arguments))
 
 
 @pytest.mark.parametrize(
@@ -247,14 +246,14 @@ def parsed(*arguments: str):
     ],
 )
 def test_defaults_follow_what_is_named(arguments, recipes, sizes):
-    args = parsed(*arguments)
-    assert args.recipes == recipes
-    assert [case.model.name for case in commands.function_cases_of(args)] == sizes
+    request = parsed(*arguments)
+    assert list(request.recipes) == recipes
+    assert [case.model.name for case in request.function_cases()] == sizes
 
 
 def test_steps_take_the_usual_models_where_only_sizes_are_named():
-    args = parsed("--models", "8192x1000", "--recipes", "clip,lpg")
-    assert [case.model.name for case in commands.cases_of(args)] == cli.DEFAULT_MODELS["cpu"].split(",")
+    request = parsed("--models", "8192x1000", "--recipes", "clip,lpg")
+    assert [case.model.name for case in request.step_cases()] == cli.DEFAULT_MODELS["cpu"].split(",")
 
 
 def test_training_takes_no_function(capsys):
@@ -266,7 +265,7 @@ def test_training_takes_no_function(capsys):
 def test_functions_run_next_to_steps(monkeypatch, tmp_path, capsys):
     pytest.importorskip("matplotlib")
     for name, sizes in TINY.items():
-        monkeypatch.setitem(commands.FUNCTIONS, name, replace(FUNCTIONS[name], sizes=sizes))
+        monkeypatch.setitem(FUNCTIONS, name, replace(FUNCTIONS[name], sizes=sizes))
     path, plot = tmp_path / "out.json", tmp_path / "out.png"
     arguments = ["--recipes", "clip,reversal,lpg", "--models", "small-400", "--steps", "1"]
     peers = ["--peers", "autograd-function,eager-lpg"]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import os
 from collections.abc import Callable
 from dataclasses import replace
@@ -12,19 +11,18 @@ from types import SimpleNamespace
 import pytest
 import torch
 from bench_cases import CPU, CUDA, forgets, result_of, tiny_case
-from gradfused.bench import cli, commands, peers
-from gradfused.bench.cases.models import MODELS
-from gradfused.bench.cases.recipes import RECIPES, RULES
+from gradfused.bench import cli, peers, request
+from gradfused.bench.cases import FUSED_PLAIN, MODELS, OURS, RECIPES, ROOF, RULES
+from gradfused.bench.measure import EVENTS, CaseResult, Results
 from gradfused.bench.measure import steps as runner
 from gradfused.bench.measure.check import Checker
+from gradfused.bench.measure.results import GRAPH
 from gradfused.bench.measure.steps import memory_reason
-from gradfused.bench.peers import PEERS, chosen_peers
+from gradfused.bench.peers import PEERS, StepPeer, chosen_peers
 from gradfused.bench.peers.packages import decay_after_update
-from gradfused.bench.peers.peer import Peer
-from gradfused.bench.report import tables as report
-from gradfused.bench.report import targets
-from gradfused.bench.report.results import EVENTS, FUSED_PLAIN, GRAPH, OURS, ROOF, CaseResult, Results
-from gradfused.bench.report.tables import environment_line, print_case, print_closing
+from gradfused.bench.report import print_case, print_closing, sentence, targets
+from gradfused.bench.report.tables import environment_line
+from gradfused.bench.request import Request
 from gradfused.bench.timing import cuda
 from rich.console import Console
 
@@ -87,7 +85,7 @@ def test_fused_adams_name_what_they_lack(name):
     assert PEERS[name].unable(replace(case, rule=RULES["sgd"])) == "has no sgd"
 
 
-def decays_last(**changes: object) -> Peer:
+def decays_last(**changes: object) -> StepPeer:
     """AdamW that decays the weights after the update."""
 
     def build(case, workload, source):
@@ -102,7 +100,7 @@ def decays_last(**changes: object) -> Peer:
 
         return then_decay
 
-    return Peer("decays last", "", build, slack=decay_after_update)
+    return StepPeer("decays last", "", build, slack=decay_after_update)
 
 
 def test_another_order_of_decay_is_allowed_and_nothing_else():
@@ -160,45 +158,45 @@ def test_a_gpu_that_torch_has_no_kernels_for_is_refused(monkeypatch):
     assert cuda.problem(0) == "torch cannot compute on it: no kernel image is available"
 
 
-def parsed(*arguments: str, device: torch.device = CUDA) -> argparse.Namespace:
+def parsed(*arguments: str, device: torch.device = CUDA) -> Request:
     args = cli.make_parser().parse_args(arguments)
     args.device = device
-    cli.fill_defaults(args)
-    return args
+    return cli.request_from(args)
 
 
 def test_defaults_follow_the_device():
-    assert parsed().models == ["small-400", "resnet50", "gpt2", "llama-1b"]
-    assert parsed().recipes == ["plain", "centralize", "clip", "full", "reversal", "lpg"]
-    assert parsed(device=CPU).models == ["small-400", "resnet50", "gpt2"]
-    assert parsed(device=CPU).recipes == ["plain", "centralize", "clip", "reversal", "lpg"]
-    assert parsed("--train").recipes == ["plain", "clip"]
+    assert parsed().models == ("small-400", "resnet50", "gpt2", "llama-1b")
+    assert parsed().recipes == ("plain", "centralize", "clip", "full", "reversal", "lpg")
+    assert parsed(device=CPU).models == ("small-400", "resnet50", "gpt2")
+    assert parsed(device=CPU).recipes == ("plain", "centralize", "clip", "reversal", "lpg")
+    assert parsed("--train").recipes == ("plain", "clip")
     for choice in (*parsed().models, *parsed(device=CPU).models):
         assert choice in MODELS
 
 
 def test_models_that_do_not_fit_are_left_out_and_named(monkeypatch, capsys):
-    monkeypatch.setattr(cli, "bytes_available", lambda device: 8 * 10**9)
-    args = parsed("--models", "small-400,llama-1b", device=CPU)
-    cli.refuse_early(cli.make_parser(), args)
-    assert [left["model"] for left in args.left_out] == ["llama-1b"]
-    assert {case.model.name for case in commands.cases_of(args)} == {"small-400"}
+    monkeypatch.setattr(request, "bytes_available", lambda device: 8 * 10**9)
+    asked = cli.without_large_models(cli.make_parser(), parsed("--models", "small-400,llama-1b", device=CPU))
+    assert [left["model"] for left in asked.left_out] == ["llama-1b"]
+    assert {case.model.name for case in asked.step_cases()} == {"small-400"}
     environment = {"cpu": "a CPU", "threads": 2, "gradfused": "1", "isa": "avx2", "torch": "2", "python": "3"}
-    print_closing(Console(width=140), Results(environment, left_out=args.left_out))
+    print_closing(Console(width=140), Results(environment, left_out=list(asked.left_out)))
     assert "left out: llama-1b in float32 needs 19.4 GB" in capsys.readouterr().out
 
 
 def test_memory_on_a_gpu_counts_the_sets(monkeypatch):
-    monkeypatch.setattr(cli, "bytes_available", lambda device: 100 << 20)
+    monkeypatch.setattr(request, "bytes_available", lambda device: 100 << 20)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: H200)
-    assert cli.memory_problem(MODELS["small-400"], "float32", ["adamw"], CPU) is None
-    assert "small-400 in float32 needs 0.1 GB" in cli.memory_problem(MODELS["small-400"], "float32", ["adamw"], CUDA)
+    assert request.memory_problem(MODELS["small-400"], "float32", ["adamw"], CPU) is None
+    assert "small-400 in float32 needs 0.1 GB" in request.memory_problem(
+        MODELS["small-400"], "float32", ["adamw"], CUDA
+    )
 
 
 def test_cases_on_a_gpu_get_equal_time():
-    args = parsed("--budget", "105")
-    cases = [*commands.cases_of(args), *commands.function_cases_of(args)]
-    budget = commands.share_out(args, cases)
+    asked = parsed("--budget", "105")
+    cases = [*asked.step_cases(), *asked.function_cases()]
+    budget = asked.budgets()
     assert len(cases) == 16 + 5
     assert {budget(case).seconds for case in cases} == {5.0}
 
@@ -336,6 +334,6 @@ def test_a_gpus_targets_are_for_adamw_in_float32():
 
 def test_numbers_keep_three_digits():
     values = (123.4, 12.34, 1.234, 0.1234, 0.01234, 0.9999, 0.09999)
-    assert [report.milliseconds(value) for value in values] == [
+    assert [sentence.milliseconds(value) for value in values] == [
         *("123", "12.3", "1.23", "0.123", "0.0123", "1.00", "0.100"),
     ]

@@ -7,16 +7,13 @@ from dataclasses import replace
 import pytest
 import torch
 from bench_cases import CPU, TINY, TORCH_PEERS, forgets, tiny_case, workload_of
-from gradfused.bench.cases.models import MODELS
-from gradfused.bench.cases.recipes import RECIPES, RULES
-from gradfused.bench.cases.steps import ALIGNMENT, Slab
+from gradfused.bench.cases import MODELS, OURS, RECIPES, RULES, Slab
+from gradfused.bench.cases.workload import ALIGNMENT
 from gradfused.bench.measure.check import Checker, NoiseTape, OracleNoise, crop, cropped_shapes, same_on_any_threads
 from gradfused.bench.measure.steps import memory_reason
-from gradfused.bench.peers import PEERS, chosen_peers
-from gradfused.bench.peers.eager import FoldedTransforms, NoiseSource, Transforms
-from gradfused.bench.peers.peer import Peer
-from gradfused.bench.report.results import OURS
-from gradfused.bench.timing.roof import roof_of
+from gradfused.bench.peers import PEERS, NoiseSource, StepPeer, chosen_peers
+from gradfused.bench.peers.eager import FoldedTransforms, Transforms
+from gradfused.bench.timing import roof_of
 
 # ---- data
 
@@ -292,7 +289,7 @@ def test_nan_is_wrong():
     def build(case, workload, source):
         return lambda: workload.weights.flat.fill_(float("nan"))
 
-    verdict = Checker(tiny_case()).verdict(Peer("nan", "", build))
+    verdict = Checker(tiny_case()).verdict(StepPeer("nan", "", build))
     assert not verdict.right
     assert str(verdict).startswith("wrong (err inf")
 

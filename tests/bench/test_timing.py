@@ -6,13 +6,12 @@ from dataclasses import replace
 
 import pytest
 from bench_cases import TINY, forgets, tiny_case, workload_of
-from gradfused.bench.measure.steps import Plan, measure
-from gradfused.bench.peers import PEERS
-from gradfused.bench.peers.peer import Peer
-from gradfused.bench.report.results import FUSED_PLAIN, OURS, ROOF, CaseResult
+from gradfused.bench.cases import FUSED_PLAIN, OURS, ROOF
+from gradfused.bench.measure import CaseResult, measure_step
+from gradfused.bench.peers import PEERS, StepPeer
+from gradfused.bench.timing import Budget, Clock, CpuWatch, Samples, Series, interleave, usable_cpus
 from gradfused.bench.timing import rounds as timing
-from gradfused.bench.timing.quiet import TICKS, CpuWatch, busy_seconds, usable_cpus
-from gradfused.bench.timing.rounds import Budget, Clock, Samples, Series, interleave
+from gradfused.bench.timing.machine import TICKS, busy_seconds
 
 # ---- timing
 
@@ -102,11 +101,11 @@ def clip_result() -> CaseResult:
     peers = [
         *(PEERS[name] for name in (OURS, "torch-loop", "torch-fused")),
         replace(forgets(weight_decay=0.0), name="forgetful"),
-        Peer("broken", "", explode),
-        Peer("elsewhere", "", explode, absent=lambda: "not installed"),
+        StepPeer("broken", "", explode),
+        StepPeer("elsewhere", "", explode, absent=lambda: "not installed"),
     ]
     case = tiny_case()
-    return measure(case, [workload_of(case)], Plan(peers, Budget(rounds=3)))
+    return measure_step(case, [workload_of(case)], peers, Budget(rounds=3))
 
 
 def test_right_variants_get_records(clip_result):

@@ -6,8 +6,7 @@ import sys
 from collections.abc import Iterator
 
 import torch
-from gradfused.bench.cases.models import MODELS
-from gradfused.bench.cases.recipes import RECIPES
+from gradfused.bench.cases import MODELS, RECIPES
 
 import gradfused
 

@@ -1,4 +1,4 @@
-"""What a run found, and its JSON and CSV forms."""
+"""What a run found: records of variants, and the JSON and CSV files of a whole run."""
 
 from __future__ import annotations
 
@@ -7,51 +7,36 @@ import json
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from ..cases.steps import Case
-from ..timing.quiet import LIMIT
-from ..timing.rounds import Samples
+from ..cases import FUSED_PLAIN, NO_REVERSAL, ROOF, YARDSTICKS, Case, is_ours
+from ..timing import BUSY_LIMIT, Samples
 
-if TYPE_CHECKING:
-    from ..cases.functions import FunctionCase
-
-ROOF = "roof"
-OURS = "gradfused"
-FUSED_PLAIN = "torch-fused-plain"
-NO_REVERSAL, CROSS_ENTROPY = "no-reversal", "cross-entropy"
-# Neither competitors nor ours: they are there for scale.
-YARDSTICKS = frozenset({ROOF, FUSED_PLAIN, NO_REVERSAL, CROSS_ENTROPY, f"{OURS}-reference"})
-GRAPH, EVENTS = "graph", "events"  # where a device's time is from
-
-
-def is_ours(variant: str) -> bool:
-    """Whether a variant is gradfused, on whatever backend."""
-    return variant == OURS or variant.startswith(f"{OURS}-")
+GRAPH, EVENTS = "graph", "events"  # how the time of a GPU was taken
 
 
 @dataclass(frozen=True)
 class Record:
-    """One variant of one case.
+    """The figures of one variant in one case.
 
     Attributes:
-        model: Name of the model.
-        recipe: Name of the recipe.
-        optimizer: Name of the update rule; "none" where a function is measured.
-        dtype: Of every tensor.
-        device: Where they live.
-        variant: Who took the steps.
-        ms_median: Milliseconds a step.
-        ms_p20: The same, of the fast steps.
-        ms_p80: The same, of the slow steps.
-        gbps: The byte budget divided by the median time, on CUDA the device's; 1 GB is 10^9 bytes.
-        roof_gbps: What the roof reached in the same rounds.
-        elements: Of all parameters.
-        tensors: Number of parameters.
-        ms_device: Median of what a step keeps the device busy, apart from the host; None on a CPU.
-        ms_device_p20: The same, of the fast steps.
-        ms_device_p80: The same, of the slow steps.
-        device_clock: How that was taken: "graph" by replays of a CUDA graph, "events" around ordinary steps.
+        model: Name of the model or size.
+        recipe: Name of the recipe or function.
+        optimizer: Name of the update rule; "none" for a function.
+        dtype: The type of every tensor.
+        device: The type of device.
+        variant: Name of the variant.
+        ms_median: Median time of a step in milliseconds.
+        ms_p20: The 20th percentile, a fast step.
+        ms_p80: The 80th percentile, a slow step.
+        gbps: The bytes that the case has to move, divided by the median, on CUDA by the device's; 1 GB is 10^9 bytes.
+        roof_gbps: The rate of the roof in the same rounds.
+        elements: Elements of all parameters, or of a function's main tensor.
+        tensors: The number of parameters, or of tensors that get a gradient.
+        ms_device: Median time in milliseconds that a step keeps the GPU busy; None on a CPU.
+        ms_device_p20: The 20th percentile of that time.
+        ms_device_p80: The 80th percentile of that time.
+        device_clock: "graph" if that time is from replays of a CUDA graph, "events" if from events around ordinary steps.
     """
 
     model: str
@@ -74,7 +59,7 @@ class Record:
 
     @property
     def ms_on_device(self) -> float:
-        """What a step keeps the device busy: all of it, on a CPU."""
+        """How long a step keeps the device busy; on a CPU that is the whole step."""
         return self.ms_median if self.ms_device is None else self.ms_device
 
     def as_json(self) -> dict[str, Any]:
@@ -87,14 +72,15 @@ class Skipped:
     """A variant that was not timed.
 
     Attributes:
-        model: Name of the model.
-        recipe: Name of the recipe.
-        optimizer: Name of the update rule; "none" where a function is measured.
-        dtype: Of every tensor.
-        device: Where they live.
-        variant: Who was not timed.
-        reason: Why.
-        everywhere: Whether the reason is the machine, not the case.
+        model: Name of the model or size.
+        recipe: Name of the recipe or function.
+        optimizer: Name of the update rule; "none" for a function.
+        dtype: The type of every tensor.
+        device: The type of device.
+        variant: Name of the variant.
+        reason: Why it was not timed.
+        everywhere: The reason is this machine, where the variant is missing, and not the case.
+        expected: The peer itself says that it is missing or cannot do the case; nothing went wrong. Not part of the JSON.
     """
 
     model: str
@@ -105,10 +91,15 @@ class Skipped:
     variant: str
     reason: str
     everywhere: bool = False
+    expected: bool = False
+
+    def as_json(self) -> dict[str, Any]:
+        """The fields of the JSON file."""
+        return {key: value for key, value in asdict(self).items() if key != "expected"}
 
 
-def case_fields(case: Case | FunctionCase) -> dict[str, Any]:
-    """The fields that records of a case have in common."""
+def case_fields(case: Case) -> dict[str, Any]:
+    """The fields that all records of a case share."""
     return {
         "model": case.model.name,
         "recipe": case.recipe.name,
@@ -119,7 +110,7 @@ def case_fields(case: Case | FunctionCase) -> dict[str, Any]:
 
 
 def record(
-    case: Case | FunctionCase,
+    case: Case,
     variant: str,
     roof_gbps: float,
     wall: Samples,
@@ -129,12 +120,12 @@ def record(
     """The record of a variant.
 
     Args:
-        case: What was measured.
-        variant: Who took the steps.
-        roof_gbps: What the roof reached.
-        wall: What the steps took.
-        device: What they kept the device busy, where that is another time.
-        means: How that was taken.
+        case: The case.
+        variant: Name of the variant.
+        roof_gbps: The rate of the roof.
+        wall: How long its caller waited for each step.
+        device: How long each step kept the device busy, where that is a different time.
+        means: How that time was taken, `GRAPH` or `EVENTS`.
     """
     of_device = {} if device is None else {**quantiles(device, "ms_device"), "device_clock": means}
     low, middle, high = quantiles(wall, "ms").values()
@@ -153,20 +144,20 @@ def record(
 
 
 def quantiles(samples: Samples, name: str, factor: float = 1.0) -> dict[str, Any]:
-    """The quantiles of a record, low to high, to 10 ns."""
-    places = {f"{name}_p20": 0.2, name: 0.5, f"{name}_p80": 0.8}  # in the order they are unpacked
+    """The three quantiles of a record from low to high, rounded to 10 ns."""
+    places = {f"{name}_p20": 0.2, name: 0.5, f"{name}_p80": 0.8}  # callers unpack them in this order
     return {key: round(factor * samples.quantile(place), 5) for key, place in places.items()}
 
 
-def bytes_moved(case: Case | FunctionCase, variant: str) -> int:
-    """The byte budget of what a variant computes; leaving a gradient alone moves nothing."""
+def bytes_moved(case: Case, variant: str) -> int:
+    """The bytes that a variant of a case has to move; passing a gradient on without reversal moves none."""
     if variant == NO_REVERSAL and len(case.model.shapes) == 1:
         return 0
     return (case.plain if variant == FUSED_PLAIN else case).bytes_moved
 
 
-def roof_record(case: Case | FunctionCase, samples: Samples, roof_gbps: float) -> Record:
-    """The roof as a record: the time that the plain rule's streams need at its speed."""
+def roof_record(case: Case, samples: Samples, roof_gbps: float) -> Record:
+    """The roof as a record: the time that the bytes of the plain rule take at its rate."""
     factor = case.plain.bytes_moved / roof_gbps / 1e6 / samples.median
     low, middle, high = quantiles(samples, "ms", factor).values()
     return Record(
@@ -187,14 +178,14 @@ class CaseResult:
     """The records of one case.
 
     Attributes:
-        case: What was measured.
-        records: One a variant, in the order of the peers; the roof is last.
-        skipped: Variants that were not timed.
-        uncaptured: Why a variant is in no CUDA graph, by its name.
-        others_share: Of the processors' time, what other programs took during timing.
+        case: The case.
+        records: One for each variant that was timed, in the order of the peers; the roof is last.
+        skipped: The variants that were not timed.
+        uncaptured: For a variant that is in no CUDA graph, by its name, the reason.
+        others_share: The share of the processors that other programs took while the case was timed.
     """
 
-    case: Case | FunctionCase
+    case: Case
     records: list[Record] = field(default_factory=list)
     skipped: list[Skipped] = field(default_factory=list)
     uncaptured: dict[str, str] = field(default_factory=dict)
@@ -202,20 +193,20 @@ class CaseResult:
 
     @property
     def disturbed(self) -> bool:
-        """Whether other programs took so much that the figures mean nothing."""
-        return self.others_share is not None and self.others_share > LIMIT
+        """Whether other programs took so much that the figures cannot be trusted."""
+        return self.others_share is not None and self.others_share > BUSY_LIMIT
 
     def ms(self, variant: str) -> float | None:
-        """A variant's median, or None where it was not timed."""
+        """The median of a variant, or None if it was not timed."""
         found = self.of(variant)
         return None if found is None else found.ms_median
 
     def of(self, variant: str) -> Record | None:
-        """A variant's record, or None where it was not timed."""
+        """The record of a variant, or None if it was not timed."""
         return next((r for r in self.records if r.variant == variant), None)
 
     def competitors(self) -> Iterator[Record]:
-        """Records of peers that compute the same as gradfused."""
+        """The records of the peers that compute the same as gradfused."""
         for record in self.records:
             if not is_ours(record.variant) and record.variant not in YARDSTICKS:
                 yield record
@@ -223,15 +214,15 @@ class CaseResult:
 
 @dataclass
 class Results:
-    """A whole run.
+    """The results of a whole run.
 
     Attributes:
         environment: The machine and the versions, without names or paths.
-        cases: In the order they were measured.
-        same_on_any_threads: Whether 1 thread and all give the same bits; None if not tried.
-        targets: What the issue asks for, and what was measured.
-        train: Rows of `--train`.
-        left_out: Models that do not fit into memory, with the reason.
+        cases: The cases in the order in which they were measured.
+        same_on_any_threads: Whether gradfused computes the same bits on 1 thread and on all; None if not tried.
+        targets: The project's targets with what was measured.
+        train: The rows of `--train`.
+        left_out: The models that do not fit into memory, with the reason.
     """
 
     environment: dict[str, Any]
@@ -255,7 +246,7 @@ class Results:
                 {**case_fields(case.case), "others_share": case.others_share, "disturbed": case.disturbed}
                 for case in self.cases
             ],
-            "skipped": [asdict(skip) for case in self.cases for skip in case.skipped],
+            "skipped": [skip.as_json() for case in self.cases for skip in case.skipped],
             "uncaptured": [
                 {**case_fields(case.case), "variant": variant, "reason": reason}
                 for case in self.cases
@@ -267,11 +258,11 @@ class Results:
         }
 
     def write_json(self, path: Path) -> None:
-        """Writes everything."""
+        """Write everything."""
         path.write_text(json.dumps(self.as_json(), indent=1) + "\n")
 
     def write_csv(self, path: Path) -> None:
-        """Writes the records, a line each."""
+        """Write the records, a line each."""
         with path.open("w", newline="") as file:
             writer = csv.DictWriter(file, [f.name for f in fields(Record)])
             writer.writeheader()
