@@ -55,18 +55,19 @@ def expected(
     radius: float | Tensor,
     *,
     scope: str = "class",
-    weight: Tensor | None = None,
-    label_smoothing: float = 0.0,
-    ignore_index: int = -100,
-    reduction: str = "mean",
     upstream: Tensor | None = None,
     means: Tensor | None = None,
+    **options: Any,
 ) -> tuple[Tensor, Tensor]:
-    """(loss, gradient) of (n, C) logits, in float64: torch's own cross-entropy, and the deltas added a sample at a time."""
+    """(loss, gradient) of (n, C) logits, in float64: torch's own cross-entropy, and the deltas added a sample at a time.
+
+    ``options`` are torch's.
+    """
     u = logits.detach().double().requires_grad_()
+    weight, label_smoothing = options.get("weight"), options.get("label_smoothing", 0.0)
+    ignore_index, reduction = options.get("ignore_index", -100), options.get("reduction", "mean")
     wide = None if weight is None else weight.double()
-    options: dict[str, Any] = {"weight": wide, "label_smoothing": label_smoothing, "ignore_index": ignore_index}
-    loss = F.cross_entropy(u, target, reduction=reduction, **options)
+    loss = F.cross_entropy(u, target, **options | {"weight": wide})
     upstream = torch.ones_like(loss) if upstream is None else upstream.double()
     (gradient,) = torch.autograd.grad(loss, u, upstream)
     gradient = torch.where((target == ignore_index)[:, None], 0, gradient)
