@@ -10,12 +10,12 @@ from functools import cache
 from torch import Tensor
 
 from . import cpu, cuda, reference, triton
-from .base import Availability, BackendTable, Held, Row, Scaling, Settings
+from .base import Availability, Backend, Held, Row, Scaling, Settings
 
 __all__ = [
     "NAMES",
     "Availability",
-    "BackendTable",
+    "Backend",
     "Held",
     "Row",
     "Scaling",
@@ -26,11 +26,11 @@ __all__ = [
 ]
 
 NAMES = ("auto", "cuda", "cpu", "triton", "reference")
-_TABLES: dict[str, type[BackendTable]] = {
-    "cpu": cpu.Table,
-    "cuda": cuda.Table,
-    "triton": triton.Table,
-    "reference": reference.Table,
+_BACKENDS: dict[str, type[Backend]] = {
+    "cpu": cpu.CpuBackend,
+    "cuda": cuda.CudaBackend,
+    "triton": triton.TritonBackend,
+    "reference": reference.ReferenceBackend,
 }
 _REFUSALS = {"cpu": cpu.refusal, "cuda": cuda.refusal, "triton": triton.refusal}
 _log = logging.getLogger("gradfused")
@@ -58,13 +58,13 @@ def _log_fallback(taken: str, name: str, reason: str) -> None:
     _log.warning("using the slower %s backend: '%s' %s", taken, name, reason)
 
 
-def choose(request: str, tensors: Sequence[Tensor]) -> type[BackendTable]:
-    """The table type to use for ``tensors``: parameters and gradients. Raises as ``choose_name``."""
-    return _TABLES[choose_name(request, tensors)]
+def choose(request: str, tensors: Sequence[Tensor]) -> type[Backend]:
+    """The backend to use for ``tensors``: parameters and gradients. Raises as ``choose_name``."""
+    return _BACKENDS[choose_name(request, tensors)]
 
 
 def choose_name(
-    request: str, tensors: Sequence[Tensor], offered: Sequence[str] = tuple(_TABLES), what: str = ""
+    request: str, tensors: Sequence[Tensor], offered: Sequence[str] = tuple(_BACKENDS), what: str = ""
 ) -> str:
     """The backend to use for ``tensors``, of those in ``offered``; ``what`` names the work that the others have no kernels for.
 

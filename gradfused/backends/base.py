@@ -182,7 +182,7 @@ class Held:
         return cls([row.param for row in rows], written, read)
 
 
-class BackendTable(ABC):
+class Backend(ABC):
     """Rows made ready for one backend. A step is ``stats`` if a norm is wanted, then ``apply``.
 
     Between steps it keeps no tensor of the optimizer alive: ``zero_grad`` has to free gradients, and parameters may be replaced.
@@ -209,10 +209,6 @@ class BackendTable(ABC):
     def skipped(self) -> Tensor | None:
         """How many steps the device skipped for what the norms saw, 0-dim; None where the host knows."""
         return None
-
-    def skipped_its_first(self, scaling: Scaling) -> bool:
-        """After one step of a new table, whether its device did not take that step. Waits for the device."""
-        return scaling.forbids or (self.skipped is not None and bool(self.skipped))
 
     def configure(self, settings: Sequence[Settings]) -> None:
         """Take over new numbers. What decides the shape of the table may not have changed."""

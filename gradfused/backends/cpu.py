@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from . import native as natives
-from .base import Availability, BackendTable, Held, Row, Scaling, Settings
+from .base import Availability, Backend, Held, Row, Scaling, Settings
 
 _native: ModuleType | None
 _error: str | None = None
@@ -58,7 +58,7 @@ def refusal(tensor: Tensor) -> str | None:
     return natives.refusal(tensor, "cpu")
 
 
-class Table(BackendTable):
+class CpuBackend(Backend):
     """Rows as the native engine keeps them between steps."""
 
     def __init__(self, rows: Sequence[Row], settings: Sequence[Settings]) -> None:

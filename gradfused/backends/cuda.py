@@ -11,7 +11,7 @@ from torch import Tensor
 
 from . import native as natives
 from .base import Availability, Scaling
-from .device import DeviceTable, Part, checked
+from .device import DeviceBackend, DevicePart, checked
 
 _native: ModuleType | None
 _error: str | None = None
@@ -62,7 +62,9 @@ def _address(scalar: Tensor | None, device: torch.device) -> int:
     return 0 if found is None else found.data_ptr()
 
 
-class _Part(Part):
+class CudaPart(DevicePart):
+    """The rows of one GPU, stepped by gradfused._cuda."""
+
     @staticmethod
     def module() -> ModuleType:
         return native()
@@ -87,7 +89,7 @@ class _Part(Part):
         self.native.apply(*self._arguments(scaling))
 
 
-class Table(DeviceTable):
+class CudaBackend(DeviceBackend):
     """Rows in device memory, stepped by gradfused._cuda."""
 
-    part = _Part
+    part = CudaPart

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .. import gpu
 from . import native as natives
-from .base import BackendTable, Held, Row, Scaling, Settings
+from .base import Backend, Held, Row, Scaling, Settings
 
 
 def checked(scalar: Tensor | None, device: torch.device) -> Tensor | None:
@@ -24,7 +24,7 @@ def checked(scalar: Tensor | None, device: torch.device) -> Tensor | None:
     return scalar
 
 
-class Part(ABC):
+class DevicePart(ABC):
     """The rows of one device. It knows all rows, so that norms can be shared, but has elements only of its own."""
 
     def __init__(
@@ -55,11 +55,11 @@ class Part(ABC):
 
     @abstractmethod
     def stats(self, scaling: Scaling) -> None:
-        """See BackendTable."""
+        """See Backend."""
 
     @abstractmethod
     def apply(self, scaling: Scaling) -> None:
-        """See BackendTable."""
+        """See Backend."""
 
     def _uploaded(self) -> Tensor:
         """The table in device memory, aligned to 256 bytes."""
@@ -71,7 +71,7 @@ class Part(ABC):
         return image
 
     def configure(self, settings: Sequence[Settings]) -> None:
-        """See BackendTable. Raises ValueError if a group's lr is a tensor on another device than its parameters."""
+        """See Backend. Raises ValueError if a group's lr is a tensor on another device than its parameters."""
         for i in self._groups:
             lr = settings[i].lr_tensor
             if lr is not None and lr.device != self.device:
@@ -101,11 +101,11 @@ class Part(ABC):
         return stream
 
 
-class DeviceTable(BackendTable):
+class DeviceBackend(Backend):
     """Rows in device memory. Nothing of a step waits for the device."""
 
     on_device = True
-    part: ClassVar[type[Part]]
+    part: ClassVar[type[DevicePart]]
 
     def __init__(self, rows: Sequence[Row], settings: Sequence[Settings]) -> None:
         super().__init__(rows, settings)
@@ -166,7 +166,7 @@ class DeviceTable(BackendTable):
         return True
 
     @staticmethod
-    def _share(parts: Iterable[Part]) -> None:
+    def _share(parts: Iterable[DevicePart]) -> None:
         """Give every part the sums of the others' rows."""
         found = [(part, part.sums[part.own]) for part in parts]
         for part, _ in found:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ..step.memory import has_values
-from .base import WIDE_SCOPES, BackendTable, Row, Scaling, Settings
+from .base import WIDE_SCOPES, Backend, Row, Scaling, Settings
 from .rules import RULES, Count
 
 SHORT = (torch.float16, torch.bfloat16)
@@ -229,7 +229,7 @@ class Writes:
         self._due.clear()
 
 
-class Table(BackendTable):
+class ReferenceBackend(Backend):
     """Rows for the reference: nothing is prepared, and they serve one step."""
 
     def __init__(self, rows: Sequence[Row], settings: Sequence[Settings]) -> None:
@@ -245,7 +245,7 @@ class Table(BackendTable):
 
     @torch.no_grad()
     def stats(self, scaling: Scaling) -> None:
-        """See BackendTable."""
+        """See Backend."""
         unscale = scaling.unscale
         for i, row in enumerate(self.rows):
             settings = self.settings[row.group]
@@ -272,7 +272,7 @@ class Table(BackendTable):
 
     @torch.no_grad()
     def apply(self, scaling: Scaling) -> bool:
-        """See BackendTable."""
+        """See Backend."""
         finite = self._finite()
         if finite:
             self._apply_rows(scaling.unscale)
@@ -283,7 +283,7 @@ class Table(BackendTable):
         return int(self._writes.done)
 
     def release(self) -> None:
-        """See BackendTable. A table of this backend serves one step."""
+        """See Backend. A table of this backend serves one step."""
         self.rows.clear()
         self._writes.forget()
 

@@ -22,7 +22,7 @@ from .. import gpu
 from . import cpu
 from . import native as natives
 from .base import WIDE_SCOPES, Availability, Row, Scaling, Settings
-from .device import DeviceTable, Part, checked
+from .device import DeviceBackend, DevicePart, checked
 
 OLDEST = (3, 3)
 
@@ -232,7 +232,9 @@ def _programs(device: torch.device, full: bool) -> int:
     return (FULL_PROGRAMS if full else LEAN_PROGRAMS) * int(known.multi_processor_count)
 
 
-class _Part(Part):
+class TritonPart(DevicePart):
+    """The rows of one GPU, stepped by Triton's kernels."""
+
     def __init__(
         self, device: torch.device, rows: Sequence[Row], own: Sequence[bool], settings: Sequence[Settings]
     ) -> None:
@@ -319,7 +321,7 @@ class _Part(Part):
         yield "step"
 
 
-class Table(DeviceTable):
+class TritonBackend(DeviceBackend):
     """Rows in device memory, stepped by Triton's kernels."""
 
-    part = _Part
+    part = TritonPart

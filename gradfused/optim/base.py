@@ -17,12 +17,12 @@ from .. import gpu
 from ..backends import Scaling, Settings
 from ..step import options
 from ..step.amp import LeavesScalingToStep, forget_scale
+from ..step.groups import GroupOptions, OptionsCache
 from ..step.memory import check_disjoint, has_values
-from ..step.plans import Plans
-from ..step.rows import GroupPlan, check_parameter, may_train, named_parameters, parameter_name
+from ..step.rows import check_parameter, may_train, named_parameters, parameter_name
 from ..step.spelling import refuse_misspelt, refuse_unknown
 from ..step.state import States
-from ..step.table import StepTable
+from ..step.table import Outcome, StepTable, zero_gradients
 from .checkpoint import Kind, restore_dtypes
 from .rule import Rule, rule_numbers, signature_options, telling_options
 
@@ -63,7 +63,7 @@ class Optimizer(torch.optim.Optimizer):
         self._tables: list[StepTable] = []  # the last one used comes first
         self._captured: list[StepTable] = []  # by CUDA graphs, which may be replayed for as long as this lives
         self._seen: StepTable | None = None  # the last step's
-        self._plans = Plans()
+        self._group_options = OptionsCache()
         self._skipped: int | Tensor = 0
         self._averaged = False  # swap_ema() is under way
 
@@ -82,8 +82,8 @@ class Optimizer(torch.optim.Optimizer):
         numbers = rule_numbers(group, self._own_options)
         return numbers | {"decoupled": True} if self._rule.decoupled else numbers
 
-    def _plan(self, group: dict[str, Any]) -> GroupPlan:
-        """Interprets and validates one group's options."""
+    def _interpret(self, group: dict[str, Any]) -> GroupOptions:
+        """Interpret and validate one group's options."""
         if "differentiable" in self.defaults and options.flag("differentiable", group["differentiable"]):
             raise ValueError("differentiable=True: a fused step cannot be differentiated; use torch.optim for that")
         group = options.with_choices(group)
@@ -94,7 +94,7 @@ class Optimizer(torch.optim.Optimizer):
             settings = replace(settings, lr_tensor=lr, lr_address=lr.data_ptr())
         rule, states = self._rule.variant(group)
         precision = group["precision"] or "none"
-        return GroupPlan(
+        return GroupOptions(
             rule,
             states,
             counts=self._rule.counts_steps or settings.noise > 0 or precision == "stochastic",
@@ -108,9 +108,9 @@ class Optimizer(torch.optim.Optimizer):
             ema=group["ema"] is not None,
         )
 
-    def _current_plans(self) -> list[GroupPlan]:
-        """Every group's plan, interpreted again only where an option changed."""
-        return self._plans.of(self.param_groups, self.defaults, self._plan)
+    def _current_options(self) -> list[GroupOptions]:
+        """What every group's options ask for, interpreted again only where one of them changed."""
+        return self._group_options.of(self.param_groups, self.defaults, self._interpret)
 
     # ---- groups
 
@@ -130,7 +130,7 @@ class Optimizer(torch.optim.Optimizer):
         try:
             group, index = self.param_groups[-1], len(self.param_groups) - 1
             refuse_misspelt([name for name in group if name not in _NOT_OPTIONS], self.defaults)
-            self._plan(group)
+            self._interpret(group)
             for i, p in enumerate(group["params"]):
                 if may_train(p):
                     check_parameter(parameter_name(self.param_groups, index, i), p)
@@ -167,102 +167,90 @@ class Optimizer(torch.optim.Optimizer):
             if closure is not None:
                 with torch.enable_grad():
                     loss = closure()
-            self._take_step({}, Scaling.of(self))
+            self._take_step(Scaling.of(self))
         except BaseException:
             forget_scale(self)
             raise
         return loss
 
+    def _hooked_step(self, scaling: Scaling, sources: dict[Tensor, Tensor], moved: list[Tensor] | None = None) -> None:
+        """``_take_step`` with what torch does around ``step``: hooks, the profiler's record, the mark for schedulers."""
+
+        def step(self: Optimizer, closure: Callable[[], float] | None = None) -> None:
+            if closure is not None:  # a hook may bring one
+                with torch.enable_grad():
+                    closure()
+            self._take_step(scaling, sources, moved)
+
+        self._opt_called = True
+        torch.optim.Optimizer.profile_hook_step(step)(self)
+
     @_disable_dynamo
-    def _take_step(self, sources: dict[Tensor, Tensor], scaling: Scaling, stepped: list[Tensor] | None = None) -> None:
-        """Takes the step unless the host knows reasons not to. All of it or, whatever is raised meanwhile, nothing.
+    def _take_step(
+        self, scaling: Scaling, sources: dict[Tensor, Tensor] | None = None, moved: list[Tensor] | None = None
+    ) -> None:
+        """Take the step unless the host knows a reason to skip it: all of it or, whatever is raised meanwhile, nothing.
 
         Args:
-            sources: Where SAM keeps the weights of some parameters between its two halves.
             scaling: What GradScaler says.
-            stepped: Is given the parameters that the step moved, also if an interrupt is raised right after it.
+            sources: Tensors that the weights of some parameters are read from: SAM's backups.
+            moved: Is given the parameters that were stepped, also if an interrupt is raised right after the step.
         """
         with self._lock:
             self._refuse_averaged("step()")
             if scaling.found_inf is not None and not gpu.holds(scaling.found_inf) and scaling.forbids:
-                self._zero_gradients()
+                zero_gradients(self.param_groups)
                 return
-            states, table = States(self.state), None
+            sources = {} if sources is None else sources
+            moved = [] if moved is None else moved
+            table: StepTable | None = None
+            new_state: States | None = None
             try:
-                table = self._table_for(self._current_plans(), sources, states)
-                self._run(table, states, scaling, stepped)
+                options = self._current_options()
+                table = self._kept_table(options, sources)
+                if table is None:
+                    new_state = States(self.state)
+                    table = self._new_table(options, sources, new_state)
+                self._note(table, table.step(scaling), new_state, moved)
             except BaseException:
-                if table is not None and table.taken:
-                    self._conclude(table, states, scaling, stepped)
+                if table is not None and table.outcome is Outcome.TAKEN:
+                    self._note(table, table.outcome, new_state, moved)
                 else:
-                    states.take_back()
-                    self._drop_tables()
+                    self._take_back(new_state)
                 raise
             finally:
                 for known in self._tables:
                     known.release()
 
-    def _run(self, table: StepTable, states: States, scaling: Scaling, stepped: list[Tensor] | None) -> None:
-        """Have the backend take the step that ``table`` holds."""
-        if not table.params:
+    def _note(self, table: StepTable, outcome: Outcome, new_state: States | None, moved: list[Tensor]) -> None:
+        """Keep what became of a step. May be done twice for one that was taken."""
+        if outcome is not Outcome.OVERFLOWED:
             self._seen = table
-            return
-        if not table.table.on_device and scaling.forbids:
-            self._forget(states)
-            return
-        if table.measures:
-            table.table.stats(scaling)
-        if table.table.apply(scaling):
-            self._conclude(table, states, scaling, stepped)
-        else:
-            self._seen = table
-            self._forget(states)
+        if outcome is Outcome.TAKEN:
+            moved[:] = table.params
+        elif new_state is not None and outcome is not Outcome.IDLE:
+            self._take_back(new_state)
+        if outcome is Outcome.SKIPPED:
             self._skipped += 1
 
-    def _conclude(self, table: StepTable, states: States, scaling: Scaling, stepped: list[Tensor] | None) -> None:
-        """What remains after the kernels: new state stays, autograd learns what was written. May be done twice.
-
-        The host asks a device whether it skipped the step, and waits for it, only where state was created for that step: new
-        state has to go then, so that the next step is known as the first one, by checkpoints and copies too.
-        """
-        self._seen = table
-        uncertain = table.table.on_device and (scaling.found_inf is not None or table.may_skip)
-        if uncertain and states.created and table.table.skipped_its_first(scaling):
-            self._forget(states)
-            return
-        states.keep()
-        table.finish()
-        if stepped is not None:
-            stepped[:] = table.params
-        if uncertain or table.zero_apart:
-            self._zero_gradients()
-
-    @torch.no_grad()
-    def _zero_gradients(self) -> None:
-        """Leaves gradients at zero where the options ask for it and the kernels have not done it."""
-        groups = (group for group in self.param_groups if group["zero_grad_in_step"])
-        grads = [grad for group in groups for p in group["params"] if (grad := p.grad) is not None]
-        if grads:
-            torch._foreach_zero_(grads)
-
-    def _forget(self, states: States) -> None:
-        """The step was not taken: state that it created goes, and the tables that know it."""
-        self._zero_gradients()
-        if states.take_back():
-            self._drop_tables()
+    def _take_back(self, new_state: States | None) -> None:
+        """A step was not taken: remove the state that was created for it, and the tables, which may know that state."""
+        if new_state is not None:
+            new_state.take_back()
+        self._drop_tables()
 
     def _drop_tables(self) -> None:
-        """Have the next step make a new table. Norms may be asked of the old one still, which holds no tensor any more."""
+        """Have the next step make a new table. Norms may still be asked of the old one, which holds no tensor any more."""
         for table in self._tables:
             self._keep_count(table)
             table.release()
         self._tables = []
 
-    def _table_for(self, plans: list[GroupPlan], sources: dict[Tensor, Tensor], states: States) -> StepTable:
+    def _kept_table(self, options: list[GroupOptions], sources: dict[Tensor, Tensor]) -> StepTable | None:
         """The table that describes this step: the last one's, or one of a few kept for models whose gradients come and go."""
         capturing = gpu.capturing()
         for table in self._tables:
-            if table.still_describes(self.param_groups, self.state, plans, sources):
+            if table.still_describes(self.param_groups, self.state, options, sources):
                 others = [known for known in self._tables if known is not table]
                 if capturing:  # the graph's from now on: it replays with the addresses that are in it
                     table.pin()
@@ -276,22 +264,25 @@ class Optimizer(torch.optim.Optimizer):
                 "capturing step() in a CUDA graph: no table describes it, and building one cannot be captured. Take a "
                 "step with these parameters, gradients and options before the capture, and one between two captures"
             )
-        table = StepTable(self.param_groups, states, plans, sources)
+        return None
+
+    def _new_table(self, options: list[GroupOptions], sources: dict[Tensor, Tensor], new_state: States) -> StepTable:
+        """A table made for this step, which takes the place of the one that was used least recently."""
+        table = StepTable(self.param_groups, new_state, options, sources)
         for old in self._tables[_TABLES_KEPT - 1 :]:
             self._keep_count(old)
         self._tables = [table, *self._tables[: _TABLES_KEPT - 1]]
         return table
 
     def _keep_count(self, table: StepTable) -> None:
-        """Before a table goes: the steps that its device skipped, without waiting for them."""
-        skipped = table.table.skipped
-        if skipped is not None:
-            self._skipped = self._skipped + skipped.clone()
+        """Before a table goes: add up the steps that its device skipped, without waiting for them."""
+        if table.skipped is not None:
+            self._skipped = self._skipped + table.skipped.clone()
 
     @property
     def skipped_steps(self) -> int:
         """Steps that ``nonfinite="skip"`` did not take. Waits for the device."""
-        counts = (t.table.skipped for t in (*self._tables, *self._captured))
+        counts = (table.skipped for table in (*self._tables, *self._captured))
         return int(self._skipped) + sum(int(c) for c in counts if c is not None)
 
     # ---- the average of the weights
@@ -420,6 +411,6 @@ class Optimizer(torch.optim.Optimizer):
             for name, value in mine.items():
                 if name not in _NOT_OPTIONS:
                     group.setdefault(name, value)
-            self._plan(group)
+            self._interpret(group)
         kind.check_state(saved, state_dict["state"], self.param_groups)
         return state_dict | {"param_groups": saved}

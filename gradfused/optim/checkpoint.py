@@ -10,7 +10,8 @@ from torch import Tensor
 from torch.nn.parameter import is_lazy
 
 from ..step import options
-from ..step.rows import Group, named_parameters
+from ..step.groups import Group
+from ..step.rows import named_parameters
 from ..step.state import RIDERS, SCALARS, SHORT, State, state_dtype
 
 

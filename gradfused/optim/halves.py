@@ -15,17 +15,18 @@ from torch._compile import _disable_dynamo
 from torch.utils.weak import TensorWeakRef
 
 from ..backends import Scaling, Settings
+from ..step.groups import GroupOptions
 from ..step.options import INF, choice, finite, plain
-from ..step.rows import GroupPlan, check_source, named_parameters
+from ..step.rows import check_source, named_parameters
 from ..step.state import SHORT, States
-from ..step.table import StepTable
+from ..step.table import Outcome, StepTable, zero_gradients
 from .base import Optimizer
 
 _TINY = 1e-12
 
 
 @dataclass(frozen=True)
-class Options:
+class AscentOptions:
     """How far the ascent goes: the options of `SAM`, checked whenever one of them changes."""
 
     rho: float
@@ -62,7 +63,7 @@ class Halves:
         warned: The warning about a state dict between the halves was given.
     """
 
-    def __init__(self, base: Optimizer, options: Options) -> None:
+    def __init__(self, base: Optimizer, options: AscentOptions) -> None:
         self.base, self.options = base, options
         self.owner: Callable[[], torch.optim.Optimizer | None] = lambda: None
         self.complete = self.stepped = self.warned = False
@@ -103,7 +104,7 @@ class Halves:
         """Whether a half whose gradients are not finite is not to be taken."""
         return any(group["nonfinite"] == "skip" for group in self._groups)
 
-    def _plans(self) -> list[GroupPlan]:
+    def _group_options(self) -> list[GroupOptions]:
         """The ascent as a step of the rule ``ascend``, on gradients normalised to ``rho`` over all parameters."""
         settings = Settings(
             norm_scope="global",
@@ -113,11 +114,11 @@ class Halves:
             eta=self.options.eta,
         )
 
-        def plan(group: dict[str, Any]) -> GroupPlan:
-            mine = replace(settings, zero_grad_in_step=group["zero_grad_in_step"])
-            return GroupPlan("ascend", ("backup",), False, "off", group["backend"], mine, copied=True)
+        def of(group: dict[str, Any]) -> GroupOptions:
+            own = replace(settings, zero_grad_in_step=group["zero_grad_in_step"])
+            return GroupOptions("ascend", ("backup",), False, "off", group["backend"], own, copied=True)
 
-        return [plan(group) for group in self._groups]
+        return [of(group) for group in self._groups]
 
     def _masters(self) -> dict[Tensor, Tensor]:
         """Copies in float32 of parameters of 16 bits."""
@@ -134,12 +135,12 @@ class Halves:
 
     def _current_table(self, states: States) -> StepTable:
         """The table that describes this ascent: the last one's, or a new one."""
-        plans, masters = self._plans(), self._masters()
+        options, masters = self._group_options(), self._masters()
         table = self._table
-        if table is None or not table.still_describes(self._groups, self._state, plans, masters):
+        if table is None or not table.still_describes(self._groups, self._state, options, masters):
             self._table = table = None
             self._drop_backups()
-            self._table = table = StepTable(self._groups, states, plans, masters)
+            self._table = table = StepTable(self._groups, states, options, masters)
         return table
 
     def ascend(self, scaling: Scaling) -> None:
@@ -153,15 +154,17 @@ class Halves:
     @torch.no_grad()
     def _ascend(self, scaling: Scaling) -> None:
         if scaling.forbids:
-            self.base._zero_gradients()
+            zero_gradients(self._groups)
             return
+        scaling = replace(scaling, found_inf=None)  # so that no device looks for it again
         states, table = States(self._state), None
         try:
             table = self._current_table(states)
-            if table.params:
-                self._go_up(table, scaling)
+            # The descent has to know whether the weights went up: it does not wait for the device to skip a step.
+            if table.step(scaling, ask_norms=self._skips) is Outcome.TAKEN:
+                self._went_up(table)
         except BaseException:
-            if table is not None and table.taken:
+            if table is not None and table.outcome is Outcome.TAKEN:
                 self._went_up(table)
             else:
                 states.take_back()
@@ -171,21 +174,10 @@ class Halves:
             if self._table is not None:
                 self._table.release()
 
-    def _go_up(self, table: StepTable, scaling: Scaling) -> None:
-        table.table.stats(scaling)
-        if self._skips and not bool(torch.isfinite(table.table.sums).all()):
-            self.base._zero_gradients()
-            return
-        table.table.apply(scaling)
-        self._went_up(table)
-
     def _went_up(self, table: StepTable) -> None:
         """The weights were moved: remember where they were. May be done twice."""
         self.backups = {p: self._state[p]["backup"] for p in table.params}
         self.ascended = True
-        table.finish()
-        if table.zero_apart:
-            self.base._zero_gradients()
 
     # ---- the descent
 
@@ -196,42 +188,35 @@ class Halves:
             self.base._refuse_averaged("second_step()")
             # Whether a step is skipped for its norm is known to the device alone: it must find the weights where they were.
             on_device = any(p.device.type != "cpu" for p in self.backups)
-            late = on_device if self._table is None else self._table.table.on_device
+            late = on_device if self._table is None else self._table.on_device
             early = scaling.forbids or (self._skips and late)
             if early:
                 self._take_back(self.backups)
-            stepped: list[Tensor] = []
+            moved: list[Tensor] = []
             try:
-                self.step_base(scaling, {} if early else self.backups, stepped)
-                self._went_down(stepped, early)
+                self.step_base(scaling, {} if early else self.backups, moved)
+                self._went_down(moved, early)
             except BaseException:
-                if stepped:
-                    self._went_down(stepped, early)
+                if moved:
+                    self._went_down(moved, early)
                 raise
 
-    def _went_down(self, stepped: list[Tensor], early: bool) -> None:
+    def _went_down(self, moved: list[Tensor], early: bool) -> None:
         """The base's step was taken or skipped: parameters that it did not move go back, and the next ascent is due.
 
         May be done twice.
         """
         if not early:
-            self._take_back({p: self.backups[p] for p in self.backups.keys() - stepped})
+            self._take_back({p: self.backups[p] for p in self.backups.keys() - moved})
         self.backups, self.ascended = {}, False
 
-    def step_base(self, scaling: Scaling, sources: dict[Tensor, Tensor], stepped: list[Tensor] | None = None) -> None:
-        """The optimizer's step, hooks and profiler included, with the weights read from ``sources`` where these have them.
+    def step_base(self, scaling: Scaling, sources: dict[Tensor, Tensor], moved: list[Tensor] | None = None) -> None:
+        """Take the optimizer's step with the weights read from ``sources`` where these have them.
 
-        ``stepped`` is given the parameters that it moved.
+        ``moved`` is given the parameters that were stepped.
         """
-
-        def step(base: Optimizer, closure: Callable[[], float] | None = None) -> None:
-            if closure is not None:  # a hook may bring one
-                with torch.enable_grad():
-                    closure()
-            base._take_step(sources, scaling, stepped)
-
-        self.stepped = self.base._opt_called = True  # type: ignore[attr-defined]
-        torch.optim.Optimizer.profile_hook_step(step)(self.base)
+        self.stepped = True
+        self.base._hooked_step(scaling, sources, moved)
 
     def restore(self) -> None:
         """The weights go back to where they were, if there was an ascent."""

@@ -16,7 +16,7 @@ from ..backends import Scaling
 from ..step.amp import LeavesScalingToStep, forget_scale
 from ..step.rows import named_parameters
 from .base import Optimizer
-from .halves import Halves, Options
+from .halves import AscentOptions, Halves
 
 _ALONE = (
     "SAM.step() without a closure and without first_step(): a step takes two gradients, and there is but one. Call first_step() "
@@ -127,7 +127,7 @@ class SAM(torch.optim.Optimizer):
                 f"SAM: expected one of gradfused's optimizers, got {type(optimizer).__name__}: "
                 "its step has to read the weights from a backup; use gradfused.AdamW, say"
             )
-        self._halves = Halves(optimizer, Options(rho, adaptive, eta))
+        self._halves = Halves(optimizer, AscentOptions(rho, adaptive, eta))
         super().__init__(optimizer.param_groups, optimizer.defaults)
         self._halves.belongs_to(self)
 
@@ -365,7 +365,7 @@ class SAM(torch.optim.Optimizer):
         for before in self._optimizer_load_state_dict_pre_hooks.values():
             state_dict = before(self, state_dict) or state_dict
         mine = state_dict.get("sam", {})
-        options = Options(*(mine.get(name, getattr(self, name)) for name in ("rho", "adaptive", "eta")))
+        options = AscentOptions(*(mine.get(name, getattr(self, name)) for name in ("rho", "adaptive", "eta")))
         backups = self._checked_backups(mine.get("backups", {}))
         self._halves.base.load_state_dict({key: value for key, value in state_dict.items() if key != "sam"})
         copies = {p: torch.empty_like(p, requires_grad=False).copy_(backup) for p, backup in backups.items()}

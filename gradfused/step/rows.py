@@ -3,80 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.parameter import is_lazy
 
-from ..backends import BackendTable, Row, Settings
+from ..backends import Backend, Row
+from .groups import Group, GroupOptions
 from .memory import check_disjoint, check_storage, check_writable, same_place, share_memory
 from .state import COPIES, FLOATING, SHORT, States
-
-Group = dict[str, Any]
-
-
-@dataclass(frozen=True, slots=True)
-class GroupPlan:
-    """A group's options, interpreted.
-
-    Attributes:
-        rule: The update rule's name.
-        states: Keys of the state tensors in the rule's order.
-        counts: Whether the parameters count their steps.
-        centre: ``"off"``, ``"unit"``, ``"conv"`` or ``"tensor"``.
-        backend: The backend asked for.
-        settings: The numbers.
-        initial: What new state tensors are filled with; zeros if empty.
-        mu_product: Whether the parameters keep the product of their momenta.
-        precision: How weights of 16 bits are kept.
-        state_dtype: Of new state tensors; None: the parameter's.
-        ema: Whether an average of the weights is kept.
-        copied: Whether the sources are copies of 16-bit weights in float32, to be read, and not weights themselves.
-    """
-
-    rule: str
-    states: tuple[str, ...]
-    counts: bool
-    centre: str
-    backend: str
-    settings: Settings
-    initial: tuple[float, ...] = ()
-    mu_product: bool = False
-    precision: str = "none"
-    state_dtype: torch.dtype | None = None
-    ema: bool = False
-    copied: bool = False
-
-    @property
-    def measures(self) -> bool:
-        """Whether its gradients' norms are known after a step."""
-        return self.settings.norm_scope != "none" or self.settings.skip_nonfinite
-
-    @property
-    def structure(self) -> tuple[object, ...]:
-        """What rows are made from: a table is kept while this stays."""
-        s = self.settings
-        return (
-            self.rule,
-            self.states,
-            self.counts,
-            self.centre,
-            self.backend,
-            self.mu_product,
-            self.precision,
-            self.state_dtype,
-            self.ema,
-            self.copied,
-            s.centralize_at,
-            s.norm_scope,
-            s.agc,
-            s.adapt,
-            s.skip_nonfinite,
-            s.zero_grad_in_step,
-            s.noise > 0,
-        )
 
 
 def parameter_name(groups: Sequence[Group], group: int, index: int) -> str:
@@ -163,24 +98,24 @@ def with_gradient(groups: Sequence[Group]) -> Iterator[tuple[int, int, str, Tens
             number += 1
 
 
-def _unit_shape(p: Tensor, plan: GroupPlan) -> tuple[int, bool, bool]:
+def _unit_shape(p: Tensor, options: GroupOptions) -> tuple[int, bool, bool]:
     """(unit length, centre, whole) of a row."""
     by_rows = p.numel() // p.shape[0] if p.dim() >= 2 and p.shape[0] else p.numel()
-    centre = {"off": False, "unit": p.dim() >= 2, "conv": p.dim() >= 4, "tensor": True}[plan.centre]
-    by_unit = plan.settings.norm_scope == "unit"
-    unit = by_rows if by_unit or (centre and plan.centre != "tensor") else p.numel()
-    return unit, centre, centre and plan.centre == "tensor" and unit != p.numel()
+    centre = {"off": False, "unit": p.dim() >= 2, "conv": p.dim() >= 4, "tensor": True}[options.centre]
+    by_unit = options.settings.norm_scope == "unit"
+    unit = by_rows if by_unit or (centre and options.centre != "tensor") else p.numel()
+    return unit, centre, centre and options.centre == "tensor" and unit != p.numel()
 
 
 def make_row(
     name: str,
     p: Tensor,
     grad: Tensor,
-    plan: GroupPlan,
+    options: GroupOptions,
     group: int,
     number: int,
     states: States,
-    make: type[BackendTable],
+    backend: type[Backend],
     source: Tensor | None,
 ) -> Row:
     """The row of a parameter with a gradient; its state is created where it is missing.
@@ -189,41 +124,41 @@ def make_row(
         name: How messages call the parameter.
         p: The parameter.
         grad: Its gradient.
-        plan: Its group's options.
+        options: Its group's options.
         group: Its group's number.
         number: Its own number in the optimizer.
         states: The optimizer's state.
-        make: The backend's table.
+        backend: The backend that will take the step.
         source: Where its weights are to be read in its place, or a copy of them.
     """
-    unit, centre, whole = _unit_shape(p, plan)
-    first = not states.has(p, plan.states)
-    precision = plan.precision if p.dtype in SHORT else "none"
+    unit, centre, whole = _unit_shape(p, options)
+    first = not states.has(p, options.states)
+    precision = options.precision if p.dtype in SHORT else "none"
     if source is not None:
         check_source(name, p, source)
-    source, master = (None, source) if plan.copied else (source, None)
+    source, master = (None, source) if options.copied else (source, None)
     weights = p if source is None else source
     # Beside a float32 copy new state is of float32 too: squares of small gradients are zero in float16.
-    asked = plan.state_dtype or (torch.float32 if precision == "master" else None)
+    asked = options.state_dtype or (torch.float32 if precision == "master" else None)
     kept: dict[str, Tensor] = {
         key: states.tensor(name, p, key, initial, asked)
-        for key, initial in zip(plan.states, plan.initial or (0.0,) * len(plan.states), strict=True)
+        for key, initial in zip(options.states, options.initial or (0.0,) * len(options.states), strict=True)
     }
     state = dict(kept)
     if precision == "master":
         master = kept["master"] = states.tensor(name, p, "master", weights)
     if precision == "kahan":
         kept["kahan_comp"] = states.tensor(name, p, "kahan_comp")
-    if plan.ema:
+    if options.ema:
         kept["ema"] = states.tensor(name, p, "ema", weights)
-    if plan.counts:
-        kept["step"] = states.scalar(name, p, "step", make.step_device(p))
-    if plan.mu_product:
-        kept["mu_product"] = states.scalar(name, p, "mu_product", make.step_device(p), 1.0)
+    if options.counts:
+        kept["step"] = states.scalar(name, p, "step", backend.step_device(p))
+    if options.mu_product:
+        kept["mu_product"] = states.scalar(name, p, "mu_product", backend.step_device(p), 1.0)
     states.drop(p, COPIES.difference(kept))
     return Row(
         name=name,
-        rule=plan.rule,
+        rule=options.rule,
         param=p,
         grad=grad,
         state=state,

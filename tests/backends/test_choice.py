@@ -12,7 +12,7 @@ from twins import assert_same, loss_of, refuses, small_model, states, train, unc
 import gradfused
 from gradfused import backends
 from gradfused.backends import Availability, availability, choose, cpu, reference
-from gradfused.backends.base import BackendTable
+from gradfused.backends.base import Backend
 
 
 @pytest.fixture
@@ -64,23 +64,23 @@ def test_the_reason_is_the_import_error_with_the_remedy():
 
 
 def test_auto_on_cpu_tensors(caplog):
-    assert choose("auto", cpu_params()) is cpu.Table
-    assert choose("auto", []) is cpu.Table
+    assert choose("auto", cpu_params()) is cpu.CpuBackend
+    assert choose("auto", []) is cpu.CpuBackend
     assert caplog.records == []
 
 
 @pytest.mark.parametrize("name", ["cpu", "reference"])
 def test_explicit(name):
     table = choose(name, cpu_params())
-    assert table is {"cpu": cpu.Table, "reference": reference.Table}[name]
-    assert issubclass(table, BackendTable)
+    assert table is {"cpu": cpu.CpuBackend, "reference": reference.ReferenceBackend}[name]
+    assert issubclass(table, Backend)
 
 
 @pytest.mark.usefixtures("_unbuilt")
 def test_fallback_is_logged_once(caplog):
     with caplog.at_level(logging.WARNING, "gradfused"):
         for _ in range(3):
-            assert choose("auto", cpu_params()) is reference.Table
+            assert choose("auto", cpu_params()) is reference.ReferenceBackend
     assert len(caplog.records) == 1
     message = caplog.records[0].getMessage()
     assert "using the slower reference backend: 'cpu'" in message
@@ -100,7 +100,7 @@ def test_training_goes_on_without_the_compiled_module(caplog):
 
 @pytest.mark.usefixtures("_fresh_log")
 def test_auto_on_another_device_names_what_is_missing(caplog):
-    assert choose("auto", meta_params()) is reference.Table
+    assert choose("auto", meta_params()) is reference.ReferenceBackend
     messages = [r.getMessage() for r in caplog.records]
     assert len(messages) == 2
     assert "'cuda'" in messages[0]
@@ -109,7 +109,7 @@ def test_auto_on_another_device_names_what_is_missing(caplog):
 
 @pytest.mark.usefixtures("_fresh_log")
 def test_cpu_and_other_devices_mixed_run_on_the_reference():
-    assert choose("auto", [*cpu_params(), *meta_params()]) is reference.Table
+    assert choose("auto", [*cpu_params(), *meta_params()]) is reference.ReferenceBackend
 
 
 @pytest.mark.parametrize(("name", "reason"), [("cuda", "CUDA"), ("triton", "needs ")])

@@ -19,15 +19,15 @@ from gradfused.backends import availability, choose, cpu, reference
 @pytest.mark.parametrize("name", ["cpu", "reference"])
 def test_environment_decides_where_the_code_says_auto(name, monkeypatch):
     monkeypatch.setenv("GRADFUSED_BACKEND", name)
-    assert choose("auto", cpu_params()) is {"cpu": cpu.Table, "reference": reference.Table}[name]
-    assert choose("cpu", cpu_params()) is cpu.Table
-    assert choose("reference", cpu_params()) is reference.Table
+    assert choose("auto", cpu_params()) is {"cpu": cpu.CpuBackend, "reference": reference.ReferenceBackend}[name]
+    assert choose("cpu", cpu_params()) is cpu.CpuBackend
+    assert choose("reference", cpu_params()) is reference.ReferenceBackend
 
 
 @pytest.mark.parametrize("value", ["", "auto"])
 def test_environment_may_say_nothing(value, monkeypatch):
     monkeypatch.setenv("GRADFUSED_BACKEND", value)
-    assert choose("auto", cpu_params()) is cpu.Table
+    assert choose("auto", cpu_params()) is cpu.CpuBackend
 
 
 @pytest.mark.parametrize("name", ["cuda", "triton"])
@@ -54,7 +54,7 @@ def test_environment_is_seen_by_a_whole_step(monkeypatch):
     opt = gradfused.AdamW(model.parameters())
     monkeypatch.setenv("GRADFUSED_BACKEND", "reference")
     train(model, opt, 1)
-    assert isinstance(opt._seen.table, reference.Table)
+    assert isinstance(opt._seen.backend, reference.ReferenceBackend)
 
 
 # ---- GRADFUSED_CPU_ISA
@@ -110,7 +110,7 @@ def test_an_isa_that_is_refused_stops_auto_too(monkeypatch):
         for name in ("auto", "cpu"):
             with pytest.raises(RuntimeError, match=r"backend 'cpu' cannot run: GRADFUSED_CPU_ISA: .* got 'mmx'"):
                 choose(name, cpu_params())
-        assert choose("reference", cpu_params()) is reference.Table
+        assert choose("reference", cpu_params()) is reference.ReferenceBackend
 
 
 # ---- without OpenMP, and in another process

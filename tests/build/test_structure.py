@@ -48,7 +48,7 @@ LAYERS: list[tuple[str, ...]] = [
         "gradfused.step.options",
         "gradfused.step.state",
         "gradfused.step.rows",
-        "gradfused.step.plans",
+        "gradfused.step.groups",
         "gradfused.step.table",
     ),
     ("gradfused.optim", "gradfused.lpg"),
@@ -110,7 +110,7 @@ def test_backends_know_no_optimizers(module: str) -> None:
     above = (
         "gradfused.step.state",
         "gradfused.step.rows",
-        "gradfused.step.plans",
+        "gradfused.step.groups",
         "gradfused.step.spelling",
         "gradfused.step.table",
         "gradfused.step.options",

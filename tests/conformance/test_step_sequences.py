@@ -260,7 +260,7 @@ def test_every_sequence_on_two_devices(
     walk: int, backend: str, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
 ) -> None:
     """Or what the table takes for two: each has a part of the rows, and gradients move in both."""
-    monkeypatch.setattr(cuda.Table, "_owners", staticmethod(lambda rows: [row.param_number % 2 for row in rows]))
+    monkeypatch.setattr(cuda.CudaBackend, "_owners", staticmethod(lambda rows: [row.param_number % 2 for row in rows]))
     pieces = list(in_pieces(all_windows(3), 20, 2))
     walk_all(*WALKS[walk], backend, share_of(walk, pieces, request.config))
 

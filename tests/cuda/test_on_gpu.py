@@ -48,7 +48,7 @@ def train(net: nn.Module, optimizer: torch.optim.Optimizer, data: list[torch.Ten
 
 
 def test_auto_takes_cuda() -> None:
-    assert choose("auto", [torch.zeros(2, device="cuda")]) is cuda.Table
+    assert choose("auto", [torch.zeros(2, device="cuda")]) is cuda.CudaBackend
 
 
 @pytest.mark.parametrize("recipe", [{}, RECIPE, {"perturb": "agc", "norm_scope": "unit", "radius": 0.01}])

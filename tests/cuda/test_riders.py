@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from gradfused.backends import Scaling, Settings, cuda
-from gradfused.step.rows import GroupPlan
+from gradfused.step.groups import GroupOptions
 from gradfused.step.state import SHORT, States
 from gradfused.step.table import StepTable
 
@@ -196,12 +196,12 @@ class Ascent:
         self.state: dict[Any, dict[str, Any]] = {p: {} for p in self.params}
         self.sources = {p: p.detach().float() * 1.001 for p in self.params} if sources else None
         settings = Settings(norm_scope="global", perturb=(0.0, 0.05, 1e-12, 0.0, math.inf), decoupled=True, **options)
-        plan = GroupPlan("ascend", ("backup",), False, "off", backend, settings, copied=dtype in SHORT)
-        self.table = StepTable([{"params": self.params}], States(self.state), [plan], self.sources)  # type: ignore[arg-type]
+        group = GroupOptions("ascend", ("backup",), False, "off", backend, settings, copied=dtype in SHORT)
+        self.table = StepTable([{"params": self.params}], States(self.state), [group], self.sources)  # type: ignore[arg-type]
 
     def climb(self, scaling: Scaling | None = None) -> dict[str, Tensor]:
-        self.table.table.stats(scaling or Scaling())
-        self.table.table.apply(scaling or Scaling())
+        self.table.backend.stats(scaling or Scaling())
+        self.table.backend.apply(scaling or Scaling())
         found = {f"parameter {i}": p.detach().double() for i, p in enumerate(self.params)}
         return found | {f"backup {i}": self.state[p]["backup"].double() for i, p in enumerate(self.params)}
 

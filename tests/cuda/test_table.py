@@ -167,7 +167,7 @@ def test_a_gradient_may_come_back_misaligned(backend: str) -> None:
 def test_lr_is_read_where_it_lies(backend: str) -> None:
     run, twin = (Run(CASES["adamw"], RECIPES["full"], SHAPES, backend=backend).step() for _ in range(2))
     lr = torch.tensor(0.25, device=run.params[0].device)
-    table = run.optimizer._tables[0].table
+    table = run.optimizer._tables[0].backend
     for part in table._parts:
         for group in range(len(run.optimizer.param_groups)):
             part.native.lr_from(group, lr.data_ptr(), "float32")
@@ -185,7 +185,7 @@ def test_lr_is_read_where_it_lies(backend: str) -> None:
 
 def test_lr_on_another_device_is_refused(backend: str) -> None:
     run = Run(CASES["adamw"], RECIPES["plain"], SHAPES, backend=backend).step()
-    table = run.optimizer._tables[0].table
+    table = run.optimizer._tables[0].backend
     elsewhere = [replace(s, lr_tensor=torch.tensor(0.1, device="meta")) for s in table.settings]
     before = run.outcome()
     with pytest.raises(ValueError, match="lr of group 0 is a tensor on meta, its parameters are on"):
@@ -200,11 +200,11 @@ def test_lr_on_another_device_is_refused(backend: str) -> None:
     "recipe", ["plain", "centralize-clip", "full", "full-decayed", "centralize-agc", "tensor-update-agc"]
 )
 def test_devices_share_norms(recipe: str, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert_devices_share_norms(cuda.Table, recipe, backend, 3, monkeypatch)
+    assert_devices_share_norms(cuda.CudaBackend, recipe, backend, 3, monkeypatch)
 
 
 def test_one_device_skips_for_all(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cuda.Table, "_owners", staticmethod(lambda rows: [i % 2 for i, _ in enumerate(rows)]))
+    monkeypatch.setattr(cuda.CudaBackend, "_owners", staticmethod(lambda rows: [i % 2 for i, _ in enumerate(rows)]))
     run = Run(CASES["adam"], RECIPES["full"], SHAPES, backend=backend).step()
     before = run.outcome()
     run.fill()
@@ -221,7 +221,7 @@ def test_one_device_skips_for_all(backend: str, monkeypatch: pytest.MonkeyPatch)
 def test_overflow_is_heeded_on_the_device(found: float, backend: str) -> None:
     run, twin = (Run(CASES["adamw"], RECIPES["full"], SHAPES, backend=backend).step() for _ in range(2))
     device = run.params[0].device
-    table = run.optimizer._tables[0].table
+    table = run.optimizer._tables[0].backend
     before = run.outcome()
     run.fill()
     scaling = Scaling(torch.tensor(1.0, device=device), torch.tensor(found, device=device))

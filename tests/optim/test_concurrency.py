@@ -163,7 +163,7 @@ def at_work(monkeypatch: pytest.MonkeyPatch) -> threading.Lock:
         return free
 
     for name in ("stats", "apply"):
-        monkeypatch.setattr(backends.cpu.Table, name, meanwhile_free(getattr(backends.cpu.Table, name)))
+        monkeypatch.setattr(backends.cpu.CpuBackend, name, meanwhile_free(getattr(backends.cpu.CpuBackend, name)))
     return lock
 
 
@@ -272,7 +272,7 @@ def test_garbage_collection_while_the_table_is_compared(backend: str) -> None:
     """Before Python 3.12 any new container may start a collection, whose callbacks may replace what is compared."""
     optimizer = make("AdamW", parameters(3, 300, backend), backend=backend)
     optimizer.step()
-    group, table = optimizer.param_groups[0], optimizer._tables[0].table
+    group, table = optimizer.param_groups[0], optimizer._tables[0].backend
 
     def replace(phase: str, info: dict[str, int]) -> None:
         for i, p in enumerate(group["params"]):
@@ -374,7 +374,7 @@ def test_what_another_thread_does_waits_for_the_step(what: str, name: str, monke
         Stepper(optimizer).step()
     saved = copy.deepcopy(optimizer.state_dict())
     done = threading.Event()
-    original, threads = backends.cpu.Table.apply, []
+    original, threads = backends.cpu.CpuBackend.apply, []
 
     def work() -> None:
         WAITING[what](optimizer, saved)
@@ -387,7 +387,7 @@ def test_what_another_thread_does_waits_for_the_step(what: str, name: str, monke
             assert not done.wait(0.03)
         return original(table, scaling)
 
-    monkeypatch.setattr(backends.cpu.Table, "apply", apply)
+    monkeypatch.setattr(backends.cpu.CpuBackend, "apply", apply)
     Stepper(optimizer).step()
     assert done.wait(30)
     threads[0].join()

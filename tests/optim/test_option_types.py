@@ -20,8 +20,8 @@ from torch import nn
 from twins import EXACT, assert_same, every_backend, refuses, small_model, train
 
 import gradfused
-from gradfused.step import options, plans
-from gradfused.step.plans import Plans
+from gradfused.step import groups, options
+from gradfused.step.groups import OptionsCache
 
 np = pytest.importorskip("numpy")
 
@@ -194,11 +194,11 @@ def takes(optimizer: str, name: str, value: Any) -> bool:
 
 
 def as_keyword(optimizer: str, name: str, value: Any) -> Any:
-    return made(optimizer, **{name: value})._current_plans()[0]
+    return made(optimizer, **{name: value})._current_options()[0]
 
 
 def in_a_group(optimizer: str, name: str, value: Any) -> Any:
-    return OPTIMIZERS[optimizer]([{"params": [nn.Parameter(torch.ones(2))], name: value}])._current_plans()[0]
+    return OPTIMIZERS[optimizer]([{"params": [nn.Parameter(torch.ones(2))], name: value}])._current_options()[0]
 
 
 def kept(opt: Any) -> list[Any]:
@@ -216,7 +216,7 @@ def changes(opt: Any, change: Callable[[], object]) -> Any:
     before = kept(opt)
     try:
         change()
-        return opt._current_plans()[-1]
+        return opt._current_options()[-1]
     except (TypeError, ValueError) as error:
         with pytest.raises(type(error)):
             change()
@@ -374,9 +374,9 @@ def test_a_schedule_may_return_any_number(form, backend):
 )
 def test_an_option_changed_in_place_is_noticed(name, value, change, field, expected):
     opt = made("AdamW", **{name: copy.deepcopy(value)})
-    assert getattr(opt._current_plans()[0].settings, field) == 0.5
+    assert getattr(opt._current_options()[0].settings, field) == 0.5
     change(opt.param_groups[0][name])
-    assert getattr(opt._current_plans()[0].settings, field) == expected
+    assert getattr(opt._current_options()[0].settings, field) == expected
 
 
 @pytest.mark.parametrize(
@@ -384,22 +384,22 @@ def test_an_option_changed_in_place_is_noticed(name, value, change, field, expec
 )
 def test_a_learning_rate_on_a_gpu_is_all_that_is_read_there(name, noticed, monkeypatch):
     """Its address is compared, so that no step waits for it. Another option on a GPU reaches the kernels through the host."""
-    monkeypatch.setattr(plans.gpu, "holds", lambda tensor: True)
+    monkeypatch.setattr(groups.gpu, "holds", lambda tensor: True)
     value = torch.tensor(0.5)
     opt = made("AdamW", **{name: (value, torch.tensor(0.5)) if name == "betas" else value})
-    before = opt._current_plans()[0]
+    before = opt._current_options()[0]
     value.fill_(0.25)
-    assert (opt._current_plans()[0] is not before) == noticed
+    assert (opt._current_options()[0] is not before) == noticed
     if not noticed:
         opt.param_groups[0][name] = value.clone()
-        assert opt._current_plans()[0] is not before
+        assert opt._current_options()[0] is not before
 
 
 def test_options_are_interpreted_again_only_when_they_change():
     """The same objects are not even compared; equal values of the same types are; GPU tensors by address."""
     interpreted = []
     groups = [{"lr": 0.5, "betas": (0.5, 0.75), "mine": object()}, {"lr": torch.tensor(0.5), "betas": [0.5, 0.75]}]
-    read = Plans()
+    read = OptionsCache()
 
     def current(*names: str) -> int:
         interpreted.clear()

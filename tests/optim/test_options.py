@@ -22,7 +22,7 @@ def one():
 
 
 def settings(**recipe) -> Settings:
-    return gradfused.SGD(one(), **recipe)._plan(gradfused.SGD(one(), **recipe).param_groups[0]).settings
+    return gradfused.SGD(one(), **recipe)._interpret(gradfused.SGD(one(), **recipe).param_groups[0]).settings
 
 
 # ---- names
@@ -217,7 +217,7 @@ def test_sign_of_reverse_and_maximize(reverse, maximize, sign):
 )
 def test_kinds_of_centralisation(value, kind):
     opt = gradfused.SGD(one(), centralize=value)
-    assert opt._plan(opt.param_groups[0]).centre == kind
+    assert opt._interpret(opt.param_groups[0]).centre == kind
 
 
 @pytest.mark.parametrize(

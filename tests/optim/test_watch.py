@@ -44,7 +44,7 @@ def param(opt: gradfused.AdamW, i: int = 0) -> Tensor:
 
 def still(opt: gradfused.AdamW) -> bool:
     """Whether the table of the last step serves the next."""
-    return opt._tables[0].table.refresh(opt.param_groups, opt.state, {}) is not None
+    return opt._tables[0].backend.refresh(opt.param_groups, opt.state, {}) is not None
 
 
 def swap(tensor: Tensor, new: Tensor) -> None:

@@ -188,9 +188,9 @@ def test_gradients_that_moved_are_followed(backend: str) -> None:
     for p in crooked.params:
         p.grad = torch.empty(p.numel() + 1, device=p.device)[1:].view(p.shape)
     crooked.grads = [p.grad for p in crooked.params]
-    table = crooked.optimizer._tables[0].table
+    table = crooked.optimizer._tables[0].backend
     assert_close(crooked.step().outcome(), straight.step().outcome(), 1e-6, 1e-7)
-    assert crooked.optimizer._tables[0].table is table
+    assert crooked.optimizer._tables[0].backend is table
 
 
 def test_options_that_change_are_uploaded(backend: str) -> None:
@@ -206,7 +206,7 @@ def test_options_that_change_are_uploaded(backend: str) -> None:
 def test_lr_is_read_where_it_lies(dtype: torch.dtype, backend: str) -> None:
     run, twin = (Run(CASES["adamw"], {}, ((5, 4), (7,)), backend=backend).step() for _ in range(2))
     lr = torch.tensor(0.25, device=run.params[0].device, dtype=dtype)
-    table = run.optimizer._tables[0].table
+    table = run.optimizer._tables[0].backend
     for group in range(len(run.optimizer.param_groups)):
         table._parts[0].native.lr_from(group, lr.data_ptr(), native.DTYPES[dtype])
     for value in (0.25, 1.5):
@@ -247,7 +247,7 @@ def test_large_gradients_have_a_norm(backend: str) -> None:
 def test_overflow_and_scale_are_heeded_on_the_device(case: str, found: float, backend: str) -> None:
     run, twin = (Run(CASES[case], RECIPES["centralize-clip"], ((5, 4), (7,)), backend=backend).step() for _ in "ab")
     device = run.params[0].device
-    table = run.optimizer._tables[0].table
+    table = run.optimizer._tables[0].backend
     before = run.outcome()
     run.fill()
     torch._foreach_mul_(run.grads, 256.0)
@@ -272,7 +272,7 @@ def test_steps_are_counted_on_the_device(default: torch.dtype, backend: str) -> 
 
 @pytest.mark.parametrize("recipe", ["full", "tensor-update-agc"])
 def test_devices_share_norms(recipe: str, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert_devices_share_norms(triton.Table, recipe, backend, 2, monkeypatch)
+    assert_devices_share_norms(triton.TritonBackend, recipe, backend, 2, monkeypatch)
 
 
 def test_launches_of_a_step(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -313,7 +313,7 @@ def test_trust_in_what_takes_several_chunks(at: str, case: str, backend: str) ->
 
 def test_cpu_tensors_need_the_interpreter(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     tensors = [torch.zeros(3, device=device_of(backend))]
-    assert choose("triton", tensors) is triton.Table
+    assert choose("triton", tensors) is triton.TritonBackend
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     with pytest.raises(RuntimeError, match=r"backend='triton' cannot run: .*(GPU|CUDA)"):
         choose("triton", [torch.zeros(3)])
@@ -369,13 +369,13 @@ def test_auto_takes_it_where_cuda_was_not_built(
     )
     monkeypatch.setattr(gradfused.backends, "_REFUSALS", {})
     gpu = [torch.zeros(2, device="meta")]  # a stand-in for one
-    assert choose("auto", gpu) is triton.Table
+    assert choose("auto", gpu) is triton.TritonBackend
     assert [r.getMessage() for r in caplog.records] == ["using the slower triton backend: 'cuda' was not built"]
     usable["triton"] = Availability("triton", "needs a GPU")
-    assert choose("auto", gpu) is reference.Table
+    assert choose("auto", gpu) is reference.ReferenceBackend
     usable["cuda"] = Availability("cuda")
     monkeypatch.setattr(gradfused.backends, "availability", lambda: usable)
-    assert choose("auto", gpu) is cuda.Table
+    assert choose("auto", gpu) is cuda.CudaBackend
 
 
 def test_importing_the_package_does_not_import_triton(backend: str) -> None:

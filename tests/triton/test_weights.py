@@ -14,9 +14,9 @@ from kept_oracle import float32_average_of_float64_weights
 
 import gradfused
 from gradfused.backends.base import Scaling, Settings
-from gradfused.step.rows import GroupPlan
+from gradfused.step.groups import GroupOptions
 from gradfused.step.state import States
-from gradfused.step.table import StepTable
+from gradfused.step.table import Outcome, StepTable
 
 pytestmark = [
     pytest.mark.kernels,
@@ -126,8 +126,8 @@ def test_random_rounding_is_that_of_the_cpu(dtype: torch.dtype, layout: str, bac
 
 
 def ascent(params: list[torch.nn.Parameter], state: Any, backend: str, settings: Settings) -> StepTable:
-    plan = GroupPlan("ascend", ("backup",), counts=False, centre="off", backend=backend, settings=settings)
-    return StepTable([{"params": params}], States(state), [plan])
+    options = GroupOptions("ascend", ("backup",), counts=False, centre="off", backend=backend, settings=settings)
+    return StepTable([{"params": params}], States(state), [options])
 
 
 def copies(name: str, tensors: Sequence[torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -135,8 +135,7 @@ def copies(name: str, tensors: Sequence[torch.Tensor]) -> dict[str, torch.Tensor
 
 
 def take(table: StepTable) -> None:
-    table.table.stats(Scaling())
-    assert table.table.apply(Scaling())
+    assert table.step(Scaling()) is Outcome.TAKEN
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
@@ -153,7 +152,7 @@ def test_ascent_and_descent(adaptive: bool, dtype: torch.dtype, backend: str) ->
         take(ascent(made.params, backups, backend, settings))
         yield copies("up", made.params)
         yield copies("backup", [backups[p]["backup"] for p in made.params])
-        made.optimizer._take_step({p: backups[p]["backup"] for p in made.params}, Scaling())
+        made.optimizer._take_step(Scaling(), {p: backups[p]["backup"] for p in made.params})
         yield made.outcome()
 
     moved = [dict(part) for part in outcome(backend)]
