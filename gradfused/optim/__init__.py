@@ -4,7 +4,7 @@ from .adagrad import Adagrad
 from .adam import Adam
 from .adamw import AdamW
 from .adan import Adan
-from .base import Optimizer
+from .base import Optimizer as Optimizer
 from .lamb import LAMB
 from .lars import LARS
 from .lion import Lion
@@ -13,4 +13,4 @@ from .radam import RAdam
 from .rmsprop import RMSprop
 from .sgd import SGD
 
-__all__ = ["LAMB", "LARS", "SGD", "Adagrad", "Adam", "AdamW", "Adan", "Lion", "NAdam", "Optimizer", "RAdam", "RMSprop"]
+__all__ = ["LAMB", "LARS", "SGD", "Adagrad", "Adam", "AdamW", "Adan", "Lion", "NAdam", "RAdam", "RMSprop"]
