@@ -35,15 +35,15 @@ def _kernels_of_cuda(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyP
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption(
-        "--interpret-all", action="store_true", help="every test of the Triton backend, interpreted: see make test-all"
-    )
+    words = "run every interpreted test of the Triton backend, as make test-all does"
+    parser.addoption("--interpret-all", action="store_true", help=words)
 
 
-# What a recipe does is the same code for all rules: emulated, interpreted or under sanitizers, all recipes run with these
-# alone, the other rules with one recipe of every way through the kernels.
-EVERY_RECIPE = ("sgd", "adam")
-SHARED_RECIPES = {
+# A recipe takes the same code in every rule's kernel. Where kernels are slow, because they are emulated, interpreted or under
+# sanitizers, every recipe is tried with these optimizers only, and the other optimizers with one recipe of every way through
+# the kernels.
+TRIED_WITH_EVERY_RECIPE = ("sgd", "adam")
+TRIED_WITH_EVERY_OPTIMIZER = {
     *FEW_RECIPES,
     "clip-param",
     "centralize-unit-decayed",
@@ -54,33 +54,41 @@ SHARED_RECIPES = {
 }
 
 
-def _repeats(item: pytest.Item) -> bool:
-    """Whether a conformance test reaches no code of a kernel that others do not."""
-    asked = item.callspec.params  # type: ignore[attr-defined]
-    case, recipe = asked.get("case", ""), asked.get("recipe", "plain")
-    return bool(case) and not case.startswith(EVERY_RECIPE) and recipe not in SHARED_RECIPES
+def backend_of(node: pytest.Item) -> object:
+    """The backend that a test names in its parameters, or None."""
+    parameters = getattr(node, "callspec", None)
+    return None if parameters is None else parameters.params.get("backend")
 
 
-def _is_late(item: pytest.Item, interpret_all: bool) -> bool:
-    """Whether a test is left out: it repeats others in a slow way, or all of its kind are too slow for every run."""
-    backend, file = backend_of(item), item.path.name
-    if backend == "triton" and triton_interpreter.INTERPRETED and file in ("test_kernels.py", "test_chunks.py"):
-        return not interpret_all or _repeats(item)
-    slow = bool(os.environ.get("GRADFUSED_SANITIZE_INSIDE")) or (backend == "cuda" and device_of("cuda") == "cpu")
-    return slow and file == "test_kernels.py" and item.path.parent.name == "conformance" and _repeats(item)
+def pytest_itemcollected(item: pytest.Item) -> None:
+    """Mark a test with its backend, so that ``-m`` can choose by it."""
+    if (backend := backend_of(item)) in ("cuda", "triton"):
+        item.add_marker(str(backend))
+
+
+def _is_repetition(item: pytest.Item) -> bool:
+    """Whether a combination of a case and a recipe reaches no code of a kernel that other combinations do not reach."""
+    parameters = item.callspec.params  # type: ignore[attr-defined]
+    case, recipe = parameters.get("case", ""), parameters.get("recipe", "plain")
+    return bool(case) and not case.startswith(TRIED_WITH_EVERY_RECIPE) and recipe not in TRIED_WITH_EVERY_OPTIMIZER
+
+
+def _is_left_out(item: pytest.Item, interpret_all: bool) -> bool:
+    """Whether a test is too slow here for what it adds."""
+    has = item.get_closest_marker
+    interpreted = bool(has("triton")) and triton_interpreter.INTERPRETED
+    emulated = bool(has("cuda")) and device_of("cuda") == "cpu"
+    if interpreted and has("interpret_all") and not interpret_all:
+        return True
+    slow = interpreted or emulated or bool(os.environ.get("GRADFUSED_SANITIZE_INSIDE"))
+    return slow and bool(has("combination")) and _is_repetition(item)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Interpreted, Triton's conformance suite takes some 20 minutes on two cores. The folder triton has what always runs."""
-    late = {item for item in items if _is_late(item, config.getoption("--interpret-all"))}
-    config.hook.pytest_deselected(items=[item for item in items if item in late])
-    items[:] = [item for item in items if item not in late]
-
-
-def backend_of(node: pytest.Item) -> object:
-    """The backend that a test is for, if it says so."""
-    asked = getattr(node, "callspec", None)
-    return None if asked is None else asked.params.get("backend")
+    """Leave out the tests that are too slow here: interpreted, Triton's combinations alone take 20 minutes on two cores."""
+    left_out = {item for item in items if _is_left_out(item, config.getoption("--interpret-all"))}
+    config.hook.pytest_deselected(items=[item for item in items if item in left_out])
+    items[:] = [item for item in items if item not in left_out]
 
 
 @pytest.fixture(autouse=True)

@@ -16,6 +16,7 @@ from gradfused.backends import availability, cpu, cuda
 
 pytestmark = [
     pytest.mark.kernels,
+    pytest.mark.interpret_all,
     pytest.mark.skipif(not availability()["cpu"].usable, reason=str(availability()["cpu"].reason)),
 ]
 

@@ -21,13 +21,14 @@ from cases import (
     Run,
     assert_close,
     can_mix_dtypes,
+    layout_parameters,
 )
 from oracle_checks import BACKENDS, check
 
 import gradfused
 from gradfused.backends import availability, cpu
 
-pytestmark = pytest.mark.kernels
+pytestmark = [pytest.mark.kernels, pytest.mark.combination, pytest.mark.interpret_all]
 
 ISAS = cpu.native().isas() if availability()["cpu"].usable else []
 
@@ -53,7 +54,7 @@ def test_maximize(case: str, recipe: str, backend: str) -> None:
 
 
 @backends
-@pytest.mark.parametrize("layout", [name for name in LAYOUTS if name != "contiguous"])
+@pytest.mark.parametrize("layout", layout_parameters(name for name in LAYOUTS if name != "contiguous"))
 @few_recipes
 @pytest.mark.parametrize("case", ["sgd-momentum", "adam"])
 def test_layouts(case: str, recipe: str, layout: str, backend: str) -> None:
@@ -72,6 +73,7 @@ def test_dtypes(case: str, recipe: str, dtype: str, backend: str) -> None:
 @pytest.mark.parametrize("layout", ["channels-last-parameter", "view", "transposed-gradient"])
 @pytest.mark.parametrize("recipe", ["plain", "full", "centralize-agc"])
 @pytest.mark.parametrize("dtype", ["float64", "float16", "bfloat16"])
+@pytest.mark.sanitized_cuda
 def test_dtypes_in_layouts(recipe: str, layout: str, dtype: str, backend: str) -> None:
     check("adam", recipe, backend, dtype=DTYPES[dtype], layout=layout)
 

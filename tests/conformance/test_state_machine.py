@@ -510,6 +510,7 @@ def asked(backend: str) -> int | None:
 
 
 @pytest.mark.parametrize("backend", ["cpu", "reference", EMULATED_CUDA])
+@pytest.mark.sanitized_cuda
 def test_every_life_follows_the_oracle(backend: str) -> None:
     if SANITIZED and backend == "reference":
         pytest.skip("there is nothing compiled in it")

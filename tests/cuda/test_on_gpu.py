@@ -16,6 +16,7 @@ from gradfused.backends import availability, choose, cuda, triton
 
 pytestmark = [
     pytest.mark.kernels,
+    pytest.mark.gpu,
     pytest.mark.skipif(
         not availability()["cuda"].usable or cuda.native().EMULATED, reason=f"no GPU: {availability()['cuda'].reason}"
     ),

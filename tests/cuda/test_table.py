@@ -91,6 +91,7 @@ def launches(work: Callable[[], object]) -> int:
     ("recipe", "most"),
     [("plain", 1), ("centralize-unit-gradient", 1), ("centralize-agc", 1), ("noise", 1), ("reverse", 1), ("full", 2)],
 )
+@pytest.mark.sanitized_cuda
 def test_launches_of_a_steady_step(recipe: str, most: int, backend: str) -> None:
     """One, or two with a wide norm, whatever the number of tensors and groups."""
     run = Run(CASES["adamw"], RECIPES[recipe], SHAPES * 20, backend=backend).step()
@@ -151,6 +152,7 @@ def test_many_addresses_take_several_uploads(backend: str) -> None:
     assert all(torch.equal(p, torch.full((3,), -0.5)) for p in params)
 
 
+@pytest.mark.sanitized_cuda
 def test_a_gradient_may_come_back_misaligned(backend: str) -> None:
     """Whether 16-byte accesses fit is seen at each step."""
     straight, crooked = (

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -225,6 +225,11 @@ LAYOUTS: dict[str, tuple[Place, Place]] = {
     "misaligned-gradient": (transposed, misaligned),
     "expanded-gradient": (contiguous, expanded),
 }
+
+
+def layout_parameters(names: Iterable[str]) -> list[Any]:
+    """Layouts as parameters of a test; those that are misaligned are tried under sanitizers on emulated CUDA too."""
+    return [pytest.param(name, marks=[pytest.mark.sanitized_cuda] * ("misaligned" in name)) for name in names]
 
 
 def guards_intact(t: Tensor) -> bool:

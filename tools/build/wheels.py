@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -114,7 +115,7 @@ def check_wheel(python: str, wheel: Path, torch: str | None, work: Path) -> None
 def has_cuda(wheel: Path) -> bool:
     """Whether the wheel holds gradfused._cuda."""
     with zipfile.ZipFile(wheel) as archive:
-        return any(name.startswith("gradfused/_cuda.") for name in archive.namelist())
+        return any(re.fullmatch(r"gradfused/_cuda\..*\.so", name) for name in archive.namelist())
 
 
 def process(python: str, sdist: Path, torch: str | None) -> None:

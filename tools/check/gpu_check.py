@@ -29,7 +29,7 @@ TOOL_PLACES = ("/usr/local/cuda/bin", "/opt/nvidia/nsight-compute/*", "/usr/loca
 METRICS = "dram__bytes_read.sum,dram__bytes_write.sum,gpu__time_duration.sum"
 OLDEST_SETUPTOOLS = 77  # pyproject.toml's build-system
 PASSED = r"\d+ passed"  # not all of them skipped
-FEW_CASES = "every_recipe and cuda and (adamw-amsgrad or sgd-nesterov) and (full or agc or clip-global)"
+FEW_CASES = "every_recipe and (adamw-amsgrad or sgd-nesterov) and (full or agc or clip-global)"
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ def pytest(*arguments: str, parallel: bool = False) -> tuple[str, ...]:
 
 def all_steps(out: Path) -> Iterator[Step]:
     """In the order they are taken."""
-    python, tests = sys.executable, ROOT / "tests"
+    python, tests = sys.executable, str(ROOT / "tests")
     build = (
         python,
         str(ROOT / "setup.py"),
@@ -94,16 +94,14 @@ def all_steps(out: Path) -> Iterator[Step]:
     )
     yield Step("build", (build,), env={"GRADFUSED_CUDA": "1"})
     yield Step("report", ((python, "-m", "gradfused"),), expects=r"cuda +runs")
-    on_gpu = str(tests / "cuda" / "test_on_gpu.py")  # alone: it fills the memory
-    conformance = ("-m", "kernels", "-k", "not triton", f"--ignore={on_gpu}", str(tests))
-    yield Step("conformance", (pytest(*conformance, parallel=True),), expects=PASSED)
-    yield Step("gpu", (pytest(on_gpu),), expects=PASSED)
-    riders = [str(tests / "conformance" / name) for name in ("test_riders.py", "test_sam.py")]
-    yield Step("riders", (pytest("-k", "cuda", *riders, parallel=True),), expects=PASSED)
-    # Not the whole conformance suite, as for CUDA: every variant is compiled when it is first launched.
-    triton = (str(tests / "triton"), str(tests / "lpg" / "test_triton.py"))
-    yield Step("triton", (pytest(*triton, parallel=True),), needs=("triton",), expects=PASSED)
-    few = pytest("-x", "-k", FEW_CASES, str(tests / "conformance" / "test_kernels.py"))
+    kernels = ("-m", "kernels and not triton and not gpu", tests)
+    yield Step("conformance", (pytest(*kernels, parallel=True),), expects=PASSED)
+    yield Step("gpu", (pytest("-m", "gpu", tests),), expects=PASSED)
+    yield Step("cuda", (pytest("-m", "cuda and not kernels", tests, parallel=True),), expects=PASSED)
+    # Not the other folders' tests of Triton: every variant is compiled when it is first launched.
+    triton = pytest("-m", "triton", f"{tests}/triton", f"{tests}/lpg", parallel=True)
+    yield Step("triton", (triton,), needs=("triton",), expects=PASSED)
+    few = pytest("-x", "-m", "combination and cuda", "-k", FEW_CASES, tests)
     sanitizer = find_tool("compute-sanitizer") or "compute-sanitizer"
     # Without torch's cache an access past a tensor's end leaves its allocation, and is seen.
     yield Step(
