@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ..step.memory import has_values
 from .base import WIDE_SCOPES, Backend, Row, Scaling, Settings
-from .rules import RULES, Count
+from .rules import RULES, TRUSTED, Count
 
 SHORT = (torch.float16, torch.bfloat16)
 
@@ -320,13 +320,14 @@ class ReferenceBackend(Backend):
         if row.centre and s.centralize_at == "decayed":
             g = centred(g, row)
 
-        def late(direction: Tensor) -> Tensor:
-            return centred(direction, row) if row.centre and s.centralize_at == "update" else direction
-
-        direction, shrink, step_size = RULES[row.rule](g, p, state, s, now, late)
+        update = RULES[row.rule](g, p, state, s, now)
+        if row.centre and s.centralize_at == "update":
+            update = update._replace(direction=centred(update.direction, row))
+        if s.adapt and row.rule in TRUSTED:
+            update = TRUSTED[row.rule](update, p, s)
         for key, value in state.items():  # before the weights, which a backup may be a view of
             writes.add(row.state[key], value)
-        self._keep(row, s, now, p * shrink - step_size * direction, writes)
+        self._keep(row, s, now, p * update.shrink - update.step * update.direction, writes)
 
     @staticmethod
     def _keep(row: Row, s: Settings, now: Count, p: Tensor, writes: Writes) -> None:
