@@ -12,17 +12,17 @@ TYPES = ("cuda", "xpu")
 
 
 def available() -> bool:
-    """Whether torch can use one."""
+    """Whether torch can use a GPU."""
     return torch.cuda.is_available() or torch.xpu.is_available()
 
 
 def holds(tensor: Tensor) -> bool:
-    """Whether a tensor lies on one."""
+    """Whether a tensor lies on a GPU."""
     return tensor.device.type in TYPES
 
 
 def selected(device: torch.device) -> AbstractContextManager[Any]:
-    """Within the block, launches go to ``device``."""
+    """A block within which kernels are launched on ``device``."""
     return torch.get_device_module(device).device(device) if device.type in TYPES else nullcontext()
 
 
@@ -32,13 +32,13 @@ def current_stream(device: torch.device) -> Any:
 
 
 def capturing() -> bool:
-    """Whether what is launched now goes into a graph. Does not wake a GPU that nobody uses."""
+    """Whether a graph captures what is launched now. This does not initialise a GPU that nobody has used."""
     if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
         return True
-    asked = getattr(torch.xpu, "is_current_stream_capturing", None)  # where torch has graphs for Intel's
+    asked = getattr(torch.xpu, "is_current_stream_capturing", None)  # only where torch has graphs for Intel GPUs
     return asked is not None and torch.xpu.is_initialized() and bool(asked())
 
 
 def properties(device: torch.device) -> Any:
-    """What torch knows of one."""
+    """torch's properties of a GPU: its name, memory, multiprocessors and so on."""
     return torch.get_device_module(device).get_device_properties(device)

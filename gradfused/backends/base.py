@@ -1,4 +1,4 @@
-"""What every backend is given and what it must do."""
+"""What every backend is given, Settings and Row, and what it must do, Backend."""
 
 from __future__ import annotations
 
@@ -31,12 +31,14 @@ class Settings:
     momentum_decay: float = 0.0
     trust_coefficient: float = 0.0  # LARS's coefficient
     nesterov: bool = False
-    decoupled: bool = False  # no stage 6: the rule decays the weights itself, or not at all
+    decoupled: bool = (
+        False  # weight decay is not added to the gradient: the rule decays the weights itself, or not at all
+    )
     proximal: bool = False
-    adapt: bool = False  # the rule's trust ratio is taken
+    adapt: bool = False  # scale by the rule's trust ratio
     # the transforms'
     centralize_at: str = "gradient"
-    norm_scope: str = "none"  # whose norm decides: none, global, group, param or unit
+    norm_scope: str = "none"  # what shares a norm: none, global, group, param or unit
     perturb: tuple[float, float, float, float, float] = (1.0, 0.0, 0.0, 0.0, 1.0)  # a, b, e, lo, hi of s(n)
     agc: bool = False
     radius: float = 1.0
@@ -44,38 +46,38 @@ class Settings:
     noise: float = 0.0
     noise_decay: float = 0.0
     seed: int = 0
-    sign: float = 1.0  # of reverse and maximize together
+    sign: float = 1.0  # reverse and maximize together
     skip_nonfinite: bool = False
     adaptive: bool = False  # norms are of g * (|p| + eta): adaptive SAM
     eta: float = 0.0
     # the riders'
     ema: float = 0.0
     zero_grad_in_step: bool = False
-    # lr where a kernel can read it at each step: compared by its address
+    # an lr on a GPU, which kernels read at each step; it is compared by its address
     lr_tensor: Tensor | None = field(default=None, compare=False)
     lr_address: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """A parameter with a gradient and its optimizer state: what a step works on.
+    """A parameter with a gradient and its optimizer state, as a step uses them.
 
     Attributes:
         state: The rule's state tensors in its order, shaped like the parameter.
-        source: Where the weights are read, if not from ``param``: SAM's backup.
-        master: A copy of 16-bit weights in float32, believed where it rounds to them; written with ``precision="master"``.
-        kahan_comp: What rounding took off, with ``precision="kahan"``; believed up to half a unit in the weights' last place.
+        source: The tensor that the weights are read from, if not ``param``: SAM's backup.
+        master: A copy of 16-bit weights in float32, used where it rounds to them; written with ``precision="master"``.
+        kahan_comp: The rounding error, with ``precision="kahan"``; used up to half a unit in the weights' last place.
         ema: Moving average of the weights.
         precision: How weights of 16 bits are kept: ``"none"``, ``"kahan"``, ``"stochastic"`` or ``"master"``.
-        step: 0-dim float tensor on the backend's step_device that counts steps taken, or None where nothing needs it.
-        group: Index into the settings.
-        mu_product: The same for the product of NAdam's momenta, which only it has.
+        step: Steps taken so far: a 0-dim float tensor on the backend's ``step_device``, or None where nothing needs it.
+        mu_product: Product of NAdam's momenta so far, kept like ``step``; None for other rules.
+        group: Index of the parameter's group in the settings.
         param_number: The parameter's number in the optimizer; part of the noise counter.
-        unit_length: Elements in a unit; the whole tensor where units have no meaning.
-        centre: Centralisation applies.
-        whole: It applies to the whole tensor although ``unit_length`` is shorter.
+        unit_length: Number of elements of a unit; of the whole tensor where it has no units.
+        centre: The gradient is centralised.
+        whole: It is centralised over the whole tensor although ``unit_length`` is shorter.
         first: The state holds nothing yet.
-        kept: All of the parameter's state that it uses, by its key in the optimizer's state.
+        kept: Everything of the parameter's state that the step uses, by its key in the optimizer's state.
     """
 
     name: str
@@ -105,9 +107,9 @@ class Row:
 
 
 def _one_number(name: str, value: object) -> Tensor | None:
-    """What GradScaler or a user set as an attribute of the optimizer, as a tensor; None where it was not set.
+    """An attribute of the optimizer that GradScaler or a user set, as a tensor; None where it was not set.
 
-    GradScaler leaves the plain number 0 as ``found_inf`` where no parameter had a gradient.
+    GradScaler sets ``found_inf`` to the plain number 0 where no parameter had a gradient.
     """
     if value is None or (isinstance(value, Tensor) and value.numel() == 1):
         return value
@@ -122,8 +124,8 @@ class Scaling:
     """What GradScaler tells a step, as one-element tensors.
 
     Attributes:
-        grad_scale: The gradients are to be divided by it.
-        found_inf: Not zero: the step is not to be taken.
+        grad_scale: The factor that the gradients have to be divided by.
+        found_inf: Not zero if the step has to be skipped.
     """
 
     grad_scale: Tensor | None = None
@@ -131,7 +133,7 @@ class Scaling:
 
     @classmethod
     def of(cls, optimizer: object) -> Scaling:
-        """What it told an optimizer: it sets these attributes for the time of a step.
+        """The scaling that GradScaler has set on an optimizer for the time of a step.
 
         Raises:
             ValueError: One of them is neither a number nor a tensor of one element.
@@ -140,16 +142,16 @@ class Scaling:
 
     @property
     def unscale(self) -> float:
-        """What to multiply gradients by. Waits for the device."""
+        """The factor to multiply gradients by. Waits for the device."""
         return 1.0 if self.grad_scale is None else 1.0 / float(self.grad_scale)
 
     @property
     def forbids(self) -> bool:
-        """Whether the step is not to be taken. Waits for the device."""
+        """Whether the step has to be skipped. Waits for the device."""
         return self.found_inf is not None and bool(self.found_inf.item())
 
     def on(self, device: torch.device) -> Scaling:
-        """The same in float32 on ``device``."""
+        """The same scaling in float32 on ``device``."""
         moved = (
             None if t is None else t.to(device=device, dtype=torch.float32, non_blocking=True)
             for t in (self.grad_scale, self.found_inf)
@@ -161,12 +163,12 @@ class Scaling:
 class Held:
     """The tensors of one step, kept alive until its kernels have run or, on a device, are enqueued.
 
-    Whatever other threads do meanwhile, such as clearing or replacing gradients, the memory that the kernels use stays.
+    The memory that the kernels use stays valid even if other threads clear or replace gradients meanwhile.
 
     Attributes:
         params: The parameters that are stepped.
-        written: Every tensor that the step writes: parameters, their state, and gradients that are left at zero.
-        read: Every tensor that the step only reads: gradients, and where else weights are read.
+        written: Every tensor that the step writes: parameters, their state, and gradients that are set to zero.
+        read: Every tensor that the step only reads: gradients, sources and copies of the weights.
     """
 
     params: list[Tensor]
@@ -175,7 +177,7 @@ class Held:
 
     @classmethod
     def of(cls, rows: Sequence[Row], zeroed: Sequence[bool]) -> Held:
-        """The tensors of rows; ``zeroed`` says whose gradient the step leaves at zero."""
+        """The tensors of rows; ``zeroed`` says whether the step sets each row's gradient to zero."""
         written = [t for row in rows for t in (row.param, *row.kept.values())]
         written += [row.grad for row, zero in zip(rows, zeroed, strict=True) if zero]
         read = [t for row in rows for t in (row.grad, row.source, row.master) if t is not None]
@@ -183,13 +185,13 @@ class Held:
 
 
 class Backend(ABC):
-    """Rows made ready for one backend. A step is ``stats`` if a norm is wanted, then ``apply``.
+    """The rows of a step made ready on one backend. A step is ``stats``, if ``needs_stats``, and then ``apply``.
 
     Between steps it keeps no tensor of the optimizer alive: ``zero_grad`` has to free gradients, and parameters may be replaced.
-    During a step its owner holds them.
+    During a step the StepTable holds them.
     """
 
-    #: Overflow and skipped steps are found out on the device: ``apply`` heeds ``found_inf`` and always returns True.
+    #: The device itself skips a step that overflowed or is not finite: ``apply`` reads ``found_inf`` there and returns True.
     on_device = False
 
     def __init__(self, rows: Sequence[Row], settings: Sequence[Settings]) -> None:
@@ -197,57 +199,57 @@ class Backend(ABC):
 
     @classmethod
     def step_device(cls, p: Tensor) -> torch.device:
-        """Where the step count of a parameter lives."""
+        """The device that the step count of a parameter is on."""
         return torch.device("cpu")
 
     @property
     @abstractmethod
     def sums(self) -> Tensor:
-        """Sum of squares of each row's gradient as centralisation left it at the last step, (rows,), float64."""
+        """Sum of squares of each row's gradient after centralisation in the last step, (rows,), float64."""
 
     @property
     def skipped(self) -> Tensor | None:
-        """How many steps the device skipped for what the norms saw, 0-dim; None where the host knows."""
+        """How many steps the device skipped because a gradient was not finite, 0-dim; None where the host decides."""
         return None
 
     def configure(self, settings: Sequence[Settings]) -> None:
-        """Take over new numbers. What decides the shape of the table may not have changed."""
+        """Take over new numbers. ``GroupOptions.structure`` has to be what it was."""
         self.settings = list(settings)
 
     @property
     @abstractmethod
     def taken(self) -> int:
-        """How many steps have written something. An interrupt of whoever calls ``apply`` can make it miss none of them."""
+        """How many steps have been written, all of them counted even if the caller of ``apply`` was interrupted."""
 
     def watch(  # noqa: B027
         self, rows: Sequence[Row], groups: list[dict[str, Any]], state: dict[Any, Any], sources: dict[Tensor, Tensor]
     ) -> None:
-        """Remember the optimizer as it is, for ``refresh``. Optional."""
+        """Remember the optimizer's present tensors for ``refresh``. Optional."""
 
     def refresh(
         self, groups: list[dict[str, Any]], state: dict[Any, Any], sources: dict[Tensor, Tensor]
     ) -> Held | None:
-        """What the next step works on, if the table still describes the optimizer; moved gradients are taken over.
+        """The tensors of the next step if the rows still describe the optimizer; replaced gradients are taken over.
 
-        None asks for a new table. So does the default before every step.
+        None asks for new rows, and so does this default before every step.
         """
         return None
 
     def release(self) -> None:  # noqa: B027
-        """The step is over: let go of tensors that were kept for it."""
+        """The step is over: let go of its tensors."""
 
     @property
     def needs_stats(self) -> bool:
-        """Whether ``stats`` must run before ``apply``."""
+        """Whether ``stats`` has to run before ``apply``."""
         return any(s.norm_scope in WIDE_SCOPES or s.skip_nonfinite for s in self.settings)
 
     @abstractmethod
     def stats(self, scaling: Scaling) -> None:
-        """Fill ``sums`` from the unscaled gradients. Changes nothing else."""
+        """Fill ``sums`` from the unscaled gradients, and change nothing else."""
 
     @abstractmethod
     def apply(self, scaling: Scaling) -> bool:
-        """Take the step. False, with nothing changed, if a sum is not finite where that skips the step."""
+        """Take the step. Returns False, with nothing changed, if a gradient is not finite and ``skip_nonfinite`` is set."""
 
 
 @dataclass(frozen=True)
@@ -255,7 +257,7 @@ class Availability:
     """Whether a backend can run here, and why not.
 
     Attributes:
-        mistake: The reason is a setting of the user's: falling back would hide it.
+        mistake: The reason is a wrong setting of the user's, which a fallback would hide.
     """
 
     name: str

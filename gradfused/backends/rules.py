@@ -54,7 +54,7 @@ class Count:
 
     def correction(self, beta: float) -> float:
         """The weight that an average which began at zero has gathered by now."""
-        return 1.0 - beta**self.step
+        return 1.0 - math.pow(beta, self.step)
 
 
 # ---- what several rules share

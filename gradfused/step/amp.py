@@ -1,4 +1,4 @@
-"""What torch's GradScaler asks of an optimizer, and what it leaves there."""
+"""How an optimizer answers torch's GradScaler, and what is cleaned up after it."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ from torch.amp import GradScaler
 
 
 class LeavesScalingToStep:
-    """What reading ``optimizer._step_supports_amp_scaling`` gives; on the instance it may be overwritten.
+    """The value of ``optimizer._step_supports_amp_scaling``, which depends on who reads it. An instance may overwrite it.
 
-    True means: GradScaler calls the step after an overflow too, and the step divides by the scale and skips itself, without the
-    host waiting for the device. Only ``GradScaler.step`` acts on it. Trainers read it as "gradients cannot be unscaled and
-    clipped before the step", which is not so here; they get False.
+    True tells GradScaler to call the step after an overflow too: the step divides by the scale and skips itself, and the host
+    does not wait for the device. Only ``GradScaler.step`` acts on it. Trainers read it as "gradients cannot be unscaled and
+    clipped before the step", which does not hold here, so they get False.
 
-    ``GradScaler.step`` gets False too where True would mislead it. It then unscales the gradients itself and calls the step only
-    if they are finite. That is so if
+    ``GradScaler.step`` gets False as well where True would mislead it. It then unscales the gradients itself and calls the step
+    only if they are finite. These are the cases:
 
-    - the scaler has an ``unscale_`` of its own, as FSDP's, which combines the overflow of all processes;
-    - it was not given the optimizer itself, but a wrapper that inherits its class: the scale would be left with the wrapper;
-    - ``step`` was replaced on the instance by somebody who wants to know whether it is called, as Accelerate does for
-      ``step_was_skipped``. But not where a step that is not called would do harm: with ``zero_grad_in_step`` infinite gradients
-      would stay, and SAM's weights would stay up if it is the descent.
+    - The scaler has an ``unscale_`` of its own, as FSDP's scaler has, which combines the overflow of all processes.
+    - The scaler was not given the optimizer itself but a wrapper that inherits its class: the scale would be set on the wrapper.
+    - ``step`` was replaced on the instance in order to see whether it is called, as Accelerate does for ``step_was_skipped``.
+      This does not count where leaving out the call would do harm: infinite gradients would remain with ``zero_grad_in_step``,
+      and the weights would stay ascended in SAM's descent.
     """
 
     def __get__(self, optimizer: Any, kind: type) -> bool:
@@ -46,14 +46,14 @@ def _step_is_watched(optimizer: torch.optim.Optimizer) -> bool:
 
 
 def _has_to_be_called(optimizer: Any) -> bool:
-    """Whether there is something to put right after an overflow."""
+    """Whether a step has work to do even after an overflow."""
     return getattr(optimizer, "ascended", False) or any(group["zero_grad_in_step"] for group in optimizer.param_groups)
 
 
 def forget_scale(optimizer: torch.optim.Optimizer) -> None:
-    """After a refused step: remove what GradScaler set for its time, and removes only if the step returns.
+    """After a step that raised: remove the attributes that GradScaler sets for a step and removes only when the step returns.
 
-    Left there, it would divide the gradients of the next step once more.
+    Left there, they would make the next step divide its gradients once more.
     """
     if vars(optimizer).pop("found_inf", None) is not None:
         vars(optimizer).pop("grad_scale", None)

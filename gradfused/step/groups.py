@@ -24,16 +24,16 @@ class GroupOptions:
     Attributes:
         rule: The update rule's name.
         states: Keys of the state tensors in the rule's order.
-        counts: Whether the parameters count their steps.
+        counts: Whether steps are counted in the state.
         centre: ``"off"``, ``"unit"``, ``"conv"`` or ``"tensor"``.
         backend: The backend asked for.
         settings: The numbers.
         initial: What new state tensors are filled with; zeros if empty.
-        mu_product: Whether the parameters keep the product of their momenta.
+        mu_product: Whether the product of the momenta is kept in the state.
         precision: How weights of 16 bits are kept.
-        state_dtype: Of new state tensors; None: the parameter's.
+        state_dtype: Dtype of new state tensors; None for the parameter's.
         ema: Whether an average of the weights is kept.
-        copied: Whether the sources are copies of 16-bit weights in float32, to be read, and not weights themselves.
+        copied: Whether the sources are copies of 16-bit weights in float32 rather than the weights themselves.
     """
 
     rule: str
@@ -51,12 +51,12 @@ class GroupOptions:
 
     @property
     def measures(self) -> bool:
-        """Whether its gradients' norms are known after a step."""
+        """Whether a step measures the norms of the group's gradients."""
         return self.settings.norm_scope != "none" or self.settings.skip_nonfinite
 
     @property
     def structure(self) -> tuple[object, ...]:
-        """What rows are made from: a table is kept while this stays."""
+        """The options that decide the shape of a table, which can be kept while these stay the same."""
         s = self.settings
         return (
             self.rule,
@@ -80,25 +80,25 @@ class GroupOptions:
 
 
 def _may_change(value: Any) -> bool:
-    """Whether a value may become another without being replaced, as tensors and lists do."""
+    """Whether a value can be changed in place, as tensors and lists can."""
     return type(value) not in options.FIXED and not (type(value) is tuple and not any(map(_may_change, value)))
 
 
 def _content(value: Any) -> Any:
-    """A value as it is now, with its type, as 0 equals False."""
+    """What a value holds now, to be compared; with its type, because 0 equals False."""
     held = None if type(value) in options.FIXED else options.items(value)
     return type(value), options.plain(value) if held is None else [*map(_content, held)]
 
 
 def _comparable(name: str, value: Any) -> Any:
-    """What to compare of an option; of a learning rate on a GPU the address, as what it holds is read there, in the step."""
+    """What to compare of an option: of a learning rate on a GPU its address, because the step reads it there."""
     if name == "lr" and isinstance(value, Tensor) and gpu.holds(value):
         return Tensor, value.data_ptr()
     return _content(value)
 
 
 class _Interpreted:
-    """A group's options as they were when they were interpreted, and what they mean."""
+    """The values that a group's options had when they were interpreted, and their meaning."""
 
     def __init__(self, names: tuple[str, ...], values: tuple[Any, ...], meaning: GroupOptions) -> None:
         self._names, self._values, self.meaning = names, values, meaning
@@ -106,7 +106,7 @@ class _Interpreted:
         self._loose = {i: _comparable(names[i], values[i]) for i in loose}
 
     def holds(self, values: tuple[Any, ...]) -> bool:
-        """Whether a group's options still are these. No Python code runs for those that are the very objects."""
+        """Whether a group's options are still the same. Options that are the very same objects cost no Python code."""
         replaced = set() if all(map(is_, values, self._values)) else self._replaced(values)
         if all(_comparable(self._names[i], values[i]) == self._was(i) for i in replaced | self._loose.keys()):
             self._values = values
@@ -133,7 +133,7 @@ class OptionsCache:
 
         Args:
             groups: The parameter groups.
-            names: Their options. Other keys are the user's own and are not looked at.
+            names: The options. Other keys are the user's own and are ignored.
             interpret: Interprets a group's options, or raises what is wrong with them.
         """
         del self._known[len(groups) :]

@@ -1,4 +1,4 @@
-"""Which tensors have memory, which share it, and which lie where nobody may write."""
+"""Checks of the memory behind tensors: whether there is any, whether it is shared, whether it may be written."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from torch import Tensor
 from .regions import Item, Region, Search, Undecided, region, repeats
 
 Named = tuple[str, Tensor]
-_Held = tuple[int, int, bool, str, Tensor]  # first byte, one past the last, whether it is written, what it is called
+_Span = tuple[int, int, bool, str, Tensor]  # first byte, one past the last, whether it is written, name in messages
 
 
 def has_values(t: Tensor) -> bool:
-    """Whether a tensor holds numbers: on the meta device and under FakeTensorMode it has shape and dtype alone."""
+    """Whether a tensor holds numbers. On the meta device and under FakeTensorMode it has only a shape and a dtype."""
     try:
         return t.untyped_storage().device.type != "meta"
-    except NotImplementedError:  # sparse tensors and those of some devices show no storage
+    except NotImplementedError:  # sparse tensors and tensors on some devices expose no storage
         return True
 
 
 def address(t: Tensor) -> int:
-    """Where a tensor's first element lies; 0 for one without memory of its own: empty, fake, or a wrapper such as DTensor."""
+    """Address of a tensor's first element; 0 without memory of its own: an empty or fake tensor, or a wrapper such as DTensor."""
     return t.data_ptr() if t.numel() and has_values(t) else 0
 
 
@@ -35,17 +35,17 @@ def _reach(t: Tensor) -> int:
 
 
 def bytes_needed(t: Tensor) -> int:
-    """How far the elements of a tensor reach into its storage."""
+    """Bytes from the start of a tensor's storage to the end of its last element."""
     return int(t.storage_offset()) * t.element_size() + _reach(t) if t.numel() else 0
 
 
 def has_storage(t: Tensor) -> bool:
-    """Whether the elements of a tensor lie in its storage."""
+    """Whether a tensor's storage is large enough for its elements."""
     return t.untyped_storage().nbytes() >= bytes_needed(t)
 
 
 def check_storage(name: str, t: Tensor, like: Tensor | None = None) -> None:
-    """Raise ValueError unless the elements of a tensor lie in its storage, and it is plain memory if ``like`` is.
+    """Raise ValueError if a tensor's storage is too small for it, or if it has no memory of its own although ``like`` has.
 
     Offloading code frees and resizes storages while tensors still refer to them. A wrapper such as DTensor has no memory of
     its own.
@@ -84,7 +84,7 @@ def _check_itself(name: str, t: Tensor) -> None:
         raise ValueError(f"{name} overlaps itself {layout}: pass a .clone() of it")
 
 
-def _refusal(found: Sequence[_Held], sure: bool) -> ValueError:
+def _refusal(found: Sequence[_Span], sure: bool) -> ValueError:
     (_, _, a_written, a, _), (_, _, b_written, b, _) = found
     how = "overlap in memory" if sure else "may overlap in memory (their strides are too tangled to decide)"
     if a_written and b_written:
@@ -93,17 +93,17 @@ def _refusal(found: Sequence[_Held], sure: bool) -> ValueError:
     return ValueError(f"{read} and {written} {how}, and the step writes the latter: assign a .clone() of the former")
 
 
-def _held(tensors: Iterable[Named], written: bool) -> Iterator[_Held]:
-    """Those that have memory."""
+def _spans(tensors: Iterable[Named], written: bool) -> Iterator[_Span]:
+    """The spans of the tensors that have memory."""
     for name, t in tensors:
         start = address(t)
         if start:
             yield start, start + _reach(t), written, name, t
 
 
-def _suspects(held: Sequence[_Held]) -> list[_Held]:
-    """Those whose spans meet another's: most tensors have a place of their own, and are looked at no further."""
-    found: dict[int, _Held] = {}
+def _suspects(held: Sequence[_Span]) -> list[_Span]:
+    """The spans that meet another one. Most tensors have memory of their own and are looked at no further."""
+    found: dict[int, _Span] = {}
     furthest, last = 0, -1
     for i, x in enumerate(held):
         if x[0] < furthest:
@@ -114,15 +114,15 @@ def _suspects(held: Sequence[_Held]) -> list[_Held]:
 
 
 def check_disjoint(written: Iterable[Named], read: Iterable[Named] = ()) -> None:
-    """Raise ValueError if a tensor that a step writes shares memory with another, or two elements of it do.
+    """Raise ValueError if a tensor that a step writes shares memory with another tensor, or two of its elements do.
 
-    Views that interleave without touching, such as the columns of a matrix, are fine; so are tensors that are only
-    read and share memory with each other.
+    Views that interleave without touching, such as the columns of a matrix, are fine, and so are tensors that share memory but
+    are only read.
     """
-    held = [*_held(written, True)]
+    held = [*_spans(written, True)]
     for _, _, _, name, t in held:
         _check_itself(name, t)
-    held += _held(read, False)
+    held += _spans(read, False)
     suspects = _suspects(sorted(held, key=itemgetter(0)))
     items = {(_region(x[4]), i if x[2] else -1): Item(_region(x[4]), i, x[2]) for i, x in enumerate(suspects)}
     try:
@@ -134,7 +134,7 @@ def check_disjoint(written: Iterable[Named], read: Iterable[Named] = ()) -> None
 
 
 def share_memory(tensors: Sequence[Tensor], others: Sequence[Tensor] = ()) -> bool:
-    """Whether one of the tensors shares memory with another of them or of ``others``, or two elements of one do."""
+    """Whether one of the tensors shares memory with another of them or with one of ``others``, or overlaps itself."""
     try:
         check_disjoint([("", t) for t in tensors], [("", t) for t in others])
     except ValueError:
@@ -143,21 +143,21 @@ def share_memory(tensors: Sequence[Tensor], others: Sequence[Tensor] = ()) -> bo
 
 
 def same_place(a: Tensor, b: Tensor) -> bool:
-    """Whether each element of ``a`` is that of ``b``: the same memory in the same layout."""
+    """Whether ``a`` and ``b`` are the same memory in the same layout."""
     return address(a) == address(b) != 0 and a.dtype == b.dtype and a.stride() == b.stride()
 
 
-# ---- where nobody may write
+# ---- memory that cannot be written
 
 
 def _foreign(t: Tensor) -> bool:
-    """In memory on the CPU that torch did not allocate, which may be a file opened to be read."""
+    """Whether torch did not allocate a CPU tensor's memory, which may then be a file that was opened to be read."""
     storage = t.untyped_storage()
     return not storage.resizable() and storage.device.type == "cpu"
 
 
 def _unwritable() -> list[tuple[int, int]]:
-    """Stretches of this process's memory that it may read but not write, in order; none where the system does not say."""
+    """Address ranges that this process may read but not write, in order; none where the system does not say."""
     try:
         lines = Path("/proc/self/maps").read_bytes().splitlines()
     except OSError:
@@ -167,8 +167,8 @@ def _unwritable() -> list[tuple[int, int]]:
 
 
 def check_writable(tensors: Iterable[Named]) -> None:
-    """Raise ValueError if a CPU tensor lies in memory that cannot be written: to write it would end the process."""
-    foreign = list(_held(((name, t) for name, t in tensors if _foreign(t)), written=True))
+    """Raise ValueError if a CPU tensor lies in memory that cannot be written: writing it would end the process."""
+    foreign = list(_spans(((name, t) for name, t in tensors if _foreign(t)), written=True))
     barred = _unwritable() if foreign else []
     for first, last, _, name, _ in foreign:
         at = bisect_right(barred, (last, 0)) - 1

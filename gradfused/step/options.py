@@ -1,4 +1,4 @@
-"""Every keyword of a recipe: its default, what it may be, and what it means to a kernel."""
+"""Every keyword of a recipe: its default, its allowed values and its meaning as numbers."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ STATE_DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 class Recipe(TypedDict, total=False):
     """What every gradfused optimizer takes after its ``torch.optim`` twin's arguments, by keyword; each may differ by group.
 
-    A number, here and among the twin's arguments, is whatever ``numbers.Real`` or ``operator.index`` accept, or an array or
-    tensor of one element.
+    A number, here and among the twin's arguments, is anything that ``numbers.Real`` or ``operator.index`` accepts, or an array
+    or tensor of one element.
 
     Attributes:
         centralize: Subtract the gradient's mean (Gradient Centralization, Yong et al. 2020). True or ``"unit"``: over each
@@ -40,16 +40,16 @@ class Recipe(TypedDict, total=False):
         reverse: Multiply the gradient by ``-reverse``: adversarial training of a whole group. Default None.
         nonfinite: ``"propagate"`` (default) or ``"skip"``: a step whose gradients hold inf or nan changes nothing.
         precision: How float16 and bfloat16 weights are kept: None (default), rounded to nearest; ``"kahan"``, with a second
-            tensor for what rounding took off; ``"stochastic"``, rounded at random, without bias; ``"master"``, with a
-            float32 copy that the steps are taken on. Other dtypes are as precise as they are. Weights that are written between
-            steps, by loading a model say, are what the next step begins with, element by element: a copy counts where it
-            rounds to the weight that is there, and what rounding took off where it is within half a unit in the last place of
-            it. Switched off, either is forgotten with the next step.
-        state_dtype: ``"bfloat16"`` or ``"float32"``: dtype of the optimizer's new state. Default None: float32 with
+            tensor for the rounding error; ``"stochastic"``, rounded at random without bias; ``"master"``, with a float32 copy
+            on which the steps are taken. Other dtypes are unaffected. Weights that are written between steps, by loading a
+            model say, are what the next step begins with, element by element: the copy is used where it rounds to the weight,
+            and the rounding error where it is within half a unit in the last place of the weight. Once the option is switched
+            off, the next step drops the extra tensor.
+        state_dtype: Dtype of the optimizer's new state, ``"bfloat16"`` or ``"float32"``. Default None: float32 with
             ``precision="master"``, else the parameter's.
-        ema: Keep an exponential moving average of the weights, of which a step keeps this share (0.999, say), for
-            ``swap_ema()``. Switched off, it is forgotten with the next step. Default None.
-        zero_grad_in_step: Leave the gradients at zero after the step. Default False.
+        ema: Decay of an exponential moving average of the weights (0.999, say), which ``swap_ema()`` swaps in. Once the option
+            is switched off, the next step drops the average. Default None.
+        zero_grad_in_step: Set the gradients to zero in the step. Default False.
         backend: ``"auto"`` (default), ``"cuda"``, ``"cpu"``, ``"triton"`` or ``"reference"``.
     """
 
@@ -103,12 +103,12 @@ _CHOICES: dict[str, tuple[object, ...]] = {
     "backend": BACKENDS,
 }
 
-#: Types of values that are what they are: most options.
+#: Types of values that can neither be changed in place nor need converting: those of most options.
 FIXED = frozenset((bool, int, float, str, type(None)))
 
 
 def plain(value: Any) -> Any:
-    """A NumPy scalar, or an array or tensor of one element, as Python's own number, bool or string; the rest as it is."""
+    """A NumPy scalar, or an array or tensor of one element, as a number, bool or string of Python; others unchanged."""
     if type(value) in FIXED:
         return value
     shape = getattr(value, "shape", None)
@@ -116,7 +116,7 @@ def plain(value: Any) -> Any:
 
 
 def items(value: Any) -> list[Any] | None:
-    """What a sequence holds, be it a tuple, a list, an array or Hydra's ListConfig; None of anything else."""
+    """The items of a sequence: a tuple, a list, an array or Hydra's ListConfig; None for anything else."""
     if isinstance(value, (str, bytes, Mapping)) or not hasattr(value, "__getitem__"):
         return None
     try:
@@ -126,7 +126,7 @@ def items(value: Any) -> list[Any] | None:
 
 
 def _integer(value: Any) -> int | None:
-    """The integer that ``value`` is or stands for; None for bools and all else."""
+    """``value`` as an integer if ``operator.index`` takes it; None for bools and anything else."""
     try:
         return None if isinstance(value, bool) else operator.index(value)
     except TypeError:
@@ -134,11 +134,11 @@ def _integer(value: Any) -> int | None:
 
 
 def whole(name: str, value: Any, least: int | None = None) -> int:
-    """``value``, of whatever kind ``operator.index`` takes but a bool, as an int of ``least`` or more.
+    """``value`` as an int of ``least`` or more. Anything that ``operator.index`` takes is an integer; bools are not.
 
     Raises:
-        TypeError: It is no integer.
-        ValueError: It is less.
+        TypeError: It is not an integer.
+        ValueError: It is less than ``least``.
     """
     wanted = "an int" if least is None else f"an int of {least} or more"
     found = _integer(plain(value))
@@ -150,7 +150,7 @@ def whole(name: str, value: Any, least: int | None = None) -> int:
 
 
 def _real(value: Any) -> Any:
-    """``value`` if it is a number, or the integer that it stands for; None for bools and all else."""
+    """``value`` if it is a number, or as an integer; None for bools and anything else."""
     return value if isinstance(value, Real) and not isinstance(value, bool) else _integer(value)
 
 
@@ -172,11 +172,12 @@ def _float(name: str, value: Any) -> float:
 def number(name: str, value: Any, low: float = 0.0, high: float = INF, *, high_open: bool = False) -> float:
     """``value`` as a float in [low, high], or in [low, high) if ``high_open``.
 
-    Whatever ``numbers.Real`` or ``operator.index`` accept is a number, and an array or tensor of one element; bools are not.
+    Anything that ``numbers.Real`` or ``operator.index`` accepts is a number, and so is an array or tensor of one element; bools
+    are not.
 
     Raises:
         TypeError: It is not a number.
-        ValueError: It is out of range or nan, or an array or tensor of another number of elements.
+        ValueError: It is out of range or nan, or an array or tensor that does not have one element.
     """
     value = plain(value)
     result = value if type(value) is float else _float(name, value)
@@ -190,7 +191,7 @@ def number(name: str, value: Any, low: float = 0.0, high: float = INF, *, high_o
 
 
 def flag(name: str, value: Any) -> bool:
-    """One of torch's or the rule's switches: a bool, NumPy's and tensors' too, or as torch takes them 0, 1 and None.
+    """``value`` as a bool. It may be NumPy's, a tensor's, or as in torch 0, 1 or None.
 
     Raises:
         TypeError: It is none of these.
@@ -205,22 +206,22 @@ def flag(name: str, value: Any) -> bool:
 
 
 def choice(name: str, value: Any) -> Any:
-    """Which of the values that a keyword may have is meant; for STATE_DTYPES its key.
+    """The one of a keyword's allowed values that ``value`` is equal to.
 
     Raises:
-        ValueError: None of them.
+        ValueError: It is none of them.
     """
     asked, known = plain(value), _CHOICES[name]
     if type(asked) in (str, bool, type(None)) and asked in known:
         return asked
     for allowed in known:
-        if isinstance(asked, str) and asked == allowed:  # an enumeration's member, say
+        if isinstance(asked, str) and asked == allowed:  # a member of an enumeration, say
             return allowed
     raise ValueError(f"{name}: expected one of {', '.join(map(repr, known))}, got {asked!r}")
 
 
 def with_choices(group: Mapping[str, Any]) -> dict[str, Any]:
-    """A copy of a group in which every keyword that names something has one of the values known here."""
+    """A copy of a group in which every keyword that takes one of a few values has been checked by ``choice``."""
     return {**group, **{name: choice(name, group[name]) for name in _CHOICES}}
 
 
@@ -230,7 +231,7 @@ def finite(name: str, value: Any) -> float:
 
 
 def _perturbation(group: Mapping[str, Any]) -> tuple[str | None, float, str]:
-    """(kind, radius, scope) with ``clip_norm`` spelt out."""
+    """The kind, radius and norm scope of a group's perturbation, with ``clip_norm`` written out."""
     kind, scope = group["perturb"], group["norm_scope"]
     if group["clip_norm"] is not None:
         if kind is not None:
@@ -262,7 +263,7 @@ _FAMILY = {
 
 
 def _seed(value: Any) -> int:
-    """``value`` as an integer of 64 bits without sign."""
+    """``value`` as an unsigned integer of 64 bits."""
     seed = whole("seed", value)
     if not 0 <= seed < 2**64:
         raise ValueError(f"seed: expected 0 <= seed < 2**64, got {seed}")
@@ -270,7 +271,7 @@ def _seed(value: Any) -> int:
 
 
 def interpret(group: Mapping[str, Any]) -> dict[str, Any]:
-    """A group's recipe, its choices known, as fields of Settings.
+    """A group's recipe, checked by ``with_choices``, as fields of Settings.
 
     Raises:
         TypeError: A value has the wrong type.

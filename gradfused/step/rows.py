@@ -1,4 +1,4 @@
-"""From an optimizer's groups to the rows of a step: options interpreted, parameters and gradients checked."""
+"""From an optimizer's groups to the rows of a step: parameters, gradients and memory are checked, state is found or made."""
 
 from __future__ import annotations
 
@@ -15,25 +15,25 @@ from .state import COPIES, FLOATING, SHORT, States
 
 
 def parameter_name(groups: Sequence[Group], group: int, index: int) -> str:
-    """How messages call a parameter: its name if it was given one, else its place."""
+    """A parameter's name in messages: the one it was given, else its place in the groups."""
     names = groups[group].get("param_names")
     return f"'{names[index]}'" if names else f"{index} of group {group}"
 
 
 def named_parameters(groups: Sequence[Group]) -> Iterator[tuple[str, Tensor]]:
-    """(how messages call it, parameter) of every parameter, in the optimizer's order."""
+    """(name in messages, parameter) of every parameter, in the optimizer's order."""
     for g, group in enumerate(groups):
         for i, p in enumerate(group["params"]):
             yield parameter_name(groups, g, i), p
 
 
 def may_train(p: Tensor) -> bool:
-    """Whether a parameter is to get gradients, as far as is known yet: frozen and lazy ones may be of any kind."""
+    """Whether a parameter can get gradients as things stand. Frozen and lazy parameters may be of any kind."""
     return p.requires_grad and not is_lazy(p)
 
 
 def check_parameter(name: str, p: Tensor) -> None:
-    """Raise TypeError unless ``p`` is of a kind that any backend can step."""
+    """Raise TypeError if ``p`` is of a kind that no backend can step."""
     if p.is_complex():
         raise TypeError(
             f"parameter {name} is complex ({p.dtype}), expected a real dtype: optimize torch.view_as_real of it"
@@ -46,7 +46,7 @@ def check_parameter(name: str, p: Tensor) -> None:
 
 
 def check_gradient(name: str, p: Tensor, g: Tensor) -> None:
-    """Raise TypeError or ValueError unless ``g`` is a gradient that any backend can step ``p`` with."""
+    """Raise TypeError or ValueError if ``g`` is a gradient with which no backend can step ``p``."""
     wanted = " or ".join(dict.fromkeys((str(p.dtype), "torch.float32")))
     if g.layout != torch.strided:
         raise TypeError(
@@ -72,7 +72,7 @@ def check_gradient(name: str, p: Tensor, g: Tensor) -> None:
 
 
 def check_source(name: str, p: Tensor, source: Tensor) -> None:
-    """Raise ValueError unless the weights of ``p`` can be read from ``source``: SAM's backup, or the copy in float32."""
+    """Raise ValueError unless the weights of ``p`` can be read from ``source``: SAM's backup or a copy in float32."""
     if source.shape != p.shape or source.device != p.device or source.dtype not in (p.dtype, torch.float32):
         raise ValueError(
             f"weights of parameter {name} are kept in a tensor of {source.dtype} and shape {tuple(source.shape)} on "
@@ -83,9 +83,9 @@ def check_source(name: str, p: Tensor, source: Tensor) -> None:
 
 
 def with_gradient(groups: Sequence[Group]) -> Iterator[tuple[int, int, str, Tensor, Tensor]]:
-    """(group, number in the optimizer, name, parameter, gradient) of each parameter to step; a repeated one counts once.
+    """(group, number in the optimizer, name, parameter, gradient) of each parameter with a gradient, repeated ones once.
 
-    Each gradient is asked for once, because another thread may replace or clear it at any time.
+    Each gradient is read once, because another thread may replace or clear it at any time.
     """
     seen: set[int] = set()
     number = 0
@@ -99,7 +99,7 @@ def with_gradient(groups: Sequence[Group]) -> Iterator[tuple[int, int, str, Tens
 
 
 def _unit_shape(p: Tensor, options: GroupOptions) -> tuple[int, bool, bool]:
-    """(unit length, centre, whole) of a row."""
+    """The ``unit_length``, ``centre`` and ``whole`` of a row."""
     by_rows = p.numel() // p.shape[0] if p.dim() >= 2 and p.shape[0] else p.numel()
     centre = {"off": False, "unit": p.dim() >= 2, "conv": p.dim() >= 4, "tensor": True}[options.centre]
     by_unit = options.settings.norm_scope == "unit"
@@ -121,15 +121,15 @@ def make_row(
     """The row of a parameter with a gradient; its state is created where it is missing.
 
     Args:
-        name: How messages call the parameter.
+        name: The parameter's name in messages.
         p: The parameter.
         grad: Its gradient.
-        options: Its group's options.
-        group: Its group's number.
-        number: Its own number in the optimizer.
+        options: What its group's options ask for.
+        group: The index of its group.
+        number: Its number in the optimizer.
         states: The optimizer's state.
         backend: The backend that will take the step.
-        source: Where its weights are to be read in its place, or a copy of them.
+        source: The tensor that its weights are read from, or with ``options.copied`` a copy of them in float32.
     """
     unit, centre, whole = _unit_shape(p, options)
     first = not states.has(p, options.states)
@@ -138,7 +138,7 @@ def make_row(
         check_source(name, p, source)
     source, master = (None, source) if options.copied else (source, None)
     weights = p if source is None else source
-    # Beside a float32 copy new state is of float32 too: squares of small gradients are zero in float16.
+    # Where the weights are copied in float32, new state is in float32 too: squares of small gradients are 0 in float16.
     asked = options.state_dtype or (torch.float32 if precision == "master" else None)
     kept: dict[str, Tensor] = {
         key: states.tensor(name, p, key, initial, asked)
@@ -180,7 +180,7 @@ def make_row(
 
 
 def _written(row: Row) -> Iterator[tuple[str, Tensor]]:
-    """(what, tensor) of each tensor of a row that a step writes, and of where it reads the weights."""
+    """(name in messages, tensor) of each tensor of a row that a step writes, and of its source."""
     yield f"parameter {row.name}", row.param
     for key, tensor in row.kept.items():
         yield f"{key} of parameter {row.name}", tensor
@@ -189,12 +189,17 @@ def _written(row: Row) -> Iterator[tuple[str, Tensor]]:
 
 
 def check_memory(rows: Sequence[Row], zeroed: Sequence[bool]) -> bool:
-    """Raise ValueError if what a step writes shares memory with what it reads or writes besides, or cannot be written.
+    """Raise ValueError if a tensor that a step writes cannot be written, or shares memory with another that it uses.
 
-    A gradient may be its own parameter, each element its own: that is read before it is written. Not if it is left at zero.
+    A gradient may be the very memory of its parameter, because each element is read before it is written; but not if the step
+    sets it to zero.
+
+    Args:
+        rows: The rows of the step.
+        zeroed: Whether the step sets the gradient of each row to zero.
 
     Returns:
-        Whether a gradient that is left at zero shares memory with another one.
+        Whether a gradient that is set to zero shares memory with another one.
     """
     written = [tensor for row in rows for tensor in _written(row)]
     grads = [(f"gradient of parameter {row.name}", row.grad) for row in rows]

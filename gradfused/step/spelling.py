@@ -1,17 +1,17 @@
-"""Names of options that are not known: which of them are misspelt, and what was meant."""
+"""Unknown option names: whether they are misspelt, and which option was meant."""
 
 from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
 
-# Short names have too many neighbours: 'Lr' is a key of the user's own, and 'no_decay', two letters from 'lr_decay'.
+# Short names have too many neighbours: 'Lr' may be a user's own key, as may 'no_decay', two letters away from 'lr_decay'.
 _SHORTEST = 4
 _LONG = 9
 
 
 def distance(a: str, b: str) -> int:
-    """How many letters must be put in, left out, replaced or swapped with the next to make ``b`` of ``a``."""
+    """Edit distance: how many letters must be inserted, removed, replaced or swapped with the next to turn ``a`` into ``b``."""
     before: list[int] = []
     last = list(range(len(b) + 1))
     for i, x in enumerate(a):
@@ -26,7 +26,7 @@ def distance(a: str, b: str) -> int:
 
 
 def _meant(name: str, known: Iterable[str]) -> str | None:
-    """The nearest of the ``known`` names that ``name`` is one letter away from, or two if it is long."""
+    """The nearest of the ``known`` names within one edit of ``name``, or two if the known name is long."""
     near: list[tuple[int, str]] = []
     for option in known:
         allowed = 0 if len(option) < _SHORTEST else 1 if len(option) < _LONG else 2
@@ -36,7 +36,7 @@ def _meant(name: str, known: Iterable[str]) -> str | None:
 
 
 def refuse_unknown(names: Iterable[str], known: Iterable[str], what: str) -> None:
-    """Raise TypeError for the first of ``names`` that is not known, with the known name it resembles."""
+    """Raise TypeError for the first of ``names`` that is not known, and suggest the known name that it resembles."""
     known = list(known)
     for name in names:
         if name not in known:
@@ -46,7 +46,7 @@ def refuse_unknown(names: Iterable[str], known: Iterable[str], what: str) -> Non
 
 
 def refuse_misspelt(names: Iterable[object], known: Iterable[str]) -> None:
-    """Raise TypeError for a key of a group that is a letter or two away from an option. Other keys are the user's own."""
+    """Raise TypeError for a group's key that is a letter or two away from an option. Other unknown keys are the user's own."""
     known = list(known)
     for name in names:
         meant = _meant(name, known) if isinstance(name, str) and name not in known else None

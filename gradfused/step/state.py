@@ -1,4 +1,4 @@
-"""Optimizer state: what dtype each kind has, finding it, creating and dropping it, and taking that back."""
+"""Optimizer state: its dtypes, and how it is found, created, dropped, and put back if a step is not taken."""
 
 from __future__ import annotations
 
@@ -13,13 +13,14 @@ from .memory import address, check_storage, has_storage, has_values
 State = dict[Tensor, dict[str, Any]]
 FLOATING = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 SHORT = (torch.float16, torch.bfloat16)
-#: State of one element; state that any rule may have.
+#: State of one element, whatever the parameter's shape.
 SCALARS = frozenset(("step", "mu_product"))
-#: What is kept of the weights beside them, and forgotten when its option is switched off.
+#: Copies and remainders of the weights, which are dropped when their option is switched off.
 COPIES = frozenset(("master", "kahan_comp", "ema"))
+#: State that may accompany any rule.
 RIDERS = COPIES | {"step"}
-#: A count of steps in float32 stops at 2**24, where adding 1 rounds to nothing. From half of that on it is kept in float64,
-#: looked at whenever a table is made, so a table may serve for the other half.
+#: A count of steps in float32 stops at 2**24, where adding 1 rounds back. From half of that on, counts are kept in float64.
+#: They are checked whenever a table is made, so that a table may serve for as many steps as the other half.
 WIDE_COUNT = 2**23
 
 
@@ -30,7 +31,7 @@ def _scalar_dtype(key: str, number: float) -> torch.dtype:
 
 
 def state_dtype(key: str, p: Tensor, asked: torch.dtype | None) -> torch.dtype | None:
-    """Dtype of a state tensor; None for state of one element, which has its own. ``asked`` is what the user wants."""
+    """Dtype of a state tensor, given the ``asked`` one of ``state_dtype``; None for state of one element, which has its own."""
     if key in SCALARS:
         return None
     if key in ("master", "ema"):
@@ -39,20 +40,20 @@ def state_dtype(key: str, p: Tensor, asked: torch.dtype | None) -> torch.dtype |
 
 
 class States:
-    """Reads and creates optimizer state; what it created can be taken back."""
+    """Reads and creates optimizer state, and remembers what it changed so that this can be taken back."""
 
     def __init__(self, state: State) -> None:
         self._state = state
         self._undo: list[tuple[Tensor, str, Any]] = []
-        self._scalars: set[int] = set()  # where those of the parameters so far lie
+        self._scalars: set[int] = set()  # addresses of the one-element states met so far
 
     @property
     def all(self) -> State:
-        """The optimizer's state itself."""
+        """The optimizer's own state mapping."""
         return self._state
 
     def has(self, p: Tensor, keys: Iterable[str]) -> bool:
-        """Whether the parameter has state, these among it."""
+        """Whether the parameter has state under all of ``keys``."""
         return p in self._state and all(self._state[p].get(key) is not None for key in keys)
 
     def _get(self, p: Tensor, key: str) -> Any:
@@ -66,11 +67,14 @@ class States:
     def tensor(
         self, name: str, p: Tensor, key: str, initial: float | Tensor = 0.0, asked: torch.dtype | None = None
     ) -> Tensor:
-        """State shaped like ``p``; a new one holds ``initial``, a number or a tensor of that shape."""
+        """The state tensor ``key`` of ``p``, of its shape; a new one is filled with ``initial``, a number or a tensor."""
         value = self._get(p, key)
         if value is None:
             dtype = state_dtype(key, p, asked)
-            with torch.inference_mode(False), torch.no_grad():  # an inference tensor could not be written to elsewhere
+            with (
+                torch.inference_mode(False),
+                torch.no_grad(),
+            ):  # an inference tensor cannot be written to outside inference mode
                 made = torch.empty_like(p, dtype=dtype, memory_format=torch.preserve_format, requires_grad=False)
                 made.copy_(initial) if isinstance(initial, Tensor) else made.fill_(initial)
             return self._set(p, key, made)
@@ -94,7 +98,7 @@ class States:
         return value
 
     def scalar(self, name: str, p: Tensor, key: str, device: torch.device, initial: float = 0.0) -> Tensor:
-        """A one-element state, such as the count of steps: each parameter's own, though loaded ones may have shared a tensor."""
+        """A one-element state, such as the count of steps. Parameters whose loaded state shared a tensor get one each."""
         value = self._get(p, key)
         if isinstance(value, Tensor):
             check_storage(f"state '{key}' of parameter {name}", value)
@@ -115,7 +119,7 @@ class States:
             return self._set(p, key, torch.tensor(number, dtype=_scalar_dtype(key, number), device=device))
 
     def drop(self, p: Tensor, keys: Iterable[str]) -> None:
-        """State that is of no use any more: what it is of goes on without it."""
+        """Remove the parameter's state under ``keys``."""
         for key in keys:
             value = self._get(p, key)
             if value is not None:
@@ -123,13 +127,13 @@ class States:
                 del self._state[p][key]
 
     def widen_counts(self, params: Iterable[Tensor]) -> None:
-        """Keep counts of steps that come near where float32 stops in float64 from now on. Waits once for each device."""
+        """Convert counts of steps that approach the limit of float32 to float64. Waits once for each device."""
         counts: dict[torch.device, list[tuple[Tensor, Tensor]]] = {}
         for p in params:
             count = self._get(p, "step")
-            # One whose storage was freed is refused where the row is made.
-            there = isinstance(count, Tensor) and count.numel() == 1 and has_values(count) and has_storage(count)
-            if there and count.dtype == torch.float32:
+            # A count whose storage was freed is refused when its row is made.
+            readable = isinstance(count, Tensor) and count.numel() == 1 and has_values(count) and has_storage(count)
+            if readable and count.dtype == torch.float32:
                 counts.setdefault(count.device, []).append((p, count))
         for found in counts.values():
             numbers = torch.stack([count.detach().reshape(()) for _, count in found]).tolist()
@@ -139,23 +143,23 @@ class States:
 
     @property
     def created(self) -> bool:
-        """Whether there is anything to take back."""
+        """Whether anything was created or dropped since the last ``keep``."""
         return bool(self._undo)
 
     def take_back(self) -> bool:
-        """Leave the state as it was found. True if anything had been created."""
+        """Put the state back as it was found. True if anything had been changed."""
         created = self.created
         for p, key, value in reversed(self._undo):
             if value is not None:
                 self._state[p][key] = value
                 continue
             mine = self._state.get(p, {})
-            mine.pop(key, None)  # an interrupt may have come before it was there
+            mine.pop(key, None)  # an interrupt may have come before the state was there
             if not mine:
                 self._state.pop(p, None)
         self.keep()
         return created
 
     def keep(self) -> None:
-        """What was created stays."""
+        """Forget what was created, which stays."""
         self._undo.clear()
