@@ -1,4 +1,4 @@
-"""scikit-learn's handwritten digits (1,797 images of 8 x 8), the networks that read them, and what is measured of a run."""
+"""scikit-learn's handwritten digits (1,797 images of 8 x 8), the networks that read them, and measurements of a run."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from torch.nn import functional as F
 
 BATCH = 64
 TEST_SHARE = 0.25
-PROBE = 256  # training images whose loss is followed from step to step
-CURVE_STEP = 2  # a curve that is kept has every second step
-CAP = 10.0  # a loss counts as this many times its start at most, infinite ones too
+PROBE = 256  # training images whose loss is recorded after each step
+CURVE_STEP = 2  # steps from point to point in a record's curves
+CAP = 10.0  # losses are recorded as at most this many times the first, infinite ones and NaN too
 
 
 @dataclass(frozen=True)
 class Digits:
-    """Images (n, 1, 8, 8) in [0, 1] with labels (n,): to train on, and to judge by."""
+    """Images (n, 1, 8, 8) in [0, 1] with labels (n,), for training and for testing."""
 
     images: Tensor
     labels: Tensor
@@ -31,32 +31,32 @@ class Digits:
 
 @cache
 def digits() -> Digits:
-    """All images, a quarter of them held out: the same ones in every study and for every seed."""
+    """All images. A quarter is held out for testing, the same in every study and for every seed."""
     images, labels = load_digits(return_X_y=True)
     images, labels = torch.tensor(images, dtype=torch.float32).view(-1, 1, 8, 8) / 16, torch.tensor(labels)
     return divide(images, labels, seed=0)
 
 
 def divide(images: Tensor, labels: Tensor, seed: int) -> Digits:
-    """A stratified split."""
+    """Split images into three quarters for training and a quarter for testing, stratified by label."""
     train, test = train_test_split(range(len(labels)), test_size=TEST_SHARE, stratify=labels, random_state=seed)
     return Digits(images[train], labels[train], images[test], labels[test])
 
 
 def data_for(seed: int, tuning: bool) -> Digits:
-    """What a run may see: a run that tunes is judged by a quarter of the training images, never by the test images."""
+    """The images of a run. One that tunes is judged by a quarter of the training images and never sees the test images."""
     data = digits()
     return divide(data.images, data.labels, seed) if tuning else data
 
 
 def batches(count: int, epochs: int) -> Iterator[Tensor]:
-    """The indices of every batch of every epoch, in an order that torch's seed decides."""
+    """The indices of each batch, for some epochs, in an order that torch's seed decides."""
     for _ in range(epochs):
         yield from torch.randperm(count).split(BATCH)
 
 
 def features_cnn(width: int = 16) -> nn.Sequential:
-    """Two convolutions: images to 16 * width features."""
+    """Two convolutions and a linear layer that turn images into 4 * width features."""
     return nn.Sequential(
         nn.Conv2d(1, width, 3, padding=1),
         nn.ReLU(),
@@ -84,12 +84,12 @@ def predictions(network: nn.Module, images: Tensor) -> Tensor:
 
 
 def accuracy(network: nn.Module, images: Tensor, labels: Tensor) -> float:
-    """The percentage of images that are classified right."""
+    """The percentage of images that are classified correctly."""
     return 100 * float((predictions(network, images) == labels).double().mean())
 
 
 class LossTrace:
-    """The loss of the same 256 training images after every step, so that what moves is the network and not the batch."""
+    """The loss of the same 256 training images after each step: it changes with the network and not with the batch."""
 
     def __init__(self, network: nn.Module, data: Digits) -> None:
         self.network, self.images, self.labels = network, data.images[:PROBE], data.labels[:PROBE]
@@ -100,18 +100,18 @@ class LossTrace:
     def record(self) -> None:
         loss = float(F.cross_entropy(self.network(self.images), self.labels))
         limit = CAP * (self.losses[0] if self.losses else loss)
-        self.losses.append(loss if loss <= limit else limit)  # nan too
+        self.losses.append(loss if loss <= limit else limit)  # NaN becomes the limit
 
     def oscillation(self) -> float:
-        """Everything the loss climbs from a step to the next, added up, in units of its start: 0 for a steady fall."""
+        """The sum of all rises of the loss from one step to the next, relative to the first loss; 0 if it never rises."""
         rises = (max(0.0, after - before) for before, after in zip(self.losses, self.losses[1:], strict=False))
         return sum(rises) / self.losses[0]
 
     def curve(self) -> list[float]:
-        """The losses of every second step, short enough to keep."""
+        """The losses of every second step to three digits, which keeps records small."""
         return [float(f"{loss:.3g}") for loss in self.losses[::CURVE_STEP]]
 
     def steps_to(self, share: float) -> int:
-        """The first step after which the loss is below a share of its start; all of them if it never is."""
+        """The first step after which the loss is below a share of the first loss, or the number of steps if none is."""
         goal = share * self.losses[0]
         return next((step for step, loss in enumerate(self.losses) if loss < goal), len(self.losses) - 1)

@@ -16,7 +16,10 @@ OPTIMIZERS = {
     "SGD": lambda params, **options: gradfused.SGD(params, momentum=0.9, weight_decay=5e-4, **options),
     "AdamW": lambda params, **options: gradfused.AdamW(params, weight_decay=0.05, **options),
 }
-RATES = {"SGD": (0.03, 0.1), "AdamW": (3e-3, 1e-2)}  # a usual one, and about the largest that mostly trains
+RATES = {
+    "SGD": (0.03, 0.1),
+    "AdamW": (3e-3, 1e-2),
+}  # a usual rate, and about the largest that still trains most of the time
 
 
 def train(run: Run) -> Outcome:
@@ -47,12 +50,12 @@ def draw(record: Record, path: Path) -> None:
 
 
 def pair(name: str, rate: float) -> tuple[str, str]:
-    """Off and on."""
+    """The names of the arms without and with centralisation."""
     return f"{name}, lr {rate:g}", f"{name}, lr {rate:g}, centralize"
 
 
 def arms() -> dict[str, Arm]:
-    """Off and on for each optimizer and rate; each on against its off."""
+    """For each optimizer and rate, an arm without centralisation and one with it that is compared with the first."""
     out = {}
     for name, rate in ((name, rate) for name, rates in RATES.items() for rate in rates):
         off, on = pair(name, rate)

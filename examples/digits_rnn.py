@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 import gradfused
 
-RATES = (0.03, 0.1)  # a rate that suits it, and one that is too high
+RATES = (0.03, 0.1)  # a rate that suits the network, and one that is too high
 RECIPES = {
     "plain": {},
     "centralize": {"centralize": True},
@@ -23,7 +23,7 @@ RECIPES = {
 
 
 class Reader(nn.Module):
-    """An Elman network with tanh: eight rows of eight pixels, then a decision."""
+    """An Elman network with tanh that reads eight rows of eight pixels and then decides."""
 
     def __init__(self, hidden: int = 64) -> None:
         super().__init__()
@@ -68,7 +68,7 @@ def name_of(rate: float, recipe: str) -> str:
 
 
 def arms() -> dict[str, Arm]:
-    """Every recipe at every rate, against none at the same rate."""
+    """Every recipe at every rate, compared with no recipe at the same rate."""
     return {
         name_of(rate, recipe): Arm(None if recipe == "plain" else name_of(rate, "plain"), ({"lr": rate, **options},))
         for rate in RATES

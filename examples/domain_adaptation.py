@@ -1,7 +1,7 @@
-"""Digits without labels from a shifted domain: a network trained on the source alone, and one that gradient reversal adapts.
+"""Digits from a shifted domain without labels: a network trained on the source alone, and one adapted by gradient reversal.
 
-Half of the training images are the source, with labels. The other half, shifted, is the target, whose labels only "labelled
-target" may see. The test images are shifted too. Domain-adversarial training after Ganin et al. 2016.
+Half of the training images are the source, with labels. The other half, shifted, is the target. Only the arm "labelled target"
+sees its labels. The test images are shifted too. Domain-adversarial training after Ganin et al. 2016.
 """
 
 from __future__ import annotations
@@ -30,28 +30,31 @@ from gradfused.nn import DANNSchedule, ReversalLinear
 WIDTH = 16
 FEATURES = 4 * WIDTH
 ANGLE, SIGMA = 25.0, 0.3
-SHIFT_PICTURED, PICTURED = "rotated", 150  # of which shift, and how many images of each domain, the plot shows features
+SHIFT_PICTURED, PICTURED = (
+    "rotated",
+    150,
+)  # the shift whose features are plotted, and for how many images of each domain
 CANDIDATES = {
     "source only": tuple({"lr": lr} for lr in (5e-4, 1e-3, 2e-3)),
-    "DANN": tuple({"hi": hi} for hi in (0.03, 0.1, 0.3)),  # what the reversal's strength tends to
+    "DANN": tuple({"hi": hi} for hi in (0.03, 0.1, 0.3)),  # the final strength of the reversal
     "labelled target": ({},),
 }
 
 
 def inverted(images: Tensor) -> Tensor:
-    """White on black becomes black on white."""
+    """The images with black and white exchanged."""
     return 1 - images
 
 
 def rotated(images: Tensor) -> Tensor:
-    """Turned by 25 degrees."""
+    """The images turned by 25 degrees."""
     cos, sin = math.cos(math.radians(ANGLE)), math.sin(math.radians(ANGLE))
     turn = torch.tensor([[cos, -sin, 0.0], [sin, cos, 0.0]]).expand(len(images), 2, 3)
     return F.grid_sample(images, F.affine_grid(turn, list(images.shape), align_corners=False), align_corners=False)
 
 
 def noisy(images: Tensor) -> Tensor:
-    """With normal noise of 0.3 times the range."""
+    """The images with normal noise of standard deviation 0.3 added."""
     return (images + SIGMA * torch.randn(images.shape)).clamp(0, 1)
 
 
@@ -59,7 +62,7 @@ SHIFTS: dict[str, Callable[[Tensor], Tensor]] = {"inverted": inverted, "rotated"
 
 
 class Domains(NamedTuple):
-    """Images (n, 1, 8, 8) and labels of the source and of the shifted target; test images both ways."""
+    """Images (n, 1, 8, 8) and labels of the source and of the shifted target, and test images shifted and unshifted."""
 
     source: Tensor
     source_labels: Tensor
@@ -71,7 +74,7 @@ class Domains(NamedTuple):
 
 
 def domains(run: Run, shift: Callable[[Tensor], Tensor]) -> Domains:
-    """Halves that the seed draws, so that no image is in both domains."""
+    """A random half of the images for each domain, so that no image is in both."""
     data = data_for(run.seed, run.tuning)
     source, target = torch.randperm(len(data.images)).chunk(2)
     shifted, test = shift(data.images[target]), shift(data.test_images)
@@ -80,7 +83,7 @@ def domains(run: Run, shift: Callable[[Tensor], Tensor]) -> Domains:
 
 
 class Network(nn.Module):
-    """Features, from which one head tells the digit and another, adversarially, the domain."""
+    """Features with a head that classifies the digit and an adversarial head that classifies the domain."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -96,7 +99,7 @@ def supervised_loss(network: Network, images: Tensor, labels: Tensor) -> Tensor:
 
 
 def dann_loss(network: Network, images: Tensor, labels: Tensor, target: Tensor) -> Tensor:
-    """The digits' loss on the source, and the domains' loss, whose gradient reaches the features reversed."""
+    """The loss of the digits on the source plus that of the domains, whose gradient is reversed before the features."""
     features = network.features(torch.cat([images, target]))
     domain = torch.arange(2).repeat_interleave(torch.tensor([len(images), len(target)]))
     digits = F.cross_entropy(network.digit(features[: len(images)]), labels)
@@ -143,7 +146,7 @@ def told_apart(network: Network, data: Domains) -> float:
 
 @torch.no_grad()
 def feature_map(network: Network, data: Domains) -> list[list[float]]:
-    """Test images of the source, then as many of the target, by the t-SNE of their features in two dimensions."""
+    """Two-dimensional t-SNE of the features of some test images of the source, followed by as many of the target."""
     features = network.features(torch.cat([data.upright_test[:PICTURED], data.test[-PICTURED:]]))
     points = TSNE(random_state=0, init="pca").fit_transform(features.numpy())
     return [[round(float(value), 1) for value in point] for point in points]
@@ -167,7 +170,7 @@ def draw(record: Record, path: Path) -> None:
 
 
 def arms() -> dict[str, Arm]:
-    """Three methods a shift; what labels of the target would give is the ceiling."""
+    """Three methods for each shift. Training on labels of the target gives the upper limit."""
     return {
         f"{shift}, {method}": Arm(f"{shift}, source only" if method == "DANN" else None, candidates)
         for shift in SHIFTS

@@ -17,8 +17,8 @@ from torch.nn import functional as F
 import gradfused
 from gradfused.nn import LPGCrossEntropyLoss
 
-IMBALANCE = 20.0  # the most frequent class has so many times the images of the rarest
-FEW = 3  # classes that count as the tail, and as the head
+IMBALANCE = 20.0  # how many times as many images the most frequent class has as the rarest
+FEW = 3  # classes in the tail, and in the head
 WEIGHT_DECAY = 0.05
 CANDIDATES = {
     "cross-entropy": tuple({"weight decay": decay} for decay in (0.01, WEIGHT_DECAY, 0.2, 1.0)),
@@ -31,7 +31,10 @@ Loss = Callable[[Tensor, Tensor], Tensor]
 
 
 def long_tailed(images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, list[int]]:
-    """Exponentially fewer images of a class, and the classes from frequent to rare: the order is drawn."""
+    """Images and labels with exponentially fewer images from class to class, and the classes from frequent to rare.
+
+    The order of the classes is random.
+    """
     order = torch.randperm(10).tolist()
     kept = []
     for rank, label in enumerate(order):
@@ -41,7 +44,7 @@ def long_tailed(images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, list[in
 
 
 def loss_of(run: Run, counts: Tensor) -> Loss:
-    """The loss that an arm trains with; all but LPG are plain formulas."""
+    """The loss that an arm trains with."""
     if run.arm == "class weights":
         weight = (counts.mean() / counts) ** run.options["power"]
         return lambda logits, target: F.cross_entropy(logits, target, weight)

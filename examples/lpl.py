@@ -1,9 +1,9 @@
-"""Logit perturbation, the forerunner of LPG, from its formula: what the studies compare LPG with.
+"""Logit perturbation (LPL), the forerunner of LPG that the studies compare LPG with, written from its formula.
 
-Learning to Perturb Logits (Li, Su, Wu and Zhang, "Logit Perturbation", AAAI 2022) adds one vector a class to the *logits*, so
-as to raise the loss of some classes (more is learned of them) and to lower that of others, within a bound. The vector comes from
-steps of fixed length along the class's mean logit gradient, computed anew at each step. Here a step is a fifth of the bound, and
-the vector counts as a constant in the backward pass.
+Learning to Perturb Logits (Li, Su, Wu and Zhang, "Logit Perturbation", AAAI 2022) adds one vector for each class to
+the *logits*. It raises the loss of some classes, so that more is learned from them, and lowers that of others, within a bound.
+The vector comes from steps of fixed length along the mean logit gradient of the class, which is computed anew for each step.
+Here a step is a fifth of the bound, and the vector is a constant in the backward pass.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ def lpl_cross_entropy(logits: Tensor, target: Tensor, bound: Tensor) -> Tensor:
     Args:
         logits: (N, C).
         target: (N,).
-        bound: (C,): the norm that a class's vector may have; a class with a negative one is made easier, not harder.
+        bound: (C,), the largest norm of each class's vector. A negative one makes the class easier in place of harder.
     """
     return F.cross_entropy(logits + perturbation(logits.detach(), target, bound)[target], target)
 
 
 def perturbation(logits: Tensor, target: Tensor, bound: Tensor) -> Tensor:
-    """(C, C): the vector of every class; 0 for classes that are absent."""
+    """The vectors of all classes, (C, C); those of absent classes are 0."""
     classes = logits.shape[1]
     members = F.one_hot(target, classes).to(logits.dtype)
     size = members.sum(dim=0).clamp(min=1)[:, None]
@@ -39,7 +39,7 @@ def perturbation(logits: Tensor, target: Tensor, bound: Tensor) -> Tensor:
 
 
 def confidence_bound(logits: Tensor, target: Tensor, bound: float) -> Tensor:
-    """(C,): the paper's choice for balanced data: classes of less than average confidence are made harder, the others easier."""
+    """The paper's bounds for balanced data, (C,): classes of less than average confidence become harder, others easier."""
     classes = logits.shape[1]
     members = F.one_hot(target, classes).to(logits.dtype)
     own = logits.detach().softmax(dim=1).gather(1, target[:, None]).squeeze(1)

@@ -31,7 +31,7 @@ RECIPES = {
 def patients(seed: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Standardised measurements and diagnoses (1: malignant), to train and to test, split anew for every seed.
 
-    There are 569 patients: with one split for all seeds, luck with 171 of them would decide every figure.
+    With one split for all seeds, the figures would depend on which 171 of the 569 patients are tested.
     """
     measured, benign = load_breast_cancer(return_X_y=True)
     train, test, train_benign, test_benign = train_test_split(

@@ -17,10 +17,10 @@ from torch.nn import functional as F
 import gradfused
 from gradfused.nn import LPGCrossEntropyLoss
 
-IMAGES = 500  # to train on: so few that their wrong labels can be learned by heart
-WRONG = 0.4  # of their labels
+IMAGES = 500  # for training, few enough that the network can memorise the wrong labels
+WRONG = 0.4  # share of wrong labels
 CURVE_STEP = 3  # epochs from point to point
-WEIGHT_DECAY = 2.0  # large, but best on validation data for cross-entropy, the baseline; now every arm's
+WEIGHT_DECAY = 2.0  # large, but best for cross-entropy on validation data, and used in every arm
 CANDIDATES = {
     "cross-entropy": tuple({"weight decay": decay} for decay in (1.0, WEIGHT_DECAY, 4.0)),
     "label smoothing": tuple({"smoothing": smoothing} for smoothing in (0.2, 0.4, 0.6)),
@@ -33,13 +33,13 @@ Loss = Callable[[Tensor, Tensor], Tensor]
 
 
 def mislabelled(labels: Tensor) -> Tensor:
-    """Labels of which some, drawn by torch's seed, have become another class, each as likely as any other."""
+    """The labels with a random share of them changed to another class, all other classes being equally likely."""
     moved = (labels + torch.randint(1, 10, labels.shape)) % 10
     return torch.where(torch.rand(labels.shape) < WRONG, moved, labels)
 
 
 def loss_of(run: Run) -> Loss:
-    """The loss that an arm trains with; all but LPG are plain formulas."""
+    """The loss that an arm trains with."""
     options = run.options
     if run.arm == "label smoothing":
         return lambda logits, target: F.cross_entropy(logits, target, label_smoothing=options["smoothing"])
@@ -49,7 +49,7 @@ def loss_of(run: Run) -> Loss:
         )
     if run.arm == "LPG, noisy":
         return LPGCrossEntropyLoss(10, options["radius"], mode="noisy", momentum=0.9)
-    if run.arm == "LPG, by sample":  # every class dampened: gradients shorter than the radius vanish
+    if run.arm == "LPG, by sample":  # every class is dampened: gradients shorter than the radius vanish
         return LPGCrossEntropyLoss(10, options["radius"], sign=-torch.ones(10), scope="sample")
     return F.cross_entropy
 

@@ -1,4 +1,4 @@
-"""Sharpness-aware minimisation on few digits: SAM and ASAM against SGD, which also gets twice the epochs, SAM's price."""
+"""Sharpness-aware minimisation on few digits: SAM and ASAM against SGD, also with twice the epochs, which cost the same."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from torch.nn import functional as F
 
 import gradfused
 
-IMAGES = 300  # to train on: with all of them there is little left to gain
-STEP = 0.1  # how far along the gradient sharpness looks
+IMAGES = 300  # for training; with all of them there is little left to gain
+STEP = 0.1  # how far along the gradient sharpness is measured
 RATES = (0.02, 0.05, 0.1)
 CANDIDATES = {
     "SGD": tuple({"lr": lr} for lr in RATES),
@@ -26,7 +26,7 @@ CANDIDATES = {
 
 
 def step_with_sam(sam: gradfused.SAM, network: nn.Module, images: Tensor, labels: Tensor) -> None:
-    """Up to the worst weights nearby, and from the gradient there down from where it was."""
+    """One step of SAM: climb to the worst weights nearby, take the gradient there, and descend from the old weights."""
     F.cross_entropy(network(images), labels).backward()
     sam.first_step()
     sam.zero_grad()
@@ -61,7 +61,7 @@ def train(run: Run) -> Outcome:
 
 
 def sharpness(network: nn.Module, images: Tensor, labels: Tensor) -> float:
-    """How much the training loss rises when the weights move a tenth, in norm, along its gradient."""
+    """How much the training loss rises when the weights move by a norm of 0.1 along its gradient."""
     weights = list(network.parameters())
     before = F.cross_entropy(network(images), labels)
     gradients = torch.autograd.grad(before, weights)

@@ -1,8 +1,9 @@
-"""How every study is run: arms tuned on equal terms, the same seeds for all, intervals, a table, a plot and a record.
+"""Runs a study: tunes its arms on equal terms, trains them with the same seeds, and writes a table, a plot and a record.
 
-An *arm* is one way of training. Each arm has the same number of candidate settings; the best on validation data, over seeds
-that are used for nothing else, goes on to the test data. Arms with the same seed start from the same weights and see the same
-batches, so what an arm changes is the difference to its baseline *seed by seed*, and that difference has an interval of its own.
+An *arm* is one way of training. Each arm has the same number of candidate settings. The candidate that is best on validation
+data, over seeds that are used for nothing else, is trained again and judged by test data. Arms with the same seed start from the
+same weights and see the same batches. So the effect of an arm is its difference to the baseline *seed by seed*, and the table
+gives an interval for that difference.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from scipy.stats import t as student_t
 
 import gradfused
 
-TUNING_SEEDS = (100, 101, 102)  # no published run has them
+TUNING_SEEDS = (100, 101, 102)  # not used by published runs
 CONFIDENCE = 0.95
 
 Options = Mapping[str, Any]
@@ -36,11 +37,11 @@ Record = dict[str, Any]
 
 @dataclass(frozen=True)
 class Metric:
-    """Something measured of every run.
+    """A number that every run is judged by.
 
     Attributes:
-        label: With its unit.
-        higher: Whether more is better.
+        label: Its name, with the unit.
+        higher: Whether higher is better.
         digits: Decimals in tables.
     """
 
@@ -55,7 +56,7 @@ class Arm:
 
     Attributes:
         baseline: The arm it is compared with; None for a baseline.
-        candidates: Settings to choose from on validation data; a single one is taken as it is.
+        candidates: Settings to choose from on validation data. A single one is used without tuning.
     """
 
     baseline: str | None = None
@@ -63,20 +64,20 @@ class Arm:
 
 
 def arms_against(baseline: str, candidates: Mapping[str, tuple[Options, ...]]) -> dict[str, Arm]:
-    """An arm a name, each compared with the one baseline."""
+    """One arm for each name, all but the baseline compared with it."""
     return {name: Arm(None if name == baseline else baseline, options) for name, options in candidates.items()}
 
 
 @dataclass(frozen=True)
 class Run:
-    """What a training run is told.
+    """One training run.
 
     Attributes:
         arm: The name of the arm.
         options: The arm's candidate to train with.
-        seed: Of weights, batches, and whatever else is drawn.
-        epochs: How long.
-        tuning: Judge by validation data, not by test data.
+        seed: Decides the weights, the order of batches and everything else that is random.
+        epochs: How many epochs to train.
+        tuning: Whether to judge by validation data in place of test data.
     """
 
     arm: str
@@ -88,11 +89,11 @@ class Run:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a training run reports.
+    """The result of a training run.
 
     Attributes:
-        metrics: A number for each of the study's; of a run that tunes, the first is enough.
-        extra: Anything the plot needs, fit for JSON.
+        metrics: The value of each of the study's metrics. A run that tunes need only give the first.
+        extra: Anything else that the plot needs, in types that JSON has.
     """
 
     metrics: dict[str, float]
@@ -104,14 +105,14 @@ class Study:
     """An experiment.
 
     Attributes:
-        name: Of its files.
-        title: One line for people.
-        metrics: By key; the first decides between candidates.
-        arms: By name.
-        train: Runs one training; it has been seeded.
+        name: What its files are called.
+        title: One line that describes it.
+        metrics: The metrics by key. The first decides between candidates.
+        arms: The arms by name.
+        train: Trains once; torch has been seeded before.
         draw: Draws a record into a file.
-        epochs: Of a published run.
-        seeds: How many of each arm are published.
+        epochs: How long a published run trains.
+        seeds: How many runs of each arm are published.
     """
 
     name: str
@@ -128,14 +129,14 @@ class Study:
 
 
 def interval(values: Sequence[float]) -> tuple[float, float]:
-    """The mean, and half the width of its interval by Student's t; needs two values."""
+    """The mean of at least two values, and half the width of its confidence interval by Student's t."""
     spread = statistics.stdev(values) / sqrt(len(values))
     half = float(student_t.ppf((1 + CONFIDENCE) / 2, len(values) - 1)) * spread
     return rounded(statistics.fmean(values)), rounded(half)
 
 
 def summary(study: Study, runs: Sequence[Record]) -> Record:
-    """Each arm's means, and its differences to its baseline seed by seed, as (mean, half-width)."""
+    """For each arm, (mean, half-width) of its metrics and of their differences to the baseline seed by seed."""
 
     def values(arm: str, key: str) -> list[float]:
         return [run["metrics"][key] for run in runs if run["arm"] == arm]
@@ -156,7 +157,7 @@ def summary(study: Study, runs: Sequence[Record]) -> Record:
 
 
 def train(study: Study, run: Run) -> Outcome:
-    """Trains once, from the seed on."""
+    """Seed torch and train once."""
     torch.manual_seed(run.seed)
     outcome = study.train(run)
     keys = list(study.metrics)[: 1 if run.tuning else None]
@@ -167,12 +168,12 @@ def train(study: Study, run: Run) -> Outcome:
 
 
 def rounded(value: float) -> float:
-    """Six digits: a record is read by people too, and its summary follows from its runs."""
+    """The value to six digits, so that records stay readable and a summary follows exactly from its runs."""
     return float(f"{value:.6g}")
 
 
 def tune(study: Study, epochs: int, seeds: Sequence[int], on_run: Callable[[str], object]) -> dict[str, Options]:
-    """The candidate of every arm that is best on validation data, the first of equals."""
+    """For each arm the candidate that is best on validation data, or the first of those that are equally good."""
     key, metric = next(iter(study.metrics.items()))
 
     def score(name: str, options: Options) -> float:
@@ -191,7 +192,7 @@ def tune(study: Study, epochs: int, seeds: Sequence[int], on_run: Callable[[str]
 def perform(
     study: Study, seeds: int, epochs: int, tuning_seeds: Sequence[int], on_run: Callable[[str], object]
 ) -> Record:
-    """Tunes, trains and sums up."""
+    """Tune the arms, train them and make the record."""
     chosen = tune(study, epochs, tuning_seeds, on_run)
     runs = []
     for seed in range(seeds):
@@ -214,13 +215,13 @@ def perform(
 
 
 def count_runs(study: Study, seeds: int, tuning_seeds: Sequence[int]) -> int:
-    """How often a study trains."""
+    """How many training runs a study takes, tuning included."""
     swept = (len(arm.candidates) for arm in study.arms.values() if len(arm.candidates) > 1)
     return sum(swept) * len(tuning_seeds) + seeds * len(study.arms)
 
 
 def environment() -> Record:
-    """The versions that decide the figures."""
+    """The versions and settings that the figures depend on."""
     return {
         "date": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
         "gradfused": gradfused.__version__,
@@ -255,7 +256,7 @@ def folder(text: str) -> Path:
 
 
 def parse_arguments(study: Study, arguments: Sequence[str] | None) -> argparse.Namespace:
-    """The options, which all studies share."""
+    """The options of the command line, the same for all studies."""
     parser = argparse.ArgumentParser(prog=f"{study.name}.py", description=study.title)
     add = parser.add_argument
     two = at_least(2, ": an interval needs two runs")
@@ -275,7 +276,7 @@ def parse_arguments(study: Study, arguments: Sequence[str] | None) -> argparse.N
 
 
 def progress(study: Study, total: int) -> tuple[Progress, Callable[[str], None]]:
-    """A progress bar on stderr, and the function that moves it on when a run begins."""
+    """A progress bar on stderr, and the function to call when a run begins."""
     columns = (TextColumn("{task.completed}/{task.total}"), BarColumn(bar_width=24), TimeElapsedColumn())
     bar = Progress(*columns, TextColumn("{task.description}"), console=Console(stderr=True), transient=True)
     task = bar.add_task(study.name, total=total)
@@ -288,7 +289,7 @@ def progress(study: Study, total: int) -> tuple[Progress, Callable[[str], None]]
 
 
 def main(study: Study, arguments: Sequence[str] | None = None) -> int:
-    """Runs a study from the command line."""
+    """Run a study from the command line. Returns the exit status."""
     from study_report import table
 
     args = parse_arguments(study, arguments)
@@ -303,7 +304,7 @@ def main(study: Study, arguments: Sequence[str] | None = None) -> int:
 
 
 def write(study: Study, record: Record, out: Path) -> None:
-    """Writes the record, and the plot, which is drawn from nothing but the record."""
+    """Write the record, and the plot that is drawn from it."""
     text = json.dumps(record, indent=1)
     (out / f"{study.name}.json").write_text(compact(text) + "\n")
     study.draw(json.loads(text), out / f"{study.name}.png")
@@ -311,5 +312,5 @@ def write(study: Study, record: Record, out: Path) -> None:
 
 
 def compact(text: str) -> str:
-    """Indented JSON with lists of numbers, and flat objects, on one line."""
+    """Indented JSON with each list of numbers and each flat object on one line."""
     return re.sub(r"[\[{]\s+[^\[\]{}]*?\s+[\]}]", lambda found: re.sub(r"\s*\n\s*", " ", found[0]), text)

@@ -1,6 +1,6 @@
-"""A record as a table on the screen, as a table in Markdown, and the frame of a plot.
+"""Shows a record: as a table on the screen, as a table in Markdown, and in plots.
 
-`python examples/study_report.py docs/techniques.md` writes the tables of a page anew, from the records next to it.
+`python examples/study_report.py docs/techniques.md` rewrites the tables of a page from the records in the folder next to it.
 """
 
 from __future__ import annotations
@@ -24,7 +24,10 @@ MARKER = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
 def rows(record: dict[str, Any]) -> Iterator[tuple[str, list[tuple[str, bool]]]]:
-    """A row an arm and a row its difference to its baseline: a label, and cells with whether they exclude zero."""
+    """For each arm a row of means, and a row of differences to its baseline.
+
+    A row is a label and its cells, each with whether its interval excludes zero.
+    """
     for name, arm in record["summary"].items():
         yield (
             name + chosen(record["arms"][name]),
@@ -36,31 +39,31 @@ def rows(record: dict[str, Any]) -> Iterator[tuple[str, list[tuple[str, bool]]]]
 
 
 def chosen(arm: dict[str, Any]) -> str:
-    """The settings that were chosen among several."""
+    """The settings that tuning chose, in parentheses, or nothing if there was no choice."""
     if len(arm["candidates"]) < 2:
         return ""
     return " (" + ", ".join(f"{key} {value}" for key, value in arm["chosen"].items()) + ")"
 
 
 def plain(record: dict[str, Any], key: str, pair: Sequence[float]) -> str:
-    """Mean and half-width."""
+    """The mean and the half-width of its interval."""
     digits = record["metrics"][key]["digits"]
     return f"{pair[0]:.{digits}f} ± {pair[1]:.{digits}f}"
 
 
 def signed(record: dict[str, Any], key: str, pair: Sequence[float]) -> str:
-    """The same of a difference, with one more decimal."""
+    """The same for a difference, with a sign and one more decimal."""
     digits = record["metrics"][key]["digits"] + 1
     return f"{pair[0]:+.{digits}f} ± {pair[1]:.{digits}f}"
 
 
 def headings(record: dict[str, Any]) -> list[str]:
-    """The columns, with the direction that is better."""
+    """The headings of the columns, each with an arrow towards what is better."""
     return [f"{m['label']} {'↑' if m['higher'] else '↓'}" for m in record["metrics"].values()]
 
 
 def table(record: dict[str, Any]) -> Table:
-    """For a terminal."""
+    """A record as a table for the terminal."""
     settings = record["settings"]
     title = f"{record['title']}: {settings['seeds']} seeds, {settings['epochs']} epochs, mean ± 95 % interval"
     out = Table(title=title, title_justify="left")
@@ -75,7 +78,7 @@ def table(record: dict[str, Any]) -> Table:
 
 
 def markdown(record: dict[str, Any]) -> str:
-    """For a page: differences in italics, bold where their interval excludes zero."""
+    """A record as a table for a page, with differences in italics, bold where their interval excludes zero."""
     lines = ["| | " + " | ".join(headings(record)) + " |", "|---|" + "---:|" * len(record["metrics"])]
     for label, cells in rows(record):
         difference = label.startswith("minus ")
@@ -85,7 +88,7 @@ def markdown(record: dict[str, Any]) -> str:
 
 
 def with_tables(page: str, records: Path) -> str:
-    """A page whose marked tables are those of the records in a folder."""
+    """The page with its marked tables made anew from the records in a folder."""
 
     def fill(found: re.Match[str]) -> str:
         record = json.loads((records / f"{found[2]}.json").read_text())
@@ -95,7 +98,7 @@ def with_tables(page: str, records: Path) -> str:
 
 
 def runs_of(record: dict[str, Any], arm: str) -> Iterator[dict[str, Any]]:
-    """The runs of an arm by seed."""
+    """The runs of an arm, in the order of their seeds."""
     return (run for run in record["runs"] if run["arm"] == arm)
 
 
@@ -103,7 +106,7 @@ def runs_of(record: dict[str, Any], arm: str) -> Iterator[dict[str, Any]]:
 
 
 def figure(columns: int, title: str, *, width: float = 4.4, height: float = 3.9) -> tuple[Figure, list[Axes]]:
-    """A row of empty panels without a window."""
+    """A figure with a row of empty panels."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -120,7 +123,7 @@ def figure(columns: int, title: str, *, width: float = 4.4, height: float = 3.9)
 
 
 def save(drawn: Figure, path: Path) -> None:
-    """Writes a figure with a palette, at a third of the bytes, and forgets it."""
+    """Write a figure as a PNG with a palette, which takes a third of the bytes, and close it."""
     from matplotlib import pyplot as plt
     from PIL import Image
 
@@ -130,7 +133,7 @@ def save(drawn: Figure, path: Path) -> None:
 
 
 def band(axis: Axes, curves: Sequence[Sequence[float]], label: str, colour: str, stride: float = 1) -> None:
-    """The median of several runs' curves, and where the middle half of them lies; points lie a stride apart."""
+    """Draw the median of several runs' curves and a band for the middle half of them. Points are ``stride`` apart."""
     import numpy as np
 
     values = np.asarray(curves, dtype=float)
@@ -141,14 +144,14 @@ def band(axis: Axes, curves: Sequence[Sequence[float]], label: str, colour: str,
 
 
 def curves(axis: Axes, record: dict[str, Any], key: str, labels: Mapping[str, str], stride: float = 1) -> None:
-    """The bands of several arms, each under its label, of the curve that their runs keep by a key."""
+    """Draw the band of each arm under its label, from the curve that its runs keep under ``key``."""
     for (arm, label), colour in zip(labels.items(), COLOURS, strict=False):
         band(axis, [run["extra"][key] for run in runs_of(record, arm)], label, colour, stride)
     axis.legend(frameon=False)
 
 
 def dots(axis: Axes, record: dict[str, Any], key: str, arms: Sequence[str] | None = None) -> None:
-    """A metric of every run as a dot, and every arm's interval, arms from top to bottom."""
+    """Draw a metric: each run as a dot and each arm's interval, arms from top to bottom."""
     names = list(record["summary"]) if arms is None else list(arms)
     for place, name in enumerate(names):
         values = [run["metrics"][key] for run in runs_of(record, name)]
@@ -164,7 +167,7 @@ def dots(axis: Axes, record: dict[str, Any], key: str, arms: Sequence[str] | Non
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Writes the tables of the pages named."""
+    """Rewrite the tables of the named pages. Returns the exit status."""
     if not arguments:
         print("expected the pages whose tables to write, e.g. docs/techniques.md", file=sys.stderr)
         return 2
