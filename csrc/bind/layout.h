@@ -1,4 +1,4 @@
-// Where a kernel that knows no C++ finds what a table in device memory holds: byte offsets, sizes, enumerators and sets by name.
+// Where Triton's kernels, which know no C++, find what a table in device memory holds: byte offsets, sizes, enumerators and bits by name.
 #pragma once
 
 #include <cstddef>
@@ -6,18 +6,38 @@
 #include <map>
 #include <string>
 
-#include "device/layout.h"
+#include "bind/schema.h"
 #include "math/rules.h"
+#include "plan/layout.h"
 
 namespace gradfused::bind {
 
-inline std::map<std::string, int64_t> layout() {
+using Layout = std::map<std::string, int64_t>;
+
+template <class E> void add_values(Layout& layout, const std::string& type) {
+  for (size_t i = 0; i < names_of<E>().size(); ++i) layout[type + "_" + names_of<E>()[i]] = int64_t(i);
+}
+
+// What the rules declare: a bit or three for each, at the place of its number.
+inline void add_rules(Layout& layout) {
+  constexpr int kBits = 3;  // enough for a count of states
+  static_assert(kMaxStates < 1 << kBits && kBits * int(Rule::count) < 63, "the rules' counts of states have room");
+  for (const char* name : {"states", "unread", "mu_product", "trust_gradient", "trust_update"}) layout[std::string("rules_") + name] = 0;
+  for (int r = 0; r < int(Rule::count); ++r) {
+    const math::RuleTraits rule = math::traits_of(Rule(r));
+    layout["rules_states"] |= int64_t{rule.states} << (kBits * r);
+    layout["rules_unread"] |= int64_t{!rule.reads_state} << r;
+    layout["rules_mu_product"] |= int64_t{rule.mu_product} << r;
+    layout["rules_trust_gradient"] |= int64_t{rule.trust == math::Trust::gradient} << r;
+    layout["rules_trust_update"] |= int64_t{rule.trust == math::Trust::update} << r;
+  }
+}
+
+inline Layout layout() {
   using namespace device;
-  std::map<std::string, int64_t> at;
-#define GRADFUSED_AT(prefix, type, field) at[#prefix "_" #field] = int64_t(offsetof(type, field));
-#define GRADFUSED_IN(prefix, outer, inner, type, field) at[#prefix "_" #field] = int64_t(offsetof(outer, inner) + offsetof(type, field));
-#define GRADFUSED_SIZE(type) at[#type] = int64_t(sizeof(type));
-#define GRADFUSED_VALUE(type, name) at[#type "_" #name] = int64_t(type::name);
+  Layout layout;
+#define GRADFUSED_AT(prefix, type, field) layout[#prefix "_" #field] = int64_t(offsetof(type, field));
+#define GRADFUSED_SIZE(type) layout[#type] = int64_t(sizeof(type));
   GRADFUSED_AT(job, Job, rows)
   GRADFUSED_AT(job, Job, settings)
   GRADFUSED_AT(job, Job, chunks)
@@ -27,6 +47,7 @@ inline std::map<std::string, int64_t> layout() {
   GRADFUSED_AT(job, Job, squares)
   GRADFUSED_AT(job, Job, tickets)
   GRADFUSED_AT(job, Job, skipped)
+  GRADFUSED_AT(job, Job, needs)
   GRADFUSED_AT(job, Job, row_count)
   GRADFUSED_AT(job, Job, chunk_count)
   GRADFUSED_AT(job, Job, any_global)
@@ -44,26 +65,7 @@ inline std::map<std::string, int64_t> layout() {
   GRADFUSED_AT(operand, Operand, dims)
   GRADFUSED_AT(operand, Operand, sizes)
   GRADFUSED_AT(operand, Operand, strides)
-  GRADFUSED_IN(row, DeviceRow, row, Row, param)
-  GRADFUSED_IN(row, DeviceRow, row, Row, grad)
-  GRADFUSED_IN(row, DeviceRow, row, Row, state)
-  GRADFUSED_IN(row, DeviceRow, row, Row, source)
-  GRADFUSED_IN(row, DeviceRow, row, Row, master)
-  GRADFUSED_IN(row, DeviceRow, row, Row, kahan_comp)
-  GRADFUSED_IN(row, DeviceRow, row, Row, ema)
-  GRADFUSED_IN(row, DeviceRow, row, Row, precision)
-  GRADFUSED_IN(row, DeviceRow, row, Row, rule)
-  GRADFUSED_IN(row, DeviceRow, row, Row, numel)
-  GRADFUSED_IN(row, DeviceRow, row, Row, unit_length)
-  GRADFUSED_IN(row, DeviceRow, row, Row, group)
-  GRADFUSED_IN(row, DeviceRow, row, Row, param_number)
-  GRADFUSED_IN(row, DeviceRow, row, Row, centre)
-  GRADFUSED_IN(row, DeviceRow, row, Row, whole)
-  GRADFUSED_IN(row, DeviceRow, row, Row, first)
-  GRADFUSED_IN(row, DeviceRow, row, Row, step)
-  GRADFUSED_IN(row, DeviceRow, row, Row, step_dtype)
-  GRADFUSED_IN(row, DeviceRow, row, Row, mu_product)
-  GRADFUSED_IN(row, DeviceRow, row, Row, mu_product_dtype)
+  GRADFUSED_AT(row, DeviceRow, needs)
   GRADFUSED_AT(row, DeviceRow, unit0)
   GRADFUSED_AT(row, DeviceRow, chunk0)
   GRADFUSED_AT(row, DeviceRow, chunk1)
@@ -73,36 +75,6 @@ inline std::map<std::string, int64_t> layout() {
   GRADFUSED_AT(row, DeviceRow, weighed)
   GRADFUSED_AT(row, DeviceRow, norm)
   GRADFUSED_AT(row, DeviceRow, weight_norm)
-  GRADFUSED_IN(settings, DeviceSettings, settings, Settings, lr)
-  GRADFUSED_IN(settings, DeviceSettings, settings, Settings, weight_decay)
-  GRADFUSED_IN(settings, DeviceSettings, settings, Settings, momentum)
-  GRADFUSED_IN(settings, DeviceSettings, settings, Settings, dampening)
-  GRADFUSED_IN(settings, DeviceSettings, settings, Settings, beta1)
-  GRADFUSED_IN(settings, DeviceSettings, settings, Settings, beta2)
-  GRADFUSED_IN(settings, DeviceSettings, settings, Settings, beta3)
-  GRADFUSED_IN(settings, DeviceSettings, settings, Settings, eps)
-  GRADFUSED_IN(settings, DeviceSettings, settings, Settings, lr_decay)
-  GRADFUSED_IN(settings, DeviceSettings, settings, Settings, momentum_decay)
-  GRADFUSED_IN(settings, DeviceSettings, settings, Settings, trust_coefficient)
-  GRADFUSED_IN(settings, DeviceSettings, settings, Settings, nesterov)
-  GRADFUSED_IN(settings, DeviceSettings, settings, Settings, decoupled)
-  GRADFUSED_IN(settings, DeviceSettings, settings, Settings, proximal)
-  GRADFUSED_IN(settings, DeviceSettings, settings, Settings, adapt)
-  GRADFUSED_IN(settings, DeviceSettings, settings, Settings, centralize_at)
-  GRADFUSED_IN(settings, DeviceSettings, settings, Settings, norm_scope)
-  GRADFUSED_IN(settings, DeviceSettings, settings, Settings, perturb)
-  GRADFUSED_IN(settings, DeviceSettings, settings, Settings, agc)
-  GRADFUSED_IN(settings, DeviceSettings, settings, Settings, radius)
-  GRADFUSED_IN(settings, DeviceSettings, settings, Settings, clip_value)
-  GRADFUSED_IN(settings, DeviceSettings, settings, Settings, noise)
-  GRADFUSED_IN(settings, DeviceSettings, settings, Settings, noise_decay)
-  GRADFUSED_IN(settings, DeviceSettings, settings, Settings, seed)
-  GRADFUSED_IN(settings, DeviceSettings, settings, Settings, sign)
-  GRADFUSED_IN(settings, DeviceSettings, settings, Settings, skip_nonfinite)
-  GRADFUSED_IN(settings, DeviceSettings, settings, Settings, adaptive)
-  GRADFUSED_IN(settings, DeviceSettings, settings, Settings, eta)
-  GRADFUSED_IN(settings, DeviceSettings, settings, Settings, ema)
-  GRADFUSED_IN(settings, DeviceSettings, settings, Settings, zero_grad_in_step)
   GRADFUSED_AT(settings, DeviceSettings, lr_at)
   GRADFUSED_AT(settings, DeviceSettings, lr_dtype)
   GRADFUSED_AT(settings, DeviceSettings, row0)
@@ -125,37 +97,32 @@ inline std::map<std::string, int64_t> layout() {
   GRADFUSED_SIZE(DeviceSettings)
   GRADFUSED_SIZE(Sums)
   GRADFUSED_SIZE(Unit)
-  GRADFUSED_VALUE(DType, float32)
-  GRADFUSED_VALUE(DType, float64)
-  GRADFUSED_VALUE(DType, float16)
-  GRADFUSED_VALUE(DType, bfloat16)
-  GRADFUSED_VALUE(NormScope, global)
-  GRADFUSED_VALUE(NormScope, group)
-  GRADFUSED_VALUE(NormScope, param)
-  GRADFUSED_VALUE(NormScope, unit)
-  GRADFUSED_VALUE(Centre, gradient)
-  GRADFUSED_VALUE(Centre, decayed)
-  GRADFUSED_VALUE(Centre, update)
-  GRADFUSED_VALUE(Precision, none)
-  GRADFUSED_VALUE(Precision, kahan)
-  GRADFUSED_VALUE(Precision, stochastic)
-  GRADFUSED_VALUE(Precision, master)
-  // Sets of rules, a bit each: those that trust by the gradient's norm, by their update's, and those whose state is only written.
-  int64_t &by_gradient = at["rules_trust_gradient"], &by_update = at["rules_trust_update"], &unread = at["rules_unread"];
-#define GRADFUSED_RULE(name, type, family)                                               \
-  GRADFUSED_VALUE(Rule, name)                                                            \
-  by_gradient |= int64_t(math::type::trust == math::Trust::gradient) << int(Rule::name); \
-  by_update |= int64_t(math::type::trust == math::Trust::update) << int(Rule::name);     \
-  unread |= int64_t(!math::type::reads_state) << int(Rule::name);
-#include "rules.def"
-#undef GRADFUSED_RULE
-  at["chunk_elements"] = kChunk;
-  at["block_unit"] = kBlockUnit;
 #undef GRADFUSED_AT
-#undef GRADFUSED_IN
 #undef GRADFUSED_SIZE
-#undef GRADFUSED_VALUE
-  return at;
+
+#define GRADFUSED_IN_ROW(name) layout["row_" #name] = int64_t(offsetof(DeviceRow, row) + offsetof(Row, name));
+  GRADFUSED_IN_ROW(state)
+#define GRADFUSED_ENUM(type, ...) add_values<type>(layout, #type);
+#define GRADFUSED_OPTION(type, name, value) \
+  layout["settings_" #name] = int64_t(offsetof(DeviceSettings, settings) + offsetof(Settings, name));
+#define GRADFUSED_OPERAND(name) GRADFUSED_IN_ROW(name)
+#define GRADFUSED_FIELD(type, name, value) GRADFUSED_IN_ROW(name)
+#define GRADFUSED_COUNT(name) GRADFUSED_IN_ROW(name) GRADFUSED_IN_ROW(name##_dtype)
+#include "schema.def"
+#undef GRADFUSED_IN_ROW
+
+  add_values<Rule>(layout, "Rule");
+  add_rules(layout);
+#define GRADFUSED_NEED(name) layout["Need_" #name] = int64_t(Need::name);
+  GRADFUSED_NEEDS(GRADFUSED_NEED)
+  GRADFUSED_NEED_SETS(GRADFUSED_NEED)
+#undef GRADFUSED_NEED
+#define GRADFUSED_PHASE(name) layout["Phase_" #name] = int64_t(Phase::name);
+  GRADFUSED_PHASES(GRADFUSED_PHASE)
+#undef GRADFUSED_PHASE
+  layout["chunk_elements"] = kChunk;
+  layout["block_unit"] = kBlockUnit;
+  return layout;
 }
 
 }  // namespace gradfused::bind

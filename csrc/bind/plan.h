@@ -4,7 +4,7 @@
 #include <string>
 
 #include "bind/common.h"
-#include "device/plan.h"
+#include "plan/device.h"
 
 namespace gradfused::bind {
 
@@ -12,10 +12,10 @@ template <class P> void define_plan(py::class_<P, Rows>& of) {
   of.def(py::init<size_t>(), py::arg("groups"))
       .def(
           "lr_from",
-          [](P& p, size_t group, uintptr_t at, const std::string& dtype) {
-            p.lr_from(group, reinterpret_cast<const char*>(at), dtype_named(dtype));
+          [](P& p, size_t group, uintptr_t address, const std::string& dtype) {
+            p.lr_from(group, reinterpret_cast<const char*>(address), named<DType>(dtype));
           },
-          py::arg("group"), py::arg("at"), py::arg("dtype"))
+          py::arg("group"), py::arg("address"), py::arg("dtype"))
       .def("bytes", &P::bytes)
       .def("packed_bytes", &P::packed_bytes)
       .def(
@@ -26,6 +26,7 @@ template <class P> void define_plan(py::class_<P, Rows>& of) {
           },
           py::arg("to"), py::arg("base"), py::arg("squares"), py::arg("skipped"))
       .def("reconfigured", &P::reconfigured)
+      .def("needs", &P::needs)
       .def("needs_stats", &P::needs_stats)
       .def("chunks", &P::chunks);
 }

@@ -7,7 +7,7 @@
 #include <vector>
 
 #include "bind/dlpack.h"
-#include "spans.h"
+#include "plan/spans.h"
 
 namespace gradfused::bind {
 

@@ -8,7 +8,7 @@
 #include <vector>
 
 #include "bind/tensors.h"
-#include "rows.h"
+#include "plan/rows.h"
 
 namespace gradfused::bind {
 

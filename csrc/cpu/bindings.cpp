@@ -29,8 +29,8 @@ void roof(const std::vector<uintptr_t>& written, const std::vector<uintptr_t>& r
   volatile float nothing = 0;
   std::atomic<int64_t> next{0};
   cpu::parallel(threads, [&](int) {
-    for (int64_t begin; (begin = next.fetch_add(cpu::kChunk)) < numel;) {
-      cpu::kernels().roof(w.data(), int(w.size()), r.data(), int(r.size()), begin, std::min(numel, begin + cpu::kChunk), nothing);
+    for (int64_t begin; (begin = next.fetch_add(cpu::kCpuChunk)) < numel;) {
+      cpu::kernels().roof(w.data(), int(w.size()), r.data(), int(r.size()), begin, std::min(numel, begin + cpu::kCpuChunk), nothing);
     }
   });
 }
@@ -41,7 +41,7 @@ PYBIND11_MODULE(_cpu, m) {
   m.doc() = "gradfused's kernels for the CPU. Use gradfused.backends.cpu, which checks what these functions trust.";
   m.attr("__version__") = GRADFUSED_VERSION;
   m.attr("UNIT_MAX") = cpu::kUnitMax;
-  m.attr("CHUNK") = cpu::kChunk;
+  m.attr("CHUNK") = cpu::kCpuChunk;
   m.attr("BLOCK") = cpu::kBlock;
   m.def("isa", [] { return std::string(cpu::kernels().isa); }, "The instruction set in use.");
   m.def("isas", &cpu::available_isas, "The instruction sets this machine and build have, best first.");
@@ -49,18 +49,20 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("roof", &roof, py::arg("written"), py::arg("read"), py::arg("numel"), py::arg("threads"), py::call_guard<py::gil_scoped_release>());
   bind::define(m);
 
-  py::class_<cpu::Table, Rows>(m, "Table", py::module_local())
+  py::class_<cpu::Engine, Rows>(m, "Engine", py::module_local())
       .def(py::init<size_t>(), py::arg("groups"))
-      .def("needs_stats", &cpu::Table::needs_stats)
+      .def("needs_stats", &cpu::Engine::needs_stats)
       .def(
           "stats",
-          [](cpu::Table& t, double unscale, uintptr_t sums, int threads) { t.stats(unscale, reinterpret_cast<double*>(sums), threads); },
+          [](cpu::Engine& engine, double unscale, uintptr_t sums, int threads) {
+            engine.stats(unscale, reinterpret_cast<double*>(sums), threads);
+          },
           py::arg("unscale"), py::arg("sums"), py::arg("threads"), py::call_guard<py::gil_scoped_release>())
       .def(
           "apply",
-          [](cpu::Table& t, double unscale, uintptr_t sums, int threads) {
-            const bool taken = t.apply(unscale, reinterpret_cast<double*>(sums), threads);
-            t.count_taken(taken);
+          [](cpu::Engine& engine, double unscale, uintptr_t sums, int threads) {
+            const bool taken = engine.apply(unscale, reinterpret_cast<double*>(sums), threads);
+            engine.count_taken(taken);
             return taken;
           },
           py::arg("unscale"), py::arg("sums"), py::arg("threads"), py::call_guard<py::gil_scoped_release>());
@@ -68,20 +70,20 @@ PYBIND11_MODULE(_cpu, m) {
   cpu::define_lpg(m);
 
   // The table of kernels that are compiled elsewhere, in Triton.
-  py::class_<device::Plan, Rows> plan(m, "Plan", py::module_local());
+  py::class_<device::DevicePlan, Rows> plan(m, "DevicePlan", py::module_local());
   bind::define_plan(plan);
   plan.def("patches",
-           [](device::Plan& p) {
+           [](device::DevicePlan& p) {
              std::vector<std::pair<uintptr_t, py::bytes>> due;
              for (const auto& patch : p.patches())
                due.emplace_back(reinterpret_cast<uintptr_t>(patch.to), py::bytes(patch.bytes.data(), patch.bytes.size()));
              return due;
            })
-      .def("count_taken", [](device::Plan& p) { p.count_taken(); })
-      .def("forget_patches", &device::Plan::forget_patches)
-      .def("rehearses", &device::Plan::rehearses)
-      .def("weighs_first", &device::Plan::weighs_first)
-      .def("weighs", &device::Plan::weighs)
-      .def("variants", &device::Plan::variants, py::arg("longest"));
+      .def("count_taken", [](device::DevicePlan& p) { p.count_taken(); })
+      .def("forget_patches", &device::DevicePlan::forget_patches)
+      .def("rehearses", &device::DevicePlan::rehearses)
+      .def("weighs_first", &device::DevicePlan::weighs_first)
+      .def("weighs", &device::DevicePlan::weighs)
+      .def("variants", &device::DevicePlan::variants, py::arg("longest"));
   m.attr("LAYOUT") = bind::layout();
 }

@@ -23,17 +23,17 @@ struct Block {
 };
 
 // What the kernels of one chunk look at.
-struct Place {
-  const Job& job;
+struct ChunkContext {
+  const CpuJob& job;
   const int64_t index;
-  const Chunk& chunk = job.chunks[index];
+  const CpuChunk& chunk = job.chunks[index];
   const Row& row = job.rows[chunk.row];
   const Settings& settings = job.settings[row.group];
   const RowStep& now = job.steps[chunk.row];
-  const bool centre_gradient = row.centre && settings.centralize_at == Centre::gradient;
-  const bool by_unit = settings.norm_scope == NormScope::unit;
-  // Statistics of units are wanted here and a unit fits.
-  const bool whole_units = row.unit_length <= kUnitMax && (row.centre || by_unit);
+  // Something of units is measured here, and a unit fits.
+  const bool whole_units = !needs(Need::long_units) && (row.centre || needs(Need::unit_norms));
+
+  bool needs(Needs bits) const { return now.needs & bits; }
 
   template <class F> void for_each_block(F work) const {
     const int64_t most = whole_units ? (row.unit_length < kBlock ? kBlock / row.unit_length : 1) * row.unit_length : kBlock;
@@ -47,20 +47,20 @@ struct Place {
 
 // A number for each unit of a block.
 template <class T> struct PerUnit {
-  T at[kBlock];
+  T value[kBlock];
 };
 
 // means <- of each unit of a block the mean of value(x[i]).
 template <class T, class Value> void means_of_units(const Block& b, const T* x, Value value, PerUnit<T>& means) {
   PerUnit<T> anchors;
   PerUnit<double> sums;
-  for (int64_t u = 0; u < b.units; ++u) anchors.at[u] = math::anchor(value(x[u * b.length]));
-  reduce_units(x, b.length, b.units, sums.at, [&anchors, value](int64_t u, T v) { return value(v) - anchors.at[u]; });
-  for (int64_t u = 0; u < b.units; ++u) means.at[u] = T(double(anchors.at[u]) + sums.at[u] / double(b.length));
+  for (int64_t u = 0; u < b.units; ++u) anchors.value[u] = math::anchor(value(x[u * b.length]));
+  reduce_units(x, b.length, b.units, sums.value, [&anchors, value](int64_t u, T v) { return value(v) - anchors.value[u]; });
+  for (int64_t u = 0; u < b.units; ++u) means.value[u] = T(double(anchors.value[u]) + sums.value[u] / double(b.length));
 }
 
 // The mean of what comes block by block.
-template <class T> class RunningMean {
+template <class T> class BlockMean {
  public:
   template <class Value> void add(const T* x, int64_t n, Value value) {
     if (count_ == 0) anchor_ = math::anchor(value(x[0]));
@@ -77,25 +77,27 @@ template <class T> class RunningMean {
 };
 
 // means <- stage 1's means; zero where the gradient is not centred.
-template <class T> void means_of(const Place& at, const Block& b, const T* g, PerUnit<T>& means) {
-  if (!at.centre_gradient) {
-    for (int64_t u = 0; u < b.units; ++u) means.at[u] = T(0);
-  } else if (at.now.means_known) {
-    for (int64_t u = 0; u < b.units; ++u) means.at[u] = T(at.job.unit_mean[b.unit0 + u]);
+template <class T> void means_of(const ChunkContext& context, const Block& b, const T* g, PerUnit<T>& means) {
+  if (!context.needs(Need::centre_early)) {
+    for (int64_t u = 0; u < b.units; ++u) means.value[u] = T(0);
+  } else if (context.now.means_known) {
+    for (int64_t u = 0; u < b.units; ++u) means.value[u] = T(context.job.unit_mean[b.unit0 + u]);
   } else {
-    const T unscale = T(at.job.unscale);
+    const T unscale = T(context.job.unscale);
     means_of_units(b, g, [unscale](T v) { return v * unscale; }, means);
   }
 }
 
 // squares <- each unit's sum of squares of the centred gradient.
-template <class T> void squares_of(const Place& at, const Block& b, const T* g, const PerUnit<T>& means, PerUnit<double>& squares) {
-  const T unscale = T(at.job.unscale);
-  reduce_squares(g, b.length, b.units, squares.at, [&means, unscale](int64_t u, T v) { return math::centred(v, unscale, means.at[u]); });
+template <class T>
+void squares_of(const ChunkContext& context, const Block& b, const T* g, const PerUnit<T>& means, PerUnit<double>& squares) {
+  const T unscale = T(context.job.unscale);
+  reduce_squares(g, b.length, b.units, squares.value,
+                 [&means, unscale](int64_t u, T v) { return math::centred(v, unscale, means.value[u]); });
 }
 
 template <class T> void weight_squares_of(const Block& b, const T* p, PerUnit<double>& squares) {
-  reduce_squares(p, b.length, b.units, squares.at, [](int64_t, T v) { return v; });
+  reduce_squares(p, b.length, b.units, squares.value, [](int64_t, T v) { return v; });
 }
 
 // The sum of squares of an array.
@@ -107,7 +109,7 @@ template <class T> double squares(const T* x, int64_t n) {
 
 inline double total(const PerUnit<double>& values, int64_t units) {
   double sum = 0;
-  for (int64_t u = 0; u < units; ++u) sum += values.at[u];
+  for (int64_t u = 0; u < units; ++u) sum += values.value[u];
   return sum;
 }
 

@@ -17,60 +17,39 @@ constexpr int64_t kWorthAThread = 32768;
 // Weights beyond this many elements are in no cache when the next pass comes to them.
 constexpr int64_t kCached = 8 << 20;
 
-bool has_long_units(const Row& row) { return row.unit_length > kUnitMax; }
-
-// The mean of a unit takes more than one chunk.
-bool mean_is_split(const Row& row) { return row.centre && (row.whole || has_long_units(row)); }
-
-double read_scalar(const char* at, DType dtype, double otherwise) {
-  if (!at) return otherwise;
-  return dtype == DType::float64 ? *reinterpret_cast<const double*>(at) : double(*reinterpret_cast<const float*>(at));
+double read_scalar(const char* address, DType dtype, double otherwise) {
+  if (!address) return otherwise;
+  return dtype == DType::float64 ? *reinterpret_cast<const double*>(address) : double(*reinterpret_cast<const float*>(address));
 }
 
-void write_scalar(char* at, DType dtype, double value) {
-  if (!at) return;
+void write_scalar(char* address, DType dtype, double value) {
+  if (!address) return;
   if (dtype == DType::float64) {
-    *reinterpret_cast<double*>(at) = value;
+    *reinterpret_cast<double*>(address) = value;
   } else {
-    *reinterpret_cast<float*>(at) = float(value);
+    *reinterpret_cast<float*>(address) = float(value);
   }
 }
 
 }  // namespace
 
-bool Table::wants(Phase phase, const Row& row) const {
-  const Settings& settings = settings_[size_t(row.group)];
-  const bool at_gradient = settings.centralize_at == Centre::gradient;
-  switch (phase) {
-    case kMean: return mean_is_split(row) && at_gradient;
-    case kSquares:
-      return wide(settings.norm_scope) || settings.skip_nonfinite || (settings.norm_scope == NormScope::unit && has_long_units(row));
-    case kRehearse: return mean_is_split(row) && !at_gradient;
-    // A rehearsed direction takes a gradient's trust ratio into account, and the ratio a rehearsed mean of the decayed gradient.
-    case kWeighFirst:
-      return settings.adapt && math::trust_of(row.rule) == math::Trust::gradient && settings.centralize_at != Centre::decayed;
-    case kWeigh: return settings.adapt && math::trust_of(row.rule) != math::Trust::none && !wants(kWeighFirst, row);
-    default: return true;
-  }
-}
-
 // Cuts a row into chunks: whole units together, long units (and rows in which units have no meaning: one unit) into segments.
-void Table::add_chunks(int32_t index) {
+void Engine::add_chunks(int32_t index) {
   const Row& row = rows_[size_t(index)];
   first_chunk_.push_back(chunks_.size());
   if (row.numel == 0) return;
-  const bool whole_units = !has_long_units(row);
-  const int64_t units = whole_units ? std::max<int64_t>(1, kChunk / row.unit_length) : 1;
+  const bool whole_units = !needs(size_t(index), Need::long_units);
+  const int64_t units = whole_units ? std::max<int64_t>(1, kCpuChunk / row.unit_length) : 1;
   const int64_t run = units * row.unit_length;
   for (int64_t begin = 0; begin < row.numel; begin += run) {
     const int64_t end = std::min(row.numel, begin + run);
-    const int64_t step = whole_units ? run : kChunk;
-    for (int64_t at = begin; at < end; at += step) chunks_.push_back({index, at, std::min(step, end - at)});
+    const int64_t step = whole_units ? run : kCpuChunk;
+    for (int64_t first = begin; first < end; first += step) chunks_.push_back({index, first, std::min(step, end - first)});
   }
 }
 
 // Rows are complete by the first call.
-void Table::plan() {
+void Engine::plan() {
   if (planned_) return;
   chunks_.clear();
   first_chunk_.clear();
@@ -78,37 +57,37 @@ void Table::plan() {
   int64_t units = 0, elements = 0;
   for (size_t i = 0; i < rows_.size(); ++i) {
     const Row& row = rows_[i];
+    steps_[i].needs = needs_of(row, settings_[size_t(row.group)], kUnitMax);
     elements += row.numel;
     add_chunks(int32_t(i));
     steps_[i].unit0 = units;
-    const bool kept = wants(kMean, row) || wants(kSquares, row) || wants(kRehearse, row);
-    if (kept && row.unit_length && (row.centre || settings_[size_t(row.group)].norm_scope == NormScope::unit))
-      units += row.numel / row.unit_length;
+    const bool kept = needs(i, Need::measured | Need::late_means);
+    if (kept && row.unit_length && (row.centre || needs(i, Need::unit_norms))) units += row.numel / row.unit_length;
   }
   cached_ = elements <= kCached;
   first_chunk_.push_back(chunks_.size());
-  for (int phase = 0; phase < kPhases; ++phase) {
+  for (int phase = 0; phase < int(Phase::count); ++phase) {
     todo_[phase].clear();
     for (size_t c = 0; c < chunks_.size(); ++c) {
-      if (wants(Phase(phase), rows_[size_t(chunks_[c].row)])) todo_[phase].push_back(int64_t(c));
+      if (needs(size_t(chunks_[c].row), need_of(Phase(phase)))) todo_[phase].push_back(int64_t(c));
     }
   }
-  // Backwards: what the norm's pass read last is still in cache.
-  std::reverse(todo_[kApply].begin(), todo_[kApply].end());
+  // Backwards: what the norms' pass read last is still in cache.
+  std::reverse(todo_[int(Phase::step)].begin(), todo_[int(Phase::step)].end());
   for (auto* v : {&chunk_mean_, &chunk_sum_, &chunk_sq_, &chunk_weight_sq_}) v->assign(chunks_.size(), 0);
   for (auto* v : {&unit_mean_, &unit_sq_, &unit_weight_sq_, &unit_direction_}) v->assign(size_t(units), 0);
   planned_ = true;
 }
 
-void Table::run(Phase phase, int threads) {
-  const std::vector<int64_t>& todo = todo_[phase];
+void Engine::run(Phase phase, int threads) {
+  const std::vector<int64_t>& todo = todo_[int(phase)];
   if (todo.empty()) return;
   const Kernels& k = kernels();
-  void (*const kernels[kPhases])(const Job&, int64_t, char*) = {k.mean, k.squares, k.weigh, k.rehearse, k.weigh, k.apply};
-  void (*const kernel)(const Job&, int64_t, char*) = kernels[phase];
-  const Job job = {rows_.data(),      settings_.data(),   steps_.data(),          chunks_.data(),        cached_,
-                   unscale_,          chunk_mean_.data(), chunk_sum_.data(),      chunk_sq_.data(),      chunk_weight_sq_.data(),
-                   unit_mean_.data(), unit_sq_.data(),    unit_weight_sq_.data(), unit_direction_.data()};
+  void (*const of_phase[])(const CpuJob&, int64_t, char*) = {k.means, k.norms, k.trust, k.late_means, k.trust, k.step};
+  void (*const kernel)(const CpuJob&, int64_t, char*) = of_phase[int(phase)];
+  const CpuJob job = {rows_.data(),      settings_.data(),   steps_.data(),          chunks_.data(),        cached_,
+                      unscale_,          chunk_mean_.data(), chunk_sum_.data(),      chunk_sq_.data(),      chunk_weight_sq_.data(),
+                      unit_mean_.data(), unit_sq_.data(),    unit_weight_sq_.data(), unit_direction_.data()};
 
   int64_t elements = 0;
   for (size_t i = 0; i < todo.size() && elements < threads * kWorthAThread; ++i) elements += chunks_[size_t(todo[i])].count;
@@ -125,14 +104,14 @@ void Table::run(Phase phase, int threads) {
   });
 }
 
-double Table::row_total(size_t row, const std::vector<double>& values) const {
+double Engine::row_total(size_t row, const std::vector<double>& values) const {
   double total = 0;
   for (size_t c = first_chunk_[row]; c < first_chunk_[row + 1]; ++c) total += values[c];
   return total;
 }
 
 // The mean over chunks [begin, end), from each one's.
-double Table::mean_of_chunks(size_t begin, size_t end) const {
+double Engine::mean_of_chunks(size_t begin, size_t end) const {
   const double first = math::anchor(chunk_mean_[begin]);
   double sum = 0, count = 0;
   for (size_t c = begin; c < end; ++c) {
@@ -143,17 +122,17 @@ double Table::mean_of_chunks(size_t begin, size_t end) const {
 }
 
 // Turns the chunks' means into unit means where a unit, or a tensor centred whole, takes several chunks.
-void Table::spread_means(std::vector<double>& unit_means, Phase phase) {
+void Engine::spread_means(std::vector<double>& unit_means, Phase phase) {
   for (size_t i = 0; i < rows_.size(); ++i) {
     const Row& row = rows_[i];
-    if (!wants(phase, row) || !row.numel) continue;
+    if (!needs(i, need_of(phase)) || !row.numel) continue;
     double* means = unit_means.data() + steps_[i].unit0;
     const int64_t units = row.numel / row.unit_length;
     if (row.whole) {
       std::fill(means, means + units, mean_of_chunks(first_chunk_[i], first_chunk_[i + 1]));
       continue;
     }
-    const size_t pieces = size_t((row.unit_length + kChunk - 1) / kChunk);
+    const size_t pieces = size_t((row.unit_length + kCpuChunk - 1) / kCpuChunk);
     for (int64_t u = 0; u < units; ++u) {
       const size_t begin = first_chunk_[i] + size_t(u) * pieces;
       means[u] = mean_of_chunks(begin, begin + pieces);
@@ -161,12 +140,11 @@ void Table::spread_means(std::vector<double>& unit_means, Phase phase) {
   }
 }
 
-void Table::collect_squares(double* sums) {
+void Engine::collect_squares(double* sums) {
   for (size_t i = 0; i < rows_.size(); ++i) {
     const Row& row = rows_[i];
-    const Settings& settings = settings_[size_t(row.group)];
-    sums[i] = wants(kSquares, row) ? row_total(i, chunk_sq_) : 0.0;
-    if (settings.norm_scope != NormScope::unit || !has_long_units(row)) continue;
+    sums[i] = needs(i, Need::norms) ? row_total(i, chunk_sq_) : 0.0;
+    if (!needs(i, Need::unit_norms) || !needs(i, Need::long_units)) continue;
     for (int64_t u = 0; u < row.numel / row.unit_length; ++u) {
       unit_sq_[size_t(steps_[i].unit0 + u)] = unit_weight_sq_[size_t(steps_[i].unit0 + u)] = 0;
     }
@@ -178,38 +156,37 @@ void Table::collect_squares(double* sums) {
   }
 }
 
-bool Table::needs_stats() {
+bool Engine::needs_stats() {
   plan();
-  return !todo_[kMean].empty() || !todo_[kSquares].empty();
+  return !todo_[int(Phase::means)].empty() || !todo_[int(Phase::norms)].empty();
 }
 
-void Table::stats(double unscale, double* sums, int threads) {
+void Engine::stats(double unscale, double* sums, int threads) {
   plan();
   unscale_ = unscale;
   for (RowStep& s : steps_) s.means_known = s.norms_known = s.directions_known = false;
-  if (!todo_[kMean].empty()) {
-    run(kMean, threads);
-    spread_means(unit_mean_, kMean);
-    for (size_t i = 0; i < rows_.size(); ++i) steps_[i].means_known = wants(kMean, rows_[i]);
+  if (!todo_[int(Phase::means)].empty()) {
+    run(Phase::means, threads);
+    spread_means(unit_mean_, Phase::means);
+    for (size_t i = 0; i < rows_.size(); ++i) steps_[i].means_known = needs(i, Need::means);
   }
-  run(kSquares, threads);
+  run(Phase::norms, threads);
   collect_squares(sums);
   for (size_t i = 0; i < rows_.size(); ++i) {
-    const Settings& settings = settings_[size_t(rows_[i].group)];
-    const bool measured = wants(kSquares, rows_[i]);
-    steps_[i].means_known |= measured && rows_[i].centre && settings.centralize_at == Centre::gradient;
-    steps_[i].norms_known = measured && settings.norm_scope == NormScope::unit && has_long_units(rows_[i]);
+    const bool measured = needs(i, Need::norms);
+    steps_[i].means_known |= measured && needs(i, Need::centre_early);
+    steps_[i].norms_known = measured && needs(i, Need::unit_norms) && needs(i, Need::long_units);
   }
 }
 
-bool Table::may_step(const double* sums) const {
+bool Engine::may_step(const double* sums) const {
   for (size_t i = 0; i < rows_.size(); ++i) {
-    if (settings_[size_t(rows_[i].group)].skip_nonfinite && !std::isfinite(sums[i])) return false;
+    if (needs(i, Need::skip) && !std::isfinite(sums[i])) return false;
   }
   return true;
 }
 
-void Table::prepare_rows(const double* sums) {
+void Engine::prepare_rows(const double* sums) {
   double global = 0;
   std::vector<double> group(settings_.size(), 0);
   for (size_t i = 0; i < rows_.size(); ++i) {
@@ -222,51 +199,51 @@ void Table::prepare_rows(const double* sums) {
     const Settings& settings = settings_[g];
     RowStep& now = steps_[i];
     const double squares = settings.norm_scope == NormScope::global ? global : settings.norm_scope == NormScope::group ? group[g] : sums[i];
-    now.factor = wide(settings.norm_scope) ? math::perturb_factor(settings.perturb, std::sqrt(squares)) : 1.0;
+    now.factor = needs(i, Need::wide_norm) ? math::perturb_factor(settings.perturb, std::sqrt(squares)) : 1.0;
     const Row& row = rows_[i];
     now.count = {read_scalar(row.step, row.step_dtype, 0) + 1, row.first, 1};
     if (row.mu_product) {
       now.count.mu_product =
           math::next_mu_product(settings, now.count.step, read_scalar(row.mu_product, row.mu_product_dtype, 1), row.mu_product_dtype);
     }
-    now.sigma = settings.noise > 0 ? math::noise_sigma(settings.noise, settings.noise_decay, now.count.step - 1) : 0.0;
+    now.sigma = needs(i, Need::noise) ? math::noise_sigma(settings.noise, settings.noise_decay, now.count.step - 1) : 0.0;
     now.trusted = false;
   }
 }
 
-void Table::weigh(Phase phase, int threads) {
+void Engine::take_trust_norms(Phase phase, int threads) {
   run(phase, threads);
   for (size_t i = 0; i < rows_.size(); ++i) {
-    if (!wants(phase, rows_[i])) continue;
+    if (!needs(i, need_of(phase))) continue;
     steps_[i].norm = std::sqrt(row_total(i, chunk_sum_));
     steps_[i].weight_norm = std::sqrt(row_total(i, chunk_weight_sq_));
     steps_[i].trusted = true;
   }
 }
 
-void Table::finish_rows(double* sums) {
+void Engine::finish_rows(double* sums) {
   for (size_t i = 0; i < rows_.size(); ++i) {
     Row& row = rows_[i];
     write_scalar(row.step, row.step_dtype, steps_[i].count.step);
     write_scalar(row.mu_product, row.mu_product_dtype, steps_[i].count.mu_product);
     row.first = false;
-    if (settings_[size_t(row.group)].norm_scope == NormScope::unit) sums[i] = row_total(i, chunk_sq_);
+    if (needs(i, Need::unit_norms)) sums[i] = row_total(i, chunk_sq_);
   }
 }
 
-bool Table::apply(double unscale, double* sums, int threads) {
+bool Engine::apply(double unscale, double* sums, int threads) {
   plan();
   unscale_ = unscale;
   if (!may_step(sums)) return false;
   prepare_rows(sums);
-  weigh(kWeighFirst, threads);
-  if (!todo_[kRehearse].empty()) {
-    run(kRehearse, threads);
-    spread_means(unit_direction_, kRehearse);
-    for (size_t i = 0; i < rows_.size(); ++i) steps_[i].directions_known = wants(kRehearse, rows_[i]);
+  take_trust_norms(Phase::early_trust, threads);
+  if (!todo_[int(Phase::late_means)].empty()) {
+    run(Phase::late_means, threads);
+    spread_means(unit_direction_, Phase::late_means);
+    for (size_t i = 0; i < rows_.size(); ++i) steps_[i].directions_known = needs(i, Need::late_means);
   }
-  weigh(kWeigh, threads);
-  run(kApply, threads);
+  take_trust_norms(Phase::late_trust, threads);
+  run(Phase::step, threads);
   finish_rows(sums);
   return true;
 }

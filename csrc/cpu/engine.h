@@ -6,11 +6,11 @@
 #include <vector>
 
 #include "cpu/kernels.h"
-#include "rows.h"
+#include "plan/rows.h"
 
 namespace gradfused::cpu {
 
-class Table : public Rows {
+class Engine : public Rows {
  public:
   using Rows::Rows;
 
@@ -26,11 +26,9 @@ class Table : public Rows {
   bool apply(double unscale, double* sums, int threads);
 
  private:
-  enum Phase { kMean, kSquares, kWeighFirst, kRehearse, kWeigh, kApply, kPhases };
-
   void plan();
   void add_chunks(int32_t row);
-  bool wants(Phase phase, const Row& row) const;
+  bool needs(size_t row, Needs bits) const { return steps_[row].needs & bits; }
   void run(Phase phase, int threads);
   double mean_of_chunks(size_t begin, size_t end) const;
   double row_total(size_t row, const std::vector<double>& chunk_values) const;
@@ -38,14 +36,14 @@ class Table : public Rows {
   void collect_squares(double* sums);
   bool may_step(const double* sums) const;
   void prepare_rows(const double* sums);
-  void weigh(Phase phase, int threads);
+  void take_trust_norms(Phase phase, int threads);
   void finish_rows(double* sums);
 
   bool planned_ = false, cached_ = true;
   std::vector<RowStep> steps_;
-  std::vector<Chunk> chunks_;
-  std::vector<size_t> first_chunk_;     // of each row, and the end
-  std::vector<int64_t> todo_[kPhases];  // chunks of each phase
+  std::vector<CpuChunk> chunks_;
+  std::vector<size_t> first_chunk_;               // of each row, and the end
+  std::vector<int64_t> todo_[int(Phase::count)];  // chunks of each phase
   std::vector<double> chunk_mean_, chunk_sum_, chunk_sq_, chunk_weight_sq_, unit_mean_, unit_sq_, unit_weight_sq_, unit_direction_;
   double unscale_ = 1;
   std::vector<std::unique_ptr<char[]>> scratch_;

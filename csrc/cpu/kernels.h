@@ -2,14 +2,14 @@
 #pragma once
 
 #include "lpg/problem.h"
-#include "table.h"
+#include "plan/needs.h"
 
 namespace gradfused::cpu {
 
 // Units up to this length are worked on whole, in a core's own cache; longer ones are cut into segments whose sums are combined first.
 constexpr int64_t kUnitMax = 16384;
 // Elements a thread takes at a time: the grain of the schedule and of partial sums, whatever the number of threads.
-constexpr int64_t kChunk = 65536;
+constexpr int64_t kCpuChunk = 65536;
 // Elements that go through the stages together: gradients, states and scratch stay in the L1 cache in between.
 constexpr int64_t kBlock = 1024;
 
@@ -18,28 +18,29 @@ constexpr int64_t kBuffers = 4 + kMaxStates;
 constexpr int64_t kScratchBytes = kBuffers * kUnitMax * int64_t{sizeof(double)};
 
 // A run of elements of one row: whole units, or a segment of a long one.
-struct Chunk {
+struct CpuChunk {
   int32_t row;
   int64_t begin, count;
 };
 
 // What a row needs besides its operands, worked out anew for each step.
 struct RowStep {
+  Needs needs = 0;
   Count count = {0, false, 1};
   double factor = 1;                 // s(n) of a scope wider than the unit
   double sigma = 0;                  // noise
   double weight_norm = 0, norm = 0;  // of the whole row, where the rule trusts them
   bool trusted = false;
-  bool means_known = false, norms_known = false, directions_known = false;  // of its units, in Job
-  int64_t unit0 = 0;                                                        // its first unit's place in Job's arrays
+  bool means_known = false, norms_known = false, directions_known = false;  // of its units, in CpuJob
+  int64_t unit0 = 0;                                                        // its first unit's place in CpuCpuJob's arrays
 };
 
 // One step's work, shared by all threads. Sums are float64 and each has one writer.
-struct Job {
+struct CpuJob {
   const Row* rows;
   const Settings* settings;
   const RowStep* steps;
-  const Chunk* chunks;
+  const CpuChunk* chunks;
   bool cached;         // the table may be found in a cache from one step to the next
   double unscale;      // 1 / grad_scale
   double* chunk_mean;  // a slot a chunk, of the unscaled gradient or of what is centred late
@@ -52,15 +53,15 @@ struct Job {
 struct Kernels {
   const char* isa;
   // chunk_mean <- mean of the unscaled gradient
-  void (*mean)(const Job&, int64_t chunk, char* scratch);
+  void (*means)(const CpuJob&, int64_t chunk, char* scratch);
   // chunk_sq, and unit_mean where units are whole
-  void (*squares)(const Job&, int64_t chunk, char* scratch);
+  void (*norms)(const CpuJob&, int64_t chunk, char* scratch);
   // chunk_mean <- mean of the update (or of the decayed gradient, whichever is to be centred), changing nothing
-  void (*rehearse)(const Job&, int64_t chunk, char* scratch);
+  void (*late_means)(const CpuJob&, int64_t chunk, char* scratch);
   // chunk_weight_sq, and chunk_sum <- the squares of what a trust ratio compares them with
-  void (*weigh)(const Job&, int64_t chunk, char* scratch);
+  void (*trust)(const CpuJob&, int64_t chunk, char* scratch);
   // the step
-  void (*apply)(const Job&, int64_t chunk, char* scratch);
+  void (*step)(const CpuJob&, int64_t chunk, char* scratch);
   // every stream in place with no math: the memory roof; `nothing` is 0
   void (*roof)(float* const* written, int writes, const float* const* read, int reads, int64_t begin, int64_t end, float nothing);
   const LpgKernels& (*lpg)();

@@ -12,8 +12,8 @@ template <bool kNoisy, bool kDecayed, class T>
 void transform(const Block& b, const T* __restrict g, const float* __restrict noise, const T* __restrict p, T* __restrict to,
                const PerUnit<T>& means, const PerUnit<T>& factors, math::Transform<T> t) {
   for (int64_t u = 0; u < b.units; ++u) {
-    t.mean = means.at[u];
-    t.factor = factors.at[u];
+    t.mean = means.value[u];
+    t.factor = factors.value[u];
     for (int64_t i = u * b.length; i < (u + 1) * b.length; ++i) {
       T x = math::perturbed(g[i], t);
       if (kNoisy) x = x + t.sigma * T(noise[i]);
@@ -39,13 +39,13 @@ template <class R, class T> struct Register {
 };
 
 // g <- the direction the rule takes. The states move unless this is a rehearsal.
-template <class R, bool kRehearse, class T>
+template <class R, bool kKeep, class T>
 void direct(T* __restrict g, const T* __restrict p, T* __restrict s0, T* __restrict s1, T* __restrict s2, T* __restrict s3, int64_t n,
             const typename R::template Coef<T> c) {
   for (int64_t i = 0; i < n; ++i) {
     Register<R, T> state(s0, s1, s2, s3, i);
     g[i] = R::direction(g[i], p[i], state.s, c);
-    if (!kRehearse) state.store(s0, s1, s2, s3, i);
+    if (kKeep) state.store(s0, s1, s2, s3, i);
   }
 }
 
@@ -92,8 +92,8 @@ __attribute__((noinline)) void step_units(const Block& b, const S* __restrict g,
                                           S* __restrict s2, S* __restrict s3, const PerUnit<T>& means, const PerUnit<T>& factors,
                                           math::Transform<T> t, const typename R::template Coef<T> c) {
   for (int64_t u = 0; u < b.units; ++u) {
-    t.mean = means.at[u];
-    t.factor = factors.at[u];
+    t.mean = means.value[u];
+    t.factor = factors.value[u];
     int64_t i = u * b.length;
     const int64_t end = i + b.length;
     for (; i + kFew<S> <= end; i += kFew<S>) step_few<R, kBefore, kFew<S>>(g, p, s0, s1, s2, s3, i, t, c);

@@ -15,21 +15,25 @@ namespace {
 
 // As many counter words as a register holds, and their product: the compiler does not find the widening one by itself.
 #if defined(__AVX512F__)
-typedef unsigned long long Words __attribute__((vector_size(64)));
-inline Words multiply(const Words& x, uint32_t by) { return (Words)_mm512_mul_epu32((__m512i)x, _mm512_set1_epi64(by)); }
+typedef unsigned long long CounterWords __attribute__((vector_size(64)));
+inline CounterWords multiply(const CounterWords& x, uint32_t by) {
+  return (CounterWords)_mm512_mul_epu32((__m512i)x, _mm512_set1_epi64(by));
+}
 #elif defined(__AVX2__)
-typedef unsigned long long Words __attribute__((vector_size(32)));
-inline Words multiply(const Words& x, uint32_t by) { return (Words)_mm256_mul_epu32((__m256i)x, _mm256_set1_epi64x(by)); }
+typedef unsigned long long CounterWords __attribute__((vector_size(32)));
+inline CounterWords multiply(const CounterWords& x, uint32_t by) {
+  return (CounterWords)_mm256_mul_epu32((__m256i)x, _mm256_set1_epi64x(by));
+}
 #elif defined(GRADFUSED_X86)
-typedef unsigned long long Words __attribute__((vector_size(16)));
-inline Words multiply(const Words& x, uint32_t by) { return (Words)_mm_mul_epu32((__m128i)x, _mm_set1_epi64x(by)); }
+typedef unsigned long long CounterWords __attribute__((vector_size(16)));
+inline CounterWords multiply(const CounterWords& x, uint32_t by) { return (CounterWords)_mm_mul_epu32((__m128i)x, _mm_set1_epi64x(by)); }
 #else
-using Words = uint64_t;
-inline Words multiply(Words x, uint32_t by) { return math::Multiply()(x, by); }
+using CounterWords = uint64_t;
+inline CounterWords multiply(CounterWords x, uint32_t by) { return math::Multiply()(x, by); }
 #endif
 
 constexpr int kQuads = 32;
-constexpr int kWide = sizeof(Words) / sizeof(uint64_t);
+constexpr int kWide = sizeof(CounterWords) / sizeof(uint64_t);
 
 // words[k] <- the k-th word of each counter. `mark` tells draws of one kind from another's.
 inline void philox_quads(uint64_t seed, uint64_t quad, uint32_t mark, uint32_t param_number, uint32_t step, uint32_t (*words)[kQuads]) {
@@ -41,10 +45,10 @@ inline void philox_quads(uint64_t seed, uint64_t quad, uint32_t mark, uint32_t p
     counters[3][i] = step;
   }
   for (int i = 0; i < kQuads; i += kWide) {
-    Words c[4];
-    for (int k = 0; k < 4; ++k) memcpy(&c[k], &counters[k][i], sizeof(Words));
-    math::philox(seed, c[0], c[1], c[2], c[3], [](const Words& x, uint32_t by) { return multiply(x, by); });
-    for (int k = 0; k < 4; ++k) memcpy(&counters[k][i], &c[k], sizeof(Words));
+    CounterWords c[4];
+    for (int k = 0; k < 4; ++k) memcpy(&c[k], &counters[k][i], sizeof(CounterWords));
+    math::philox(seed, c[0], c[1], c[2], c[3], [](const CounterWords& x, uint32_t by) { return multiply(x, by); });
+    for (int k = 0; k < 4; ++k) memcpy(&counters[k][i], &c[k], sizeof(CounterWords));
   }
   for (int k = 0; k < 4; ++k) {
     for (int i = 0; i < kQuads; ++i) words[k][i] = uint32_t(counters[k][i]);

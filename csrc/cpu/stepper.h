@@ -16,80 +16,83 @@ template <> constexpr bool kSeldom<Half> = true;
 // One chunk's walk through a step, with rule R in type T.
 template <class R, class T> class Stepper {
  public:
-  Stepper(const Place& at, char* scratch)
-      : at_(at), scratch_(scratch), ridden_(is_ridden(at.row, at.settings)), coef_(R::template coef<T>(at.settings, at.now.count)) {
+  Stepper(const ChunkContext& context, char* scratch)
+      : context_(context),
+        scratch_(scratch),
+        ridden_(context.needs(Need::riders)),
+        coef_(R::template coef<T>(context.settings, context.now.count)) {
     static_assert(R::states <= 4, "direct() names its states");
     if constexpr (R::trust != math::Trust::none) {
-      if (at.now.trusted) R::template trusted<T>(coef_, at.settings, at.now.weight_norm, at.now.norm);
+      if (context.now.trusted) R::template trusted<T>(coef_, context.settings, context.now.weight_norm, context.now.norm);
     }
-    t_.unscale = T(at.job.unscale);
+    t_.unscale = T(context.job.unscale);
     t_.mean = T(0);
     t_.factor = T(1);
-    t_.hi = T(at.settings.clip_value);
-    t_.sigma = T(at.now.sigma);
-    t_.sign = T(at.settings.sign);
-    t_.decay = at.settings.decoupled ? T(0) : T(at.settings.weight_decay);
+    t_.hi = T(context.settings.clip_value);
+    t_.sigma = T(context.now.sigma);
+    t_.sign = T(context.settings.sign);
+    t_.decay = context.settings.decoupled ? T(0) : T(context.settings.weight_decay);
   }
 
-  void apply() {
+  void step() {
     step_chunk();
     fence();
-    if (at_.by_unit && !at_.now.norms_known) at_.job.chunk_sq[at_.index] = squares_;
+    if (context_.needs(Need::unit_norms) && !context_.now.norms_known) context_.job.chunk_sq[context_.index] = squares_;
   }
 
   // The chunk's part of what centre() would take the mean of, for units whose mean takes several chunks.
-  void rehearse() {
-    RunningMean<T> mean;
-    at_.for_each_block([&](const Block& b) {
+  void late_mean() {
+    BlockMean<T> mean;
+    context_.for_each_block([&](const Block& b) {
       open_block(b);
       measure(b);
       prepare(b);
-      if (at_.settings.centralize_at == Centre::update) rehearse_direction(b);
+      if (context_.needs(Need::centre_update)) look_ahead(b);
       mean.add(g_, b.count, [](T v) { return v; });
     });
-    at_.job.chunk_mean[at_.index] = mean.get();
+    context_.job.chunk_mean[context_.index] = mean.get();
   }
 
   // Squares of the weights, and of what the rule's trust in its step depends on besides.
-  void weigh() {
+  void trust_norms() {
     double sum = 0, weights = 0;
-    at_.for_each_block([&](const Block& b) {
+    context_.for_each_block([&](const Block& b) {
       open_block(b);
       measure(b);
       prepare(b);
-      if (at_.row.centre && at_.settings.centralize_at == Centre::decayed) centre(b);
+      if (context_.needs(Need::centre_decayed)) centre(b);
       if (R::trust == math::Trust::update) {
-        rehearse_direction(b);
-        if (at_.row.centre && at_.settings.centralize_at == Centre::update) centre(b);
-        const T decay = T(at_.settings.weight_decay);
+        look_ahead(b);
+        if (context_.needs(Need::centre_update)) centre(b);
+        const T decay = T(context_.settings.weight_decay);
         for (int64_t i = 0; i < b.count; ++i) g_[i] = g_[i] + decay * p_[i];
       }
       sum += squares(g_, b.count);
       weights += squares(p_, b.count);
     });
-    at_.job.chunk_sum[at_.index] = sum;
-    at_.job.chunk_weight_sq[at_.index] = weights;
+    context_.job.chunk_sum[context_.index] = sum;
+    context_.job.chunk_weight_sq[context_.index] = weights;
   }
 
  private:
   void open_block(const Block& b) {
-    raw_ = open(at_.row.grad, b.begin, b.count, buffer<T>(scratch_, kRaw));
-    p_ = ridden_ ? open_weights<T>(at_, b, scratch_) : open(at_.row.param, b.begin, b.count, buffer<T>(scratch_, kParam));
+    raw_ = open(context_.row.grad, b.begin, b.count, buffer<T>(scratch_, kRaw));
+    p_ = ridden_ ? open_weights<T>(context_, b, scratch_) : open(context_.row.param, b.begin, b.count, buffer<T>(scratch_, kParam));
     for (int k = 0; k < R::states; ++k) {
       T* const own = buffer<T>(scratch_, kState + k);
-      s_[k] = around_ ? own : open<R::reads_state>(at_.row.state[k], b.begin, b.count, own);
+      s_[k] = around_ ? own : open<R::reads_state>(context_.row.state[k], b.begin, b.count, own);
     }
   }
 
   void close_block(const Block& b) {
-    ridden_ ? close_weights(at_, b, scratch_, p_) : close(at_.row.param, b.begin, b.count, p_);
+    ridden_ ? close_weights(context_, b, scratch_, p_) : close(context_.row.param, b.begin, b.count, p_);
     for (int k = 0; k < R::states; ++k) {
-      around_ ? store_around(at_.row.state[k], b.begin, b.count, s_[k]) : close(at_.row.state[k], b.begin, b.count, s_[k]);
+      around_ ? store_around(context_.row.state[k], b.begin, b.count, s_[k]) : close(context_.row.state[k], b.begin, b.count, s_[k]);
     }
   }
 
   void measure(const Block& b) {
-    means_of(at_, b, raw_, means_);
+    means_of(context_, b, raw_, means_);
     set_factors(b);
   }
 
@@ -106,29 +109,29 @@ template <class R, class T> class Stepper {
 
   // Perturbing would leave every gradient as it is.
   bool untouched() const {
-    const bool by_one = at_.now.factor == 1.0 && t_.unscale == T(1) && t_.sign == T(1);
-    return by_one && !at_.by_unit && !at_.centre_gradient && t_.hi == T(INFINITY);
+    const bool by_one = context_.now.factor == 1.0 && t_.unscale == T(1) && t_.sign == T(1);
+    return by_one && !context_.needs(Need::unit_norms) && !context_.needs(Need::centre_early) && t_.hi == T(INFINITY);
   }
 
   // Every operand is a plain array of this type, and nothing rides on the weights.
   bool stored_as(DType dtype) const {
     const auto is = [dtype](const Operand& x) { return x.dims == 0 && x.dtype == dtype; };
-    bool all = !ridden_ && is(at_.row.param) && is(at_.row.grad);
-    for (int k = 0; k < R::states; ++k) all = all && is(at_.row.state[k]);
+    bool all = !ridden_ && is(context_.row.param) && is(context_.row.grad);
+    for (int k = 0; k < R::states; ++k) all = all && is(context_.row.state[k]);
     return all;
   }
 
   void step_chunk() {
     // The loop's start-up is not worth it for short units.
-    const bool short_units = at_.whole_units && at_.row.unit_length <= kShortUnit;
-    const bool in_one_loop = t_.sigma == T(0) && (!at_.row.centre || at_.centre_gradient) && !short_units;
+    const bool short_units = context_.whole_units && context_.row.unit_length <= kShortUnit;
+    const bool in_one_loop = t_.sigma == T(0) && !context_.needs(Need::centre_late) && !short_units;
     if constexpr (sizeof(T) == sizeof(float)) {
       if (in_one_loop && stored_as(DType::bfloat16)) return step_stored<BFloat16>();
       if constexpr (R::half_in_loop && kFew<Half> > 1) {
         if (in_one_loop && stored_as(DType::float16)) return step_stored<Half>();
       }
     }
-    at_.for_each_block([&](const Block& b) {
+    context_.for_each_block([&](const Block& b) {
       open_block(b);
       measure(b);
       in_one_loop ? together(b, raw_, p_, s_) : stage_by_stage(b);
@@ -139,28 +142,28 @@ template <class R, class T> class Stepper {
   // 16-bit arrays are widened in the loop: through buffers, each operand would be a stream alone.
   template <class S> void step_stored() {
     const auto array = [](const Operand& x, int64_t begin) { return reinterpret_cast<S*>(x.data) + begin; };
-    const bool by_unit = at_.by_unit && !at_.now.norms_known;
-    at_.for_each_block([&](const Block& b) {
-      if (by_unit || (at_.centre_gradient && !at_.now.means_known)) {
-        raw_ = open(at_.row.grad, b.begin, b.count, buffer<T>(scratch_, kRaw));
+    const bool by_unit = context_.needs(Need::unit_norms) && !context_.now.norms_known;
+    context_.for_each_block([&](const Block& b) {
+      if (by_unit || (context_.needs(Need::centre_early) && !context_.now.means_known)) {
+        raw_ = open(context_.row.grad, b.begin, b.count, buffer<T>(scratch_, kRaw));
       }
-      if (by_unit && at_.settings.agc) p_ = open(at_.row.param, b.begin, b.count, buffer<T>(scratch_, kParam));
+      if (by_unit && context_.needs(Need::agc)) p_ = open(context_.row.param, b.begin, b.count, buffer<T>(scratch_, kParam));
       measure(b);
       S* s[kMaxStates] = {};
-      for (int k = 0; k < R::states; ++k) s[k] = array(at_.row.state[k], b.begin);
-      together<S>(b, array(at_.row.grad, b.begin), array(at_.row.param, b.begin), s);
+      for (int k = 0; k < R::states; ++k) s[k] = array(context_.row.state[k], b.begin);
+      together<S>(b, array(context_.row.grad, b.begin), array(context_.row.param, b.begin), s);
     });
   }
 
   void stage_by_stage(const Block& b) {
     prepare(b);
-    if (at_.row.centre && at_.settings.centralize_at == Centre::decayed) centre(b);
-    direct<R, false>(g_, p_, s_[0], s_[1], s_[2], s_[3], b.count, coef_);
-    if (at_.row.centre && at_.settings.centralize_at == Centre::update) centre(b);
+    if (context_.needs(Need::centre_decayed)) centre(b);
+    direct<R, true>(g_, p_, s_[0], s_[1], s_[2], s_[3], b.count, coef_);
+    if (context_.needs(Need::centre_update)) centre(b);
     descend(p_, g_, b.count, coef_.shrink, coef_.step);
   }
 
-  void rehearse_direction(const Block& b) { direct<R, true>(g_, p_, s_[0], s_[1], s_[2], s_[3], b.count, coef_); }
+  void look_ahead(const Block& b) { direct<R, false>(g_, p_, s_[0], s_[1], s_[2], s_[3], b.count, coef_); }
 
   // g_ <- the gradient as the rule sees it.
   void prepare(const Block& b) {
@@ -175,44 +178,44 @@ template <class R, class T> class Stepper {
 
   const float* draw(const Block& b) {
     float* noise = reinterpret_cast<float*>(buffer<T>(scratch_, kNoise));
-    noise_run(at_.settings.seed, b.begin, b.count, at_.row.param_number, math::step_word(at_.now.count.step), noise);
+    noise_run(context_.settings.seed, b.begin, b.count, context_.row.param_number, math::step_word(context_.now.count.step), noise);
     return noise;
   }
 
   void set_factors(const Block& b) {
-    if (!at_.by_unit) {
-      for (int64_t u = 0; u < b.units; ++u) factors_.at[u] = T(at_.now.factor);
+    if (!context_.needs(Need::unit_norms)) {
+      for (int64_t u = 0; u < b.units; ++u) factors_.value[u] = T(context_.now.factor);
       return;
     }
     PerUnit<double> squares, weights;
-    if (at_.now.norms_known) {  // a piece of one long unit
-      squares.at[0] = at_.job.unit_sq[b.unit0];
-      weights.at[0] = at_.job.unit_weight_sq[b.unit0];
+    if (context_.now.norms_known) {  // a piece of one long unit
+      squares.value[0] = context_.job.unit_sq[b.unit0];
+      weights.value[0] = context_.job.unit_weight_sq[b.unit0];
     } else {
-      squares_of(at_, b, raw_, means_, squares);
-      if (at_.settings.agc) weight_squares_of(b, p_, weights);
+      squares_of(context_, b, raw_, means_, squares);
+      if (context_.needs(Need::agc)) weight_squares_of(b, p_, weights);
     }
     for (int64_t u = 0; u < b.units; ++u) {
-      squares_ += squares.at[u];
-      const double norm = sqrt(squares.at[u]);
-      factors_.at[u] = T(at_.settings.agc ? math::agc_factor(at_.settings.radius, sqrt(weights.at[u]), norm)
-                                          : math::perturb_factor(at_.settings.perturb, norm));
+      squares_ += squares.value[u];
+      const double norm = sqrt(squares.value[u]);
+      factors_.value[u] = T(context_.needs(Need::agc) ? math::agc_factor(context_.settings.radius, sqrt(weights.value[u]), norm)
+                                                      : math::perturb_factor(context_.settings.perturb, norm));
     }
   }
 
   void centre(const Block& b) {
     PerUnit<T> means;
-    const bool known = at_.now.directions_known;
+    const bool known = context_.now.directions_known;
     if (!known) means_of_units(b, g_, [](T v) { return v; }, means);
     for (int64_t u = 0; u < b.units; ++u) {
-      const T mean = known ? T(at_.job.unit_direction[b.unit0 + u]) : means.at[u];
+      const T mean = known ? T(context_.job.unit_direction[b.unit0 + u]) : means.value[u];
       for (int64_t i = u * b.length; i < (u + 1) * b.length; ++i) g_[i] = g_[i] - mean;
     }
   }
 
-  const Place& at_;
+  const ChunkContext& context_;
   char* const scratch_;
-  const bool ridden_, around_ = !R::reads_state && !at_.job.cached;  // around_: state is written alone
+  const bool ridden_, around_ = !R::reads_state && !context_.job.cached;  // around_: state is written alone
   typename R::template Coef<T> coef_;
   math::Transform<T> t_;
   PerUnit<T> means_, factors_;

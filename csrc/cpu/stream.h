@@ -7,7 +7,7 @@
 #endif
 
 #include "cpu/convert.h"
-#include "table.h"
+#include "schema.h"
 
 namespace gradfused::cpu {
 namespace {

@@ -10,24 +10,19 @@
 namespace gradfused::cpu {
 namespace {
 
-// Whether the weights of a row are more than an array that is read and written.
-inline bool is_ridden(const Row& row, const Settings& settings) {
-  return row.source.data || row.master.data || row.ema.data || row.precision != Precision::none || settings.zero_grad_in_step;
-}
-
 // Where the weights are before the step, as the parameter's dtype has them.
 inline const Operand& kept_weights(const Row& row) { return row.source.data ? row.source : row.param; }
 
 // x <- values that its 16-bit format can hold, each to one of its two neighbours there, the nearer the likelier.
-template <class T> void round_randomly(const Place& at, const Block& b, T* x) {
+template <class T> void round_randomly(const ChunkContext& context, const Block& b, T* x) {
   uint32_t words[4 * kQuads];
   for (int64_t done = 0; done < b.count;) {
     const int64_t begin = b.begin + done, skip = begin % 4, most = 4 * kQuads - skip, n = smaller(most, b.count - done);
-    random_quads(at.settings.seed, uint64_t(begin / 4), at.row.param_number, math::step_word(at.now.count.step), words);
+    random_quads(context.settings.seed, uint64_t(begin / 4), context.row.param_number, math::step_word(context.now.count.step), words);
     for (int64_t i = 0; i < n; ++i) {
       const float v = float(x[done + i]);
       x[done + i] =
-          T(at.row.param.dtype == DType::bfloat16 ? math::random_bfloat16(v, words[skip + i]) : math::random_half(v, words[skip + i]));
+          T(context.row.param.dtype == DType::bfloat16 ? math::random_bfloat16(v, words[skip + i]) : math::random_half(v, words[skip + i]));
     }
     done += n;
   }
@@ -51,14 +46,14 @@ template <class T> void believe_half(const T* copy, int64_t n, T* p) {
 }
 
 // The weights in `scratch` or in place, and there, unless `written`, as they are. The buffer of the transformed gradient is free by then.
-template <class T> T* open_weights(const Place& at, const Block& b, char* scratch, bool written = true) {
-  const Row& row = at.row;
+template <class T> T* open_weights(const ChunkContext& context, const Block& b, char* scratch, bool written = true) {
+  const Row& row = context.row;
   T* const own = buffer<T>(scratch, kParam);
   const Operand& kept = kept_weights(row);
-  const bool kahan = row.precision == Precision::kahan;
-  if (!row.master.data && !kahan && !(row.source.data && written)) return open(kept, b.begin, b.count, own);
+  const bool kahan = context.needs(Need::kahan);
+  if (!context.needs(Need::copy) && !kahan && !(context.needs(Need::source) && written)) return open(kept, b.begin, b.count, own);
   load(kept, b.begin, b.count, own);
-  if (row.master.data) {
+  if (context.needs(Need::copy)) {
     const T* const copy = open(row.master, b.begin, b.count, buffer<T>(scratch, kGrad));
     row.param.dtype == DType::bfloat16 ? believe_bfloat16(copy, b.count, own) : believe_half(copy, b.count, own);
   }
@@ -71,30 +66,30 @@ template <class T> T* open_weights(const Place& at, const Block& b, char* scratc
 }
 
 // Takes the step's weights `p` to where they are kept. The gradient's buffers are free by now.
-template <class T> void close_weights(const Place& at, const Block& b, char* scratch, T* p) {
-  const Row& row = at.row;
-  if (row.ema.data) {
+template <class T> void close_weights(const ChunkContext& context, const Block& b, char* scratch, T* p) {
+  const Row& row = context.row;
+  if (context.needs(Need::ema)) {
     T* const average = open(row.ema, b.begin, b.count, buffer<T>(scratch, kGrad));
-    const auto mix = math::Mix<T>::of(1.0 - at.settings.ema);
+    const auto mix = math::Mix<T>::of(1.0 - context.settings.ema);
     for (int64_t i = 0; i < b.count; ++i) average[i] = mix(average[i], p[i]);
     close(row.ema, b.begin, b.count, average);
   }
-  if (row.precision == Precision::stochastic) round_randomly(at, b, p);
-  if (row.precision == Precision::master) store(row.master, b.begin, b.count, p);
-  if (row.source.data && row.precision != Precision::kahan && !at.job.cached) {
+  if (context.needs(Need::stochastic)) round_randomly(context, b, p);
+  if (context.needs(Need::master)) store(row.master, b.begin, b.count, p);
+  if (context.needs(Need::source) && !context.needs(Need::kahan) && !context.job.cached) {
     store_around(row.param, b.begin, b.count, p);
-  } else if (row.source.data || row.precision != Precision::none) {
+  } else if (context.needs(Need::source | Need::kahan | Need::stochastic | Need::master)) {
     store(row.param, b.begin, b.count, p);
   } else {
     close(row.param, b.begin, b.count, p);
   }
-  if (row.precision == Precision::kahan) {
+  if (context.needs(Need::kahan)) {
     T* const rest = buffer<T>(scratch, kRaw);
     load(row.param, b.begin, b.count, rest);
     for (int64_t i = 0; i < b.count; ++i) rest[i] = p[i] - rest[i];
     store(row.kahan_comp, b.begin, b.count, rest);
   }
-  if (at.settings.zero_grad_in_step) {
+  if (context.needs(Need::zero_grad_in_step)) {
     T* const zeros = buffer<T>(scratch, kRaw);
     for (int64_t i = 0; i < b.count; ++i) zeros[i] = T(0);
     store(row.grad, b.begin, b.count, zeros);

@@ -21,7 +21,7 @@ void Table::upload(int device, void* stream) {
     stream_ = stream;
     stream_checked_ = true;
   }
-  for (const Patch& p : patches()) launch_patch(const_cast<void*>(p.to), p.bytes.data(), p.bytes.size(), device, stream);
+  for (const DevicePatch& p : patches()) launch_patch(const_cast<void*>(p.to), p.bytes.data(), p.bytes.size(), device, stream);
 }
 
 void Table::stats(int device, void* stream, const float* grad_scale, const float* found_inf) {

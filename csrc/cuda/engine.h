@@ -2,13 +2,13 @@
 #pragma once
 
 #include "cuda/job.h"
-#include "device/plan.h"
+#include "plan/device.h"
 
 namespace gradfused::cuda {
 
-class Table : public device::Plan {
+class Table : public device::DevicePlan {
  public:
-  using Plan::Plan;
+  using DevicePlan::DevicePlan;
 
   // grad_scale and found_inf are float32 scalars in device memory, or null.
   void stats(int device, void* stream, const float* grad_scale, const float* found_inf);

@@ -1,7 +1,7 @@
 // What the kernels of a step are given: one table in device memory, cut into chunks.
 #pragma once
 
-#include "device/layout.h"
+#include "plan/layout.h"
 
 namespace gradfused::cuda {
 

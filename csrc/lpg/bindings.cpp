@@ -17,7 +17,7 @@ class Lpg {
       int64_t class_stride, bool columns, uintptr_t target, int64_t ignore_index, uintptr_t weight, double weight_sum, double smoothing,
       uintptr_t saved, int threads)
       : problem_{reinterpret_cast<const char*>(logits),
-                 bind::dtype_named(dtype),
+                 bind::named<DType>(dtype),
                  rows,
                  classes,
                  inner,

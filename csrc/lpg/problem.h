@@ -3,7 +3,7 @@
 #pragma once
 
 #include "math/device.h"
-#include "table.h"
+#include "schema.h"
 
 namespace gradfused::cpu {
 

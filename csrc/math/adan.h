@@ -14,7 +14,7 @@ struct Adan : RuleBase {
   };
   // Proximal decay divides by 1 + lr * weight_decay after the update.
   template <class T> GRADFUSED_MATH static Coef<T> coef(const Settings& settings, const Count& now) {
-    const double correction1 = 1.0 - pow(settings.beta1, now.step), correction2 = 1.0 - pow(settings.beta2, now.step);
+    const double correction1 = correction(settings.beta1, now.step), correction2 = correction(settings.beta2, now.step);
     const double decay = settings.lr * settings.weight_decay, by = settings.proximal ? 1.0 / (1.0 + decay) : 1.0;
     return {T(settings.proximal ? by : 1.0 - decay),
             T(settings.lr / correction1 * by),
@@ -24,7 +24,7 @@ struct Adan : RuleBase {
             T(1.0 - settings.beta2),
             T(settings.beta3),
             T(1.0 - settings.beta3),
-            T(1.0 / sqrt(1.0 - pow(settings.beta3, now.step))),
+            T(1.0 / sqrt(correction(settings.beta3, now.step))),
             T(settings.eps),
             T(settings.beta2 * correction1 / correction2),
             T(now.first ? 0 : 1)};

@@ -12,17 +12,15 @@ struct LAMB : RuleBase {
   static constexpr Trust trust = Trust::update;
   template <class T> struct Coef {
     T shrink, step;
-    Mix<T> average;
-    T beta2, fresh_sq, unbias1, unbias2, eps;
+    Moments<T> moments;
+    T unbias1, unbias2, eps;
   };
   template <class T> GRADFUSED_MATH static Coef<T> coef(const Settings& settings, const Count& now) {
-    return {T(1.0 - settings.lr * settings.weight_decay),
+    return {T(decayed(settings)),
             T(settings.lr),
-            Mix<T>::of(1.0 - settings.beta1),
-            T(settings.beta2),
-            T(1.0 - settings.beta2),
-            T(1.0 / (1.0 - pow(settings.beta1, now.step))),
-            T(1.0 / sqrt(1.0 - pow(settings.beta2, now.step))),
+            Moments<T>::of(settings),
+            T(1.0 / correction(settings.beta1, now.step)),
+            T(1.0 / sqrt(correction(settings.beta2, now.step))),
             T(settings.eps)};
   }
   // `norm` is that of direction + weight_decay * p.
@@ -32,8 +30,7 @@ struct LAMB : RuleBase {
     c.step = T(rate);
   }
   template <class T> GRADFUSED_MATH static T direction(T g, T, T* s, const Coef<T>& c) {
-    s[0] = c.average(s[0], g);
-    s[1] = s[1] * c.beta2 + g * c.fresh_sq * g;
+    c.moments.update(g, s);
     return s[0] * c.unbias1 / (root(s[1]) * c.unbias2 + c.eps);
   }
 };

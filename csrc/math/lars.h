@@ -11,17 +11,11 @@ template <bool kMomentum> struct LARSRule : RuleBase {
   static constexpr bool coupled = false;
   static constexpr Trust trust = Trust::gradient;
   template <class T> struct Coef {
-    T shrink, step, decay, scale, momentum, fresh;
-    bool nesterov;
+    T shrink, step, decay, scale;
+    Momentum<T> momentum;
   };
   template <class T> GRADFUSED_MATH static Coef<T> coef(const Settings& settings, const Count& now) {
-    return {T(1),
-            T(settings.lr),
-            T(settings.weight_decay),
-            T(1),
-            T(settings.momentum),
-            T(now.first ? 1.0 : 1.0 - settings.dampening),
-            settings.nesterov};
+    return {T(1), T(settings.lr), T(settings.weight_decay), T(1), Momentum<T>::of(settings, now)};
   }
   // `norm` is that of the gradient without decay.
   template <class T> GRADFUSED_MATH static void trusted(Coef<T>& c, const Settings& settings, double weight_norm, double norm) {
@@ -29,9 +23,7 @@ template <bool kMomentum> struct LARSRule : RuleBase {
   }
   template <class T> GRADFUSED_MATH static T direction(T g, T p, T* s, const Coef<T>& c) {
     g = (g + c.decay * p) * c.scale;
-    if (!kMomentum) return g;
-    s[0] = s[0] * c.momentum + g * c.fresh;
-    return c.nesterov ? g + s[0] * c.momentum : s[0];
+    return kMomentum ? c.momentum.direction(g, s[0]) : g;
   }
 };
 

@@ -13,12 +13,7 @@ struct Lion : RuleBase {
     T shrink, step, beta1, fresh1, beta2, fresh2;
   };
   template <class T> GRADFUSED_MATH static Coef<T> coef(const Settings& settings, const Count&) {
-    return {T(1.0 - settings.lr * settings.weight_decay),
-            T(settings.lr),
-            T(settings.beta1),
-            T(1.0 - settings.beta1),
-            T(settings.beta2),
-            T(1.0 - settings.beta2)};
+    return {T(decayed(settings)), T(settings.lr), T(settings.beta1), T(1.0 - settings.beta1), T(settings.beta2), T(1.0 - settings.beta2)};
   }
   template <class T> GRADFUSED_MATH static T direction(T g, T, T* s, const Coef<T>& c) {
     const T x = s[0] * c.beta1 + g * c.fresh1;

@@ -10,8 +10,8 @@ struct RAdam : RuleBase {
   static constexpr int states = 2;  // exp_avg, exp_avg_sq
   template <class T> struct Coef {
     T shrink, step;
-    Mix<T> average;
-    T beta2, fresh_sq, eps;
+    Moments<T> moments;
+    T eps;
     bool rectified;
   };
   // While the variance of the adaptive rate is intractable, the first steps, it is left out.
@@ -21,17 +21,11 @@ struct RAdam : RuleBase {
     const bool rectified = length > 5.0;
     const double rectification =
         rectified ? sqrt((length - 4.0) * (length - 2.0) * most / ((most - 4.0) * (most - 2.0) * length) * correction2) : 1.0;
-    return {T(settings.decoupled ? 1.0 - settings.lr * settings.weight_decay : 1.0),
-            T(settings.lr / correction1 * rectification),
-            Mix<T>::of(1.0 - settings.beta1),
-            T(settings.beta2),
-            T(1.0 - settings.beta2),
-            T(settings.eps),
+    return {T(decayed_if_decoupled(settings)), T(settings.lr / correction1 * rectification), Moments<T>::of(settings), T(settings.eps),
             rectified};
   }
   template <class T> GRADFUSED_MATH static T direction(T g, T, T* s, const Coef<T>& c) {
-    s[0] = c.average(s[0], g);
-    s[1] = s[1] * c.beta2 + g * c.fresh_sq * g;
+    c.moments.update(g, s);
     const T adaptive = root(s[1]) + c.eps;
     return s[0] / (c.rectified ? adaptive : T(1));
   }

@@ -20,17 +20,13 @@ struct SGDMomentum : RuleBase {
   static constexpr int states = 1;
   static constexpr bool half_in_loop = true;
   template <class T> struct Coef {
-    T shrink, step, momentum, fresh;
-    bool nesterov;
+    T shrink, step;
+    Momentum<T> momentum;
   };
-  // The first gradient fills the buffer undamped.
   template <class T> GRADFUSED_MATH static Coef<T> coef(const Settings& settings, const Count& now) {
-    return {T(1), T(settings.lr), T(settings.momentum), T(now.first ? 1.0 : 1.0 - settings.dampening), settings.nesterov};
+    return {T(1), T(settings.lr), Momentum<T>::of(settings, now)};
   }
-  template <class T> GRADFUSED_MATH static T direction(T g, T, T* s, const Coef<T>& c) {
-    s[0] = s[0] * c.momentum + g * c.fresh;
-    return c.nesterov ? g + s[0] * c.momentum : s[0];
-  }
+  template <class T> GRADFUSED_MATH static T direction(T g, T, T* s, const Coef<T>& c) { return c.momentum.direction(g, s[0]); }
 };
 
 }  // namespace

@@ -2,7 +2,7 @@
 #pragma once
 
 #include "math/device.h"
-#include "table.h"
+#include "schema.h"
 
 namespace gradfused::math {
 namespace {

@@ -63,7 +63,7 @@ class CpuBackend(Backend):
 
     def __init__(self, rows: Sequence[Row], settings: Sequence[Settings]) -> None:
         super().__init__(rows, settings)
-        self._native = native().Table(len(settings))
+        self._native = native().Engine(len(settings))
         self._sums = torch.zeros(len(rows), dtype=torch.float64, device="cpu")
         self._watch: natives.Watch | None = None
         self._configured: list[Settings | None] = [None] * len(settings)
@@ -72,7 +72,7 @@ class CpuBackend(Backend):
             natives.add_row(self._native, row, settings[row.group])
 
     def configure(self, settings: Sequence[Settings]) -> None:
-        natives.configure(native(), self._native, self._configured, settings)
+        natives.configure(self._native, self._configured, settings)
         self._configured = list(settings)
         super().configure(settings)
 

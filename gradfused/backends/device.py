@@ -79,7 +79,7 @@ class DevicePart(ABC):
                     f"lr of group {i} is a tensor on {lr.device}, its parameters are on {self.device}: expected both on "
                     "one device; give each device's parameters a group of their own, or pass lr as a number"
                 )
-        changed = natives.configure(self.module(), self.native, self._known, settings)
+        changed = natives.configure(self.native, self._known, settings)
         for i, new in enumerate(settings):
             lr = new.lr_tensor
             if lr is not None and lr.device == self.device:

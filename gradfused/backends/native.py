@@ -19,7 +19,9 @@ DTYPES = {
     torch.float16: "float16",
     torch.bfloat16: "bfloat16",
 }
-_SETTINGS = [f.name for f in fields(Settings) if f.name not in ("lr_tensor", "lr_address")]
+#: The fields of a row that native code reads: csrc/schema.def lists them.
+_ROW = [f.name for f in fields(Row) if f.name not in ("name", "kept")]
+_COUNTS = ("step", "mu_product")
 #: Describes a tensor to native code without Python calls. Older versions of torch have none.
 EXCHANGE = getattr(Tensor, "__dlpack_c_exchange_api__", None)
 #: Ask for the size of storages through libtorch's C interface where this torch has it.
@@ -87,46 +89,25 @@ def add_row(rows: Any, row: Row, settings: Settings, *, numel: int | None = None
     """Give a row to a native table. ``numel`` of 0 leaves out its elements: they are another table's."""
     order = iteration_order(row, drawn=settings.noise > 0 or row.precision == "stochastic")
 
-    def optional(tensor: Tensor | None) -> Operand | None:
-        return None if tensor is None else operand(tensor, order)
+    def described(name: str, value: Any) -> Any:
+        if isinstance(value, dict):
+            return [operand(t, order) for t in value.values()]
+        if not isinstance(value, Tensor):
+            return value
+        if name in _COUNTS:
+            return None if numel == 0 else (value.data_ptr(), DTYPES[value.dtype])
+        return operand(value, order)
 
-    def scalar(tensor: Tensor | None) -> tuple[int, str] | None:
-        return None if tensor is None or numel == 0 else (tensor.data_ptr(), DTYPES[tensor.dtype])
-
-    rows.add(
-        rule=row.rule,
-        param=operand(row.param, order),
-        grad=operand(row.grad, order),
-        state=[operand(t, order) for t in row.state.values()],
-        source=optional(row.source),
-        master=optional(row.master),
-        kahan_comp=optional(row.kahan_comp),
-        ema=optional(row.ema),
-        precision=row.precision,
-        numel=row.param.numel() if numel is None else numel,
-        unit_length=row.unit_length,
-        group=row.group,
-        param_number=row.param_number,
-        centre=row.centre,
-        whole=row.whole,
-        first=row.first,
-        step=scalar(row.step),
-        mu_product=scalar(row.mu_product),
-    )
+    elements = row.param.numel() if numel is None else numel
+    rows.add(numel=elements, **{name: described(name, getattr(row, name)) for name in _ROW})
 
 
-def configure(module: ModuleType, rows: Any, known: Sequence[Settings | None], new: Sequence[Settings]) -> bool:
-    """Write changed options to a native table. True if there were any."""
-    changed = False
-    for i, (old, settings) in enumerate(zip(known, new, strict=True)):
-        if settings == old:
-            continue
-        changed = True
-        native = rows.settings(i)
-        for name in _SETTINGS:
-            value = getattr(settings, name)
-            setattr(native, name, module.Perturb(*value) if name == "perturb" else value)
-    return changed
+def configure(rows: Any, known: Sequence[Settings | None], new: Sequence[Settings]) -> bool:
+    """Write the groups' settings that changed to a native table. True if any did."""
+    changed = [i for i, (old, settings) in enumerate(zip(known, new, strict=True)) if settings != old]
+    for i in changed:
+        rows.configure(i, new[i])
+    return bool(changed)
 
 
 class Watch:

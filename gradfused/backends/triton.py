@@ -252,7 +252,7 @@ class TritonPart(DevicePart):
 
     @staticmethod
     def make(groups: int) -> Any:
-        return cpu.native().Plan(groups)
+        return cpu.native().DevicePlan(groups)
 
     def _choose(self) -> tuple[dict[str, int], dict[str, int]]:
         """The kinds of chunks that the stats kernel and the apply kernel are compiled for."""

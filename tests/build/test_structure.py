@@ -7,7 +7,6 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator
-from dataclasses import fields
 from importlib.util import resolve_name
 from pathlib import Path
 
@@ -16,7 +15,6 @@ from repository import ROOT
 
 import gradfused
 from gradfused.backends import availability, cpu, cuda, reference
-from gradfused.backends.base import Settings
 
 needs_native = pytest.mark.skipif(not availability()["cpu"].usable, reason=str(availability()["cpu"].reason))
 
@@ -212,7 +210,7 @@ def includes(path: Path) -> list[str]:
 
 
 def test_there_are_sources() -> None:
-    assert {"math", "cpu", "cuda", "device", "bind", "lpg"} <= {p.parent.name for p in SOURCES}
+    assert {"math", "cpu", "cuda", "plan", "bind", "lpg"} <= {p.parent.name for p in SOURCES}
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=ids)
@@ -223,13 +221,13 @@ def test_sources_know_nothing_of_torch(path: Path) -> None:
 @pytest.mark.parametrize("path", [p for p in SOURCES if p.parent.name == "math"], ids=lambda p: p.name)
 def test_math_includes_math_and_the_table_only(path: Path) -> None:
     for name in includes(path):
-        assert name in C_HEADERS | DEVICE_HEADERS | {"table.h", "rules.def"} or name.startswith("math/"), (
+        assert name in C_HEADERS | DEVICE_HEADERS | {"schema.h", "rules.def"} or name.startswith("math/"), (
             f"{path.name} includes {name}"
         )
 
 
 def test_the_table_includes_nothing_of_ours_but_the_rules() -> None:
-    assert set(includes(ROOT / "csrc/table.h")) <= C_HEADERS | {"rules.def"}
+    assert set(includes(ROOT / "csrc/schema.h")) <= C_HEADERS | {"rules.def", "schema.def"}
 
 
 def reached(path: Path) -> set[str]:
@@ -248,32 +246,23 @@ def reached(path: Path) -> set[str]:
 @pytest.mark.parametrize("path", [p for p in SOURCES if p.parent.name == "kernels"], ids=lambda p: p.name)
 def test_kernels_see_no_template_of_the_standard_library(path: Path) -> None:
     """A copy of one compiled for AVX-512 could be what the linker keeps for everybody."""
-    allowed = C_HEADERS | DEVICE_HEADERS | {"immintrin.h", "arm_neon.h", "rules.def"}
-    ours = re.compile(r"(math|cpu|lpg)/[\w/]+\.h|table\.h")
+    allowed = C_HEADERS | DEVICE_HEADERS | {"immintrin.h", "arm_neon.h", "rules.def", "schema.def"}
+    ours = re.compile(r"(math|cpu|lpg)/[\w/]+\.h|schema\.h|plan/needs\.h")
     strangers = {name for name in reached(path) if name not in allowed and not ours.fullmatch(name)}
     assert not strangers
-    assert reached(path).isdisjoint({"cpu/engine.h", "cpu/threads.h", "cpu/isa.h", "lpg/engine.h", "rows.h"})
+    assert reached(path).isdisjoint({"cpu/engine.h", "cpu/threads.h", "cpu/isa.h", "lpg/engine.h", "plan/rows.h"})
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=ids)
 def test_backends_in_cpp_do_not_know_each_other(path: Path) -> None:
-    others = {"cpu": ("cuda/",), "lpg": ("cuda/",), "cuda": ("cpu/", "lpg/"), "device": ("cpu/", "cuda/", "bind/")}
+    others = {"cpu": ("cuda/",), "lpg": ("cuda/",), "cuda": ("cpu/", "lpg/"), "plan": ("cpu/", "cuda/", "bind/")}
     mine = others.get(path.relative_to(ROOT / "csrc").parts[0], ())
     assert not [name for name in includes(path) if name.startswith(mine or "/")]
 
 
 def test_only_bindings_know_python() -> None:
-    knowing = {p.name for p in SOURCES if any(n.startswith("pybind11") or n == "Python.h" for n in reached(p))}
-    assert knowing <= {
-        "bindings.cpp",
-        "bindings.h",
-        "common.h",
-        "plan.h",
-        "tensors.cpp",
-        "tensors.h",
-        "watch.cpp",
-        "watch.h",
-    }
+    knowing = {p for p in SOURCES if any(n.startswith("pybind11") or n == "Python.h" for n in reached(p))}
+    assert {p for p in knowing if p.parent.name != "bind"} <= {p for p in SOURCES if p.stem == "bindings"}
 
 
 # ---- names in several places
@@ -299,13 +288,6 @@ def test_every_rule_is_in_triton() -> None:
 @pytest.mark.parametrize("backend", ["cpu", "cuda"])
 def test_every_rule_is_built(backend: str) -> None:
     assert {"cpu": cpu, "cuda": cuda}[backend].native().rules() == rules_in_cpp()
-
-
-@needs_native
-def test_settings_are_what_a_kernel_reads() -> None:
-    names = {f.name for f in fields(Settings)}
-    properties = {name for name in dir(cpu.native().Settings) if not name.startswith("_")}
-    assert names - {"lr_tensor", "lr_address"} == properties
 
 
 @needs_native

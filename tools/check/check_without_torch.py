@@ -5,7 +5,7 @@ import importlib.util
 import math
 from array import array
 from importlib.machinery import ExtensionFileLoader, ModuleSpec
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 LR, DECAY, EPS = 0.01, 0.1, 1e-8
 
@@ -40,10 +40,9 @@ def first_step(native: ModuleType, weight: array, grad: array) -> None:
     """Steps `weight` in place, with state that is all zeros."""
     exp_avg, exp_avg_sq = (array("f", [0.0] * len(weight)) for _ in range(2))
     count, sums = array("f", [0.0]), array("d", [0.0])
-    table = native.Table(groups=1)
+    table = native.Engine(groups=1)
     options = {"lr": LR, "weight_decay": DECAY, "decoupled": True, "beta1": 0.9, "beta2": 0.999}
-    for name, value in {**options, "eps": EPS, "clip_value": math.inf}.items():
-        setattr(table.settings(0), name, value)
+    table.configure(0, SimpleNamespace(**options, eps=EPS))
     table.add(
         rule="adam",
         param=operand(weight),

@@ -5,44 +5,44 @@
 namespace gradfused::cpu {
 namespace {
 
-template <class T> void mean_of_chunk(const Place& at, char* scratch) {
-  const T unscale = T(at.job.unscale);
-  RunningMean<T> mean;
-  at.for_each_block([&](const Block& b) {
-    mean.add(open(at.row.grad, b.begin, b.count, buffer<T>(scratch, kRaw)), b.count, [unscale](T v) { return v * unscale; });
+template <class T> void mean_of_chunk(const ChunkContext& context, char* scratch) {
+  const T unscale = T(context.job.unscale);
+  BlockMean<T> mean;
+  context.for_each_block([&](const Block& b) {
+    mean.add(open(context.row.grad, b.begin, b.count, buffer<T>(scratch, kRaw)), b.count, [unscale](T v) { return v * unscale; });
   });
-  at.job.chunk_mean[at.index] = mean.get();
+  context.job.chunk_mean[context.index] = mean.get();
 }
 
 // The gradient times what each weight may move by.
-template <class T> const T* reached(const Place& at, const Block& b, const T* g, char* scratch) {
-  const T* const p = open_weights<T>(at, b, scratch, false);
+template <class T> const T* reached(const ChunkContext& context, const Block& b, const T* g, char* scratch) {
+  const T* const p = open_weights<T>(context, b, scratch, false);
   T* const to = buffer<T>(scratch, kGrad);
-  const T eta = T(at.settings.eta);
+  const T eta = T(context.settings.eta);
   for (int64_t i = 0; i < b.count; ++i) to[i] = g[i] * math::reach(p[i], eta);
   return to;
 }
 
-template <class T> void squares_chunk(const Place& at, char* scratch) {
-  const bool weights = at.settings.agc && at.row.unit_length > kUnitMax;
+template <class T> void squares_chunk(const ChunkContext& context, char* scratch) {
+  const bool weights = context.needs(Need::agc) && context.needs(Need::long_units);
   double sum = 0, weight_sum = 0;
-  at.for_each_block([&](const Block& b) {
-    const T* g = open(at.row.grad, b.begin, b.count, buffer<T>(scratch, kRaw));
+  context.for_each_block([&](const Block& b) {
+    const T* g = open(context.row.grad, b.begin, b.count, buffer<T>(scratch, kRaw));
     PerUnit<T> means;
     PerUnit<double> squares;
-    means_of(at, b, g, means);
-    if (at.centre_gradient && !at.now.means_known) {
-      for (int64_t u = 0; u < b.units; ++u) at.job.unit_mean[b.unit0 + u] = double(means.at[u]);
+    means_of(context, b, g, means);
+    if (context.needs(Need::centre_early) && !context.now.means_known) {
+      for (int64_t u = 0; u < b.units; ++u) context.job.unit_mean[b.unit0 + u] = double(means.value[u]);
     }
-    if (at.settings.adaptive) g = reached(at, b, g, scratch);
-    squares_of(at, b, g, means, squares);
+    if (context.settings.adaptive) g = reached(context, b, g, scratch);
+    squares_of(context, b, g, means, squares);
     sum += total(squares, b.units);
     if (!weights) return;
-    weight_squares_of(b, open_weights<T>(at, b, scratch, false), squares);
+    weight_squares_of(b, open_weights<T>(context, b, scratch, false), squares);
     weight_sum += total(squares, b.units);
   });
-  at.job.chunk_sq[at.index] = sum;
-  if (weights) at.job.chunk_weight_sq[at.index] = weight_sum;
+  context.job.chunk_sq[context.index] = sum;
+  if (weights) context.job.chunk_weight_sq[context.index] = weight_sum;
 }
 
 // The type to compute in: float64 for float64 parameters, else float32.
@@ -58,35 +58,37 @@ template <class F> void with_rule(Rule rule, F run) {
   }
 }
 
-void mean(const Job& job, int64_t index, char* scratch) {
-  const Place at{job, index};
-  in_compute_type(at.row, [&](auto t) { mean_of_chunk<decltype(t)>(at, scratch); });
+void means(const CpuJob& job, int64_t index, char* scratch) {
+  const ChunkContext context{job, index};
+  in_compute_type(context.row, [&](auto t) { mean_of_chunk<decltype(t)>(context, scratch); });
 }
 
-void squares(const Job& job, int64_t index, char* scratch) {
-  const Place at{job, index};
-  in_compute_type(at.row, [&](auto t) { squares_chunk<decltype(t)>(at, scratch); });
+void norms(const CpuJob& job, int64_t index, char* scratch) {
+  const ChunkContext context{job, index};
+  in_compute_type(context.row, [&](auto t) { squares_chunk<decltype(t)>(context, scratch); });
 }
 
-void rehearse(const Job& job, int64_t index, char* scratch) {
-  const Place at{job, index};
-  with_rule(at.row.rule,
-            [&](auto rule) { in_compute_type(at.row, [&](auto t) { Stepper<decltype(rule), decltype(t)>(at, scratch).rehearse(); }); });
+void late_means(const CpuJob& job, int64_t index, char* scratch) {
+  const ChunkContext context{job, index};
+  with_rule(context.row.rule, [&](auto rule) {
+    in_compute_type(context.row, [&](auto t) { Stepper<decltype(rule), decltype(t)>(context, scratch).late_mean(); });
+  });
 }
 
-void weigh(const Job& job, int64_t index, char* scratch) {
-  const Place at{job, index};
-  with_rule(at.row.rule, [&](auto rule) {
+void trust(const CpuJob& job, int64_t index, char* scratch) {
+  const ChunkContext context{job, index};
+  with_rule(context.row.rule, [&](auto rule) {
     if constexpr (decltype(rule)::trust != math::Trust::none) {
-      in_compute_type(at.row, [&](auto t) { Stepper<decltype(rule), decltype(t)>(at, scratch).weigh(); });
+      in_compute_type(context.row, [&](auto t) { Stepper<decltype(rule), decltype(t)>(context, scratch).trust_norms(); });
     }
   });
 }
 
-void apply(const Job& job, int64_t index, char* scratch) {
-  const Place at{job, index};
-  with_rule(at.row.rule,
-            [&](auto rule) { in_compute_type(at.row, [&](auto t) { Stepper<decltype(rule), decltype(t)>(at, scratch).apply(); }); });
+void step(const CpuJob& job, int64_t index, char* scratch) {
+  const ChunkContext context{job, index};
+  with_rule(context.row.rule, [&](auto rule) {
+    in_compute_type(context.row, [&](auto t) { Stepper<decltype(rule), decltype(t)>(context, scratch).step(); });
+  });
 }
 
 // 4 reads and 3 writes when called with AdamW's streams. Adding `nothing`, a zero the compiler does not know, keeps values as they are.
@@ -128,11 +130,11 @@ void roof(float* const* written, int writes, const float* const* read, int reads
 
 const Kernels& GRADFUSED_NAME(kernels_, GRADFUSED_ISA)() {
   static constexpr Kernels kernels = {GRADFUSED_TEXT(GRADFUSED_ISA),
-                                      mean,
-                                      squares,
-                                      rehearse,
-                                      weigh,
-                                      apply,
+                                      means,
+                                      norms,
+                                      late_means,
+                                      trust,
+                                      step,
                                       roof,
                                       GRADFUSED_NAME(lpg_kernels_, GRADFUSED_ISA),
                                       GRADFUSED_NAME(lpg_column_kernels_, GRADFUSED_ISA)};

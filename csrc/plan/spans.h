@@ -6,7 +6,7 @@
 #include <utility>
 #include <vector>
 
-#include "table.h"
+#include "schema.h"
 
 namespace gradfused {
 
@@ -44,7 +44,7 @@ class Spans {
 
   bool meets(const Span& span) const {
     const auto after =
-        std::upper_bound(spans_.begin(), spans_.end(), span.first, [](uintptr_t at, const Span& s) { return at < s.second; });
+        std::upper_bound(spans_.begin(), spans_.end(), span.first, [](uintptr_t address, const Span& s) { return address < s.second; });
     return after != spans_.end() && after->first < span.second;
   }
 

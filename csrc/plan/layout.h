@@ -4,7 +4,7 @@
 #include <cstddef>
 #include <cstdint>
 
-#include "table.h"
+#include "plan/needs.h"
 
 namespace gradfused::device {
 
@@ -19,9 +19,6 @@ constexpr int64_t kChunk = 8192;
 // Units up to this length belong to a warp or a part of one, longer ones to a block, and those beyond kBlockUnit are cut into pieces.
 constexpr int64_t kWarpUnit = kTileBytes / kWarps / int64_t{sizeof(float)};
 constexpr int64_t kBlockUnit = 65536;
-
-// A rule with more states needs more registers than a lean kernel has: Adan's loops in 16 bits kept 15 values in local memory.
-constexpr int kLeanStates = 3;
 
 // A run of elements of one row.
 struct Chunk {
@@ -46,6 +43,7 @@ struct Unit {
 
 struct DeviceRow {
   Row row;
+  Needs needs;
   int64_t unit0;                // its first place among the units, if `split`
   int32_t chunk0, chunk1;       // its chunks
   bool split;                   // a mean or a norm of its units takes several chunks
@@ -75,6 +73,7 @@ struct Job {
   const float* found_inf;   // null, or not zero: the step is not taken
   double* skipped;          // counts steps that were not taken for what the norms saw
   int32_t row_count, chunk_count;
+  Needs needs;  // of any row
   bool any_global, any_skip, any_rehearsed, any_weighed_first, any_weighed;
 };
 

@@ -1,4 +1,4 @@
-#include "device/plan.h"
+#include "plan/device.h"
 
 #include <algorithm>
 #include <cstring>
@@ -9,19 +9,6 @@
 
 namespace gradfused::device {
 namespace {
-
-bool late(const Row& row, const Settings& settings) { return row.centre && settings.centralize_at != Centre::gradient; }
-
-// Whether the rule has lean kernels.
-bool is_lean(Rule rule) {
-  switch (rule) {
-#define GRADFUSED_RULE(name, type, family) \
-  case Rule::name: return math::type::trust == math::Trust::none && math::type::states <= kLeanStates;
-#include "rules.def"
-#undef GRADFUSED_RULE
-    default: return false;
-  }
-}
 
 // Every operand a 16-byte aligned array of one dtype, but that copies and averages of 16-bit weights may be of float32; the gradient's
 // address is looked at in each step.
@@ -46,59 +33,45 @@ int16_t lanes_for(int64_t length, int64_t width) {
   return lanes;
 }
 
-const char* family_of(Rule rule) {
-  switch (rule) {
-#define GRADFUSED_RULE(name, type, family) \
-  case Rule::name: return #family;
-#include "rules.def"
-#undef GRADFUSED_RULE
-    default: throw std::invalid_argument("a rule without kernels");
-  }
-}
-
 constexpr size_t aligned(size_t bytes) { return (bytes + 255) / 256 * 256; }
 
 }  // namespace
 
-void Plan::lr_from(size_t group, const char* at, DType dtype) {
-  lr_at_.at(group) = {at, dtype};
+void DevicePlan::lr_from(size_t group, const char* address, DType dtype) {
+  lr_from_.at(group) = {address, dtype};
   stale_ = true;
 }
 
-void Plan::add_pieces(int32_t index, int64_t begin, int64_t end, bool plain) {
+void DevicePlan::add_pieces(int32_t index, int64_t begin, int64_t end, bool plain) {
   const int64_t width = 16 / itemsize(rows_[size_t(index)].param.dtype);
-  for (int64_t at = begin; at < end; at += kChunk) {
-    const int64_t count = std::min(kChunk, end - at), tail = plain ? count % width : 0;
-    if (count > tail) chunks_.push_back({at, int32_t(count - tail), index, 0, plain});
-    if (tail) chunks_.push_back({at + count - tail, int32_t(tail), index, 0, false});
+  for (int64_t first = begin; first < end; first += kChunk) {
+    const int64_t count = std::min(kChunk, end - first), tail = plain ? count % width : 0;
+    if (count > tail) chunks_.push_back({first, int32_t(count - tail), index, 0, plain});
+    if (tail) chunks_.push_back({first + count - tail, int32_t(tail), index, 0, false});
   }
 }
 
 // Cuts a row into chunks.
-void Plan::plan_row(size_t index) {
+void DevicePlan::plan_row(size_t index) {
   const Row& row = rows_[index];
-  const Settings& settings = settings_[size_t(row.group)];
-  const bool by_unit = settings.norm_scope == NormScope::unit, long_units = row.unit_length > kBlockUnit;
   DeviceRow& r = device_rows_[index];
   r = {};
   r.row = row;
-  r.split = (row.centre && (row.whole || long_units)) || (by_unit && long_units);
-  r.measured = wide(settings.norm_scope) || settings.skip_nonfinite ||
-               (r.split && ((row.centre && !late(row, settings)) || (by_unit && long_units)));
-  if (settings.adapt && math::trust_of(row.rule) != math::Trust::none) {
-    r.weighed_first = math::trust_of(row.rule) == math::Trust::gradient && settings.centralize_at != Centre::decayed;
-    r.weighed = !r.weighed_first;
-  }
+  r.needs = needs_of(row, settings_[size_t(row.group)], kBlockUnit);
+  r.split = r.needs & Need::split;
+  r.measured = r.needs & Need::measured;
+  r.weighed_first = r.needs & Need::early_trust;
+  r.weighed = r.needs & Need::late_trust;
   r.unit0 = units_;
   r.chunk0 = int32_t(chunks_.size());
   if (row.numel) {
     const int64_t units = row.numel / row.unit_length, width = 16 / itemsize(row.param.dtype);
-    if (r.split) units_ += units;
-    const bool by_units = row.centre || by_unit;
+    if (r.needs & Need::split) units_ += units;
+    const bool by_units = row.centre || (r.needs & Need::unit_norms);
     const bool plain = is_plain(row) && (!by_units || row.unit_length % width == 0);
     if (!by_units) {
       add_pieces(int32_t(index), 0, row.numel, plain);
-    } else if (long_units) {
+    } else if (r.needs & Need::long_units) {
       for (int64_t u = 0; u < units; ++u) add_pieces(int32_t(index), u * row.unit_length, (u + 1) * row.unit_length, plain);
     } else {
       const int16_t lanes = lanes_for(row.unit_length, plain ? width : 1);
@@ -110,15 +83,11 @@ void Plan::plan_row(size_t index) {
     }
   }
   r.chunk1 = int32_t(chunks_.size());
-  full_ |= row.param.dtype == DType::float64 || settings.noise > 0 || by_unit || late(row, settings) || !is_lean(row.rule);
-  full_ |= row.source.data || row.master.data || row.ema.data || row.precision != Precision::none || settings.zero_grad_in_step;
-  for (const Operand* x : {&row.param, &row.grad, &row.state[0], &row.state[1], &row.state[2], &row.state[3], &row.source, &row.master,
-                           &row.kahan_comp, &row.ema}) {
-    shape_words_ += 2 * size_t(x->dims);
-  }
+  job_.needs |= r.needs;
+  for_each_operand(row, [this](const Operand& x) { shape_words_ += 2 * size_t(x.dims); });
 }
 
-void Plan::plan() {
+void DevicePlan::plan() {
   if (planned_) return;
   device_rows_.resize(rows_.size());
   kinds_.resize(rows_.size());
@@ -126,7 +95,7 @@ void Plan::plan() {
   for (const Row& row : rows_) ++first_row_[size_t(row.group) + 1];
   std::partial_sum(first_row_.begin(), first_row_.end(), first_row_.begin());
   for (size_t i = 0; i < rows_.size(); ++i) {
-    if (std::strcmp(family_of(rows_[i].rule), family_of(rows_[0].rule)) != 0) {
+    if (std::strcmp(math::traits_of(rows_[i].rule).family, math::traits_of(rows_[0].rule).family) != 0) {
       throw std::invalid_argument("rules of two families in one table");
     }
     plan_row(i);
@@ -135,7 +104,7 @@ void Plan::plan() {
   planned_ = true;
 }
 
-Plan::Image Plan::image() {
+DevicePlan::Image DevicePlan::image() {
   plan();
   size_t end = aligned(sizeof(Job));
   const auto place = [&](size_t bytes) {
@@ -143,56 +112,56 @@ Plan::Image Plan::image() {
     end += aligned(bytes);
     return begin;
   };
-  Image at;
-  at.rows = place(device_rows_.size() * sizeof(DeviceRow));
-  at.settings = place(settings_.size() * sizeof(DeviceSettings));
-  at.chunks = place(chunks_.size() * sizeof(Chunk));
-  at.grads = place(rows_.size() * sizeof(char*));
-  at.shapes = place(shape_words_ * sizeof(int64_t));
-  at.tickets = place((1 + rows_.size()) * sizeof(unsigned));
-  at.sums = place(chunks_.size() * sizeof(Sums));
-  at.units = place(size_t(units_) * sizeof(Unit));
-  at.end = end;
-  return at;
+  Image image;
+  image.rows = place(device_rows_.size() * sizeof(DeviceRow));
+  image.settings = place(settings_.size() * sizeof(DeviceSettings));
+  image.chunks = place(chunks_.size() * sizeof(Chunk));
+  image.grads = place(rows_.size() * sizeof(char*));
+  image.shapes = place(shape_words_ * sizeof(int64_t));
+  image.tickets = place((1 + rows_.size()) * sizeof(unsigned));
+  image.sums = place(chunks_.size() * sizeof(Sums));
+  image.units = place(size_t(units_) * sizeof(Unit));
+  image.end = end;
+  return image;
 }
 
-DeviceSettings Plan::device_settings(size_t group) const {
+DeviceSettings DevicePlan::device_settings(size_t group) const {
   DeviceSettings d{};
   d.settings = settings_[group];
-  d.lr_at = lr_at_[group].data;
-  d.lr_dtype = lr_at_[group].dtype;
+  d.lr_at = lr_from_[group].data;
+  d.lr_dtype = lr_from_[group].dtype;
   d.row0 = first_row_[group];
   d.row1 = first_row_[group + 1];
   return d;
 }
 
-std::vector<DeviceSettings> Plan::all_device_settings() const {
+std::vector<DeviceSettings> DevicePlan::all_device_settings() const {
   std::vector<DeviceSettings> all;
   for (size_t g = 0; g < settings_.size(); ++g) all.push_back(device_settings(g));
   return all;
 }
 
-std::vector<const char*> Plan::grads() const {
+std::vector<const char*> DevicePlan::grads() const {
   std::vector<const char*> addresses;
   for (const Row& row : rows_) addresses.push_back(row.grad.data);
   return addresses;
 }
 
-void Plan::pack(char* to, char* base, double* squares, double* skipped) {
-  const Image at = image();
-  std::memset(to, 0, at.packed());
+void DevicePlan::pack(char* to, char* base, double* squares, double* skipped) {
+  const Image parts = image();
+  std::memset(to, 0, parts.packed());
   // Writes here, and says where that is there.
   const auto fill = [&](size_t where, const auto& values) {
     using T = std::decay_t<decltype(values[0])>;
     if (!values.empty()) std::memcpy(to + where, values.data(), values.size() * sizeof(T));
     return reinterpret_cast<T*>(base + where);
   };
-  job_.settings = fill(at.settings, all_device_settings());
-  job_.chunks = fill(at.chunks, chunks_);
-  job_.grads = fill(at.grads, grads());
+  job_.settings = fill(parts.settings, all_device_settings());
+  job_.chunks = fill(parts.chunks, chunks_);
+  job_.grads = fill(parts.grads, grads());
 
-  int64_t* words = reinterpret_cast<int64_t*>(to + at.shapes);
-  const int64_t* device_words = reinterpret_cast<const int64_t*>(base + at.shapes);
+  int64_t* words = reinterpret_cast<int64_t*>(to + parts.shapes);
+  const int64_t* device_words = reinterpret_cast<const int64_t*>(base + parts.shapes);
   const auto move_shape = [&](Operand& x) {
     if (!x.dims) return;
     std::copy_n(x.sizes, x.dims, words);
@@ -203,40 +172,27 @@ void Plan::pack(char* to, char* base, double* squares, double* skipped) {
     device_words += 2 * x.dims;
   };
   std::vector<DeviceRow> moved = device_rows_;
-  for (DeviceRow& r : moved) {
-    move_shape(r.row.param);
-    move_shape(r.row.grad);
-    for (Operand& s : r.row.state) move_shape(s);
-    for (Operand* x : {&r.row.source, &r.row.master, &r.row.kahan_comp, &r.row.ema}) move_shape(*x);
-  }
-  job_.rows = fill(at.rows, moved);
-  job_.tickets = reinterpret_cast<unsigned*>(base + at.tickets);
-  job_.sums = reinterpret_cast<Sums*>(base + at.sums);
-  job_.units = reinterpret_cast<Unit*>(base + at.units);
+  for (DeviceRow& r : moved) for_each_operand(r.row, move_shape);
+  job_.rows = fill(parts.rows, moved);
+  job_.tickets = reinterpret_cast<unsigned*>(base + parts.tickets);
+  job_.sums = reinterpret_cast<Sums*>(base + parts.sums);
+  job_.units = reinterpret_cast<Unit*>(base + parts.units);
 
   job_.squares = squares;
   job_.skipped = skipped;
   job_.row_count = int32_t(rows_.size());
   job_.chunk_count = int32_t(chunks_.size());
-  job_.any_global = job_.any_skip = job_.any_rehearsed = job_.any_weighed_first = job_.any_weighed = false;
-  for (const DeviceRow& r : device_rows_) {
-    const Settings& settings = settings_[size_t(r.row.group)];
-    job_.any_global |= settings.norm_scope == NormScope::global;
-    job_.any_skip |= settings.skip_nonfinite;
-    job_.any_rehearsed |= r.split && late(r.row, settings);
-    job_.any_weighed_first |= r.weighed_first;
-    job_.any_weighed |= r.weighed;
-  }
+  job_.any_global = job_.needs & Need::global_norm;
+  job_.any_skip = job_.needs & Need::skip;
+  job_.any_rehearsed = job_.needs & Need::late_means;
+  job_.any_weighed_first = job_.needs & Need::early_trust;
+  job_.any_weighed = job_.needs & Need::late_trust;
   std::memcpy(to, &job_, sizeof job_);
   moved_ = stale_ = false;
 }
 
-bool Plan::needs_stats() const {
-  return std::any_of(device_rows_.begin(), device_rows_.end(), [](const DeviceRow& r) { return r.measured; });
-}
-
-std::vector<Plan::Patch> Plan::patches() {
-  std::vector<Patch> due;
+std::vector<DevicePlan::DevicePatch> DevicePlan::patches() {
+  std::vector<DevicePatch> due;
   const auto add = [&](const void* to, const auto& values) {
     const char* const first = reinterpret_cast<const char*>(values.data());
     due.push_back({to, {first, first + values.size() * sizeof(values[0])}});
@@ -247,7 +203,7 @@ std::vector<Plan::Patch> Plan::patches() {
   return due;
 }
 
-std::set<std::tuple<int, int, int>> Plan::variants(const std::vector<int64_t>& longest) {
+std::set<std::tuple<int, int, int>> DevicePlan::variants(const std::vector<int64_t>& longest) {
   plan();
   std::set<std::tuple<int, int, int>> found;
   for (size_t i = 0; i < rows_.size(); ++i) {

@@ -7,17 +7,17 @@
 #include <tuple>
 #include <vector>
 
-#include "device/layout.h"
-#include "rows.h"
+#include "plan/layout.h"
+#include "plan/rows.h"
 
 namespace gradfused::device {
 
-class Plan : public Rows {
+class DevicePlan : public Rows {
  public:
-  explicit Plan(size_t groups) : Rows(groups), lr_at_(groups) {}
+  explicit DevicePlan(size_t groups) : Rows(groups), lr_from_(groups) {}
 
-  // The group's lr is read from a float32 or float64 scalar in device memory from now on; from its options again if `at` is null.
-  void lr_from(size_t group, const char* at, DType dtype);
+  // The group's lr is read from a float32 or float64 scalar in device memory from now on; from its options again if the address is null.
+  void lr_from(size_t group, const char* address, DType dtype);
 
   // Device memory that the table needs, in bytes, and how many of them from the start pack() writes. The rows are complete.
   size_t bytes() { return image().end; }
@@ -33,23 +33,22 @@ class Plan : public Rows {
   // An upload was interrupted: everything that may be missing goes with the next launch.
   void forget_patches() { stale_ = moved_ = true; }
 
-  bool needs_stats() const;
+  // What the rows need together.
+  Needs needs() { return plan(), job_.needs; }
+  bool needs_stats() { return needs() & Need::measured; }
 
   // What changes between steps, as it is to stand in device memory.
-  struct Patch {
+  struct DevicePatch {
     const void* to;
     std::vector<char> bytes;
   };
   // The patches that are due: after this none are.
-  std::vector<Patch> patches();
+  std::vector<DevicePatch> patches();
 
-  // Whether some unit's direction is centred although it takes several chunks.
   bool rehearses() const { return job_.any_rehearsed; }
-  // Whether some row's rule takes a trust ratio, before what is rehearsed or after it.
   bool weighs_first() const { return job_.any_weighed_first; }
   bool weighs() const { return job_.any_weighed; }
-  // Whether the step needs more than centring, wide norms and what is done element by element in float32.
-  bool full() { return plan(), full_; }
+  bool full() { return needs() & Need::full; }
   size_t chunks() { return plan(), chunks_.size(); }
 
   // How elements are accessed: plainly, by dtype, or one at a time, computed in float32 or float64.
@@ -64,7 +63,7 @@ class Plan : public Rows {
   Job job_{};
 
  private:
-  struct LrAt {
+  struct Scalar {
     const char* data = nullptr;
     DType dtype = DType::float32;
   };
@@ -86,8 +85,8 @@ class Plan : public Rows {
   std::vector<DeviceSettings> all_device_settings() const;
   std::vector<const char*> grads() const;
 
-  std::vector<LrAt> lr_at_;
-  bool planned_ = false, stale_ = false, full_ = false;
+  std::vector<Scalar> lr_from_;
+  bool planned_ = false, stale_ = false;
   std::vector<DeviceRow> device_rows_;
   std::vector<Chunk> chunks_;
   std::vector<Kinds> kinds_;

@@ -6,8 +6,8 @@
 #include <memory>
 #include <vector>
 
-#include "spans.h"
-#include "table.h"
+#include "plan/spans.h"
+#include "schema.h"
 
 namespace gradfused {
 
@@ -17,10 +17,7 @@ class Rows {
 
   // Rows are added before the first step; the sizes and strides are copied.
   void add(Row row) {
-    adopt(row.param);
-    adopt(row.grad);
-    for (Operand& s : row.state) adopt(s);
-    for (Operand* x : {&row.source, &row.master, &row.kahan_comp, &row.ema}) adopt(*x);
+    for_each_operand(row, [this](Operand& x) { adopt(x); });
     rows_.push_back(row);
   }
 
@@ -65,9 +62,9 @@ class Rows {
     if (written_) return *written_;
     written_ = std::make_unique<Spans>();
     for (const Row& row : rows_) {
-      for (const Operand* x : {&row.param, &row.source, &row.master, &row.kahan_comp, &row.ema})
-        written_->add(x->data ? span_of(*x, row.numel) : Span());
-      for (const Operand& x : row.state) written_->add(x.data ? span_of(x, row.numel) : Span());
+      for_each_operand(row, [&](const Operand& x) {
+        if (x.data && &x != &row.grad) written_->add(span_of(x, row.numel));
+      });
     }
     written_->sort();
     return *written_;
@@ -77,13 +74,13 @@ class Rows {
   void adopt(Operand& x) {
     if (!x.dims) return;
     shapes_.emplace_back(new int64_t[2 * size_t(x.dims)]);
-    int64_t* const at = shapes_.back().get();
+    int64_t* const sizes = shapes_.back().get();
     for (int d = 0; d < x.dims; ++d) {
-      at[d] = x.sizes[d];
-      at[x.dims + d] = x.strides[d];
+      sizes[d] = x.sizes[d];
+      sizes[x.dims + d] = x.strides[d];
     }
-    x.sizes = at;
-    x.strides = at + x.dims;
+    x.sizes = sizes;
+    x.strides = sizes + x.dims;
   }
 
   std::vector<std::unique_ptr<int64_t[]>> shapes_;
