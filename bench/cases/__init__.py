@@ -1,6 +1,6 @@
 """What is measured: the cases, each one optimizer step or one function on tensors of a real size."""
 
-from .functions import Function, FunctionCase, FunctionPeer, Run, Size, Tensors, gradients
+from .functions import TimedFunction, FunctionCase, FunctionPeer, Run, Size, Tensors, gradients
 from .models import MODELS, ModelShapes, Shape
 from .names import CROSS_ENTROPY, FUSED_PLAIN, NO_REVERSAL, OURS, ROOF, YARDSTICKS, is_ours
 from .peer import Peer, needs
@@ -25,7 +25,7 @@ __all__ = [
     "SEED",
     "YARDSTICKS",
     "Case",
-    "Function",
+    "TimedFunction",
     "FunctionCase",
     "FunctionPeer",
     "ModelShapes",

@@ -69,7 +69,7 @@ class FunctionPeer(Peer):
 
 
 @dataclass(frozen=True)
-class Function:
+class TimedFunction:
     """A function that gradfused computes, as a case of the benchmark.
 
     Attributes:
@@ -106,7 +106,7 @@ class FunctionCase:
         device: Where the tensors are.
     """
 
-    recipe: Function
+    recipe: TimedFunction
     model: Size
     dtype: torch.dtype = torch.float32
     device: torch.device = CPU

@@ -9,7 +9,7 @@ import torch
 
 from gradfused.backends import availability
 
-from ..cases import CPU, OURS, Function, FunctionPeer, Size
+from ..cases import CPU, OURS, TimedFunction, FunctionPeer, Size
 from .eager import NoiseSource, Transforms
 from .in_torch import TORCH_PEERS
 from .lpg import LPG
@@ -61,7 +61,7 @@ def chosen_peers(names: Sequence[str] | None, device: torch.device = CPU) -> lis
     return [peer for peer in at_home if not peer.opt_in and peer.name != same]
 
 
-def chosen_ways(function: Function, names: Sequence[str] | None) -> list[FunctionPeer]:
+def chosen_ways(function: TimedFunction, names: Sequence[str] | None) -> list[FunctionPeer]:
     """The ways of computing a function that a run measures, gradfused first.
 
     Args:

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from gradfused.nn import GradientReversal, reversal_linear
 
-from ..cases import NO_REVERSAL, OURS, Function, FunctionCase, FunctionPeer, Run, Size, Tensors, gradients, needs
+from ..cases import NO_REVERSAL, OURS, TimedFunction, FunctionCase, FunctionPeer, Run, Size, Tensors, gradients, needs
 
 LAMBDA = 0.5
 
@@ -136,7 +136,7 @@ WAYS = (
     FunctionPeer(NO_REVERSAL, "the same without reversal", lambda: layered(lambda x: x.view_as(x)), yardstick=True),
 )
 
-REVERSAL = Function(
+REVERSAL = TimedFunction(
     name="reversal",
     about="gradient reversal at a layer boundary, alone and before a linear layer",
     spoken="gradient reversal",

@@ -26,10 +26,10 @@ PARTS = {
 
 
 def closing_sentence(results: Results) -> str:
-    """One sentence about one recipe on every model that was measured with it; empty if nothing was measured."""
+    """One sentence about one recipe on every model that was measured with it; empty if the run measured no cases."""
     cases = headline_cases(results.cases)
     if not cases:
-        return ""
+        return "gradfused could not be timed; the reason is below each table." if results.cases else ""
     where = "On this machine's GPU" if cases[0].case.device.type == "cuda" else "On this machine"
     shares = [case.others_share or 0.0 for case in cases if case.disturbed]
     while_busy = f", while other programs took up to {100 * max(shares):.0f} % of its processors," if shares else ""
@@ -69,7 +69,7 @@ def claim(cases: Sequence[CaseResult]) -> str:
     if usual is None:
         return takes
     ratios = [(result.ms(usual) or 0.0) / ms for result, ms in zip(cases, times, strict=True)]
-    return f"{takes}, {compared(ratios)} {spoken(usual, cases[0].case)}{rival(cases, usual)}"
+    return f"{takes}{', ' if len(cases) == 1 else ': '}{compared(ratios)} {spoken(usual, cases[0].case)}{rival(cases, usual)}"
 
 
 def subject_of(case: StepCase | FunctionCase) -> str:
@@ -105,20 +105,24 @@ def usual_peer(cases: Sequence[CaseResult]) -> str | None:
     return next((name for name in (*usual, *fastest) if name in common), None)
 
 
-def compared(ratios: Sequence[float]) -> str:
-    """How many times as fast, or where gradfused is slower, how many times as long it takes."""
+def compared(ratios: Sequence[float], spread: bool = False) -> str:
+    """How many times as fast gradfused is, or how many times as long it takes if it is slower everywhere.
+
+    Args:
+        ratios: For each case, the other's time divided by gradfused's.
+        spread: Name the least and the greatest ratio only.
+    """
     if all(abs(ratio - 1) < CLOSE for ratio in ratios):
         return "as long as"
-    if all(ratio < 1 for ratio in ratios):
-        return f"{listed([1 / ratio for ratio in ratios])} times as long as"
-    return f"{listed(ratios)} times as fast as"
+    slower = all(ratio < 1 for ratio in ratios)
+    values = [1 / ratio for ratio in ratios] if slower else list(ratios)
+    texts = [two_digits(value) for value in (sorted({min(values), max(values)}) if spread else values)]
+    return f"{' to '.join(texts) if spread else joined(texts)} times as {'long' if slower else 'fast'} as"
 
 
-def listed(ratios: Sequence[float]) -> str:
-    """Ratios to two digits, as a list in a sentence."""
-    return joined(
-        [f"{ratio:.0f}" if ratio >= 9.95 else f"{ratio:.1f}" if ratio >= 1.095 else f"{ratio:.2f}" for ratio in ratios]
-    )
+def two_digits(ratio: float) -> str:
+    """A ratio to two digits, or three close to 1."""
+    return f"{ratio:.0f}" if ratio >= 9.95 else f"{ratio:.1f}" if ratio >= 1.095 else f"{ratio:.2f}"
 
 
 def spoken(peer: str, case: StepCase | FunctionCase) -> str:
@@ -130,16 +134,14 @@ def spoken(peer: str, case: StepCase | FunctionCase) -> str:
 
 
 def rival(cases: Sequence[CaseResult], usual: str) -> str:
-    """A clause about peers that are faster than the usual one, so that the sentence hides nothing; empty if there are none."""
+    """A clause about variants that are faster than the usual peer, so that the sentence hides nothing; empty if none is."""
     fastest = [min(result.competitors(), key=lambda record: record.ms_median) for result in cases]
-    if all(
-        best.ms_median > (1 - CLOSE) * (result.ms(usual) or 0.0) for best, result in zip(fastest, cases, strict=True)
-    ):
+    pairs = list(zip(fastest, cases, strict=True))
+    if all(best.ms_median > (1 - CLOSE) * (result.ms(usual) or 0.0) for best, result in pairs):
         return ""
-    names = list(dict.fromkeys(record.variant for record in fastest))
-    ratios = [best.ms_median / (result.ms(OURS) or 1.0) for best, result in zip(fastest, cases, strict=True)]
-    rest = "the fastest other variant" if len(names) == 1 else "the fastest other variants"
-    return f", and {compared(ratios)} {joined(names)}, {rest}"
+    ratios = [best.ms_median / (result.ms(OURS) or 1.0) for best, result in pairs]
+    name = f"{fastest[0].variant}, " if len(cases) == 1 else ""
+    return f", and {compared(ratios, spread=True)} {name}the fastest other variant"
 
 
 def milliseconds(value: float) -> str:

@@ -223,9 +223,12 @@ def test_the_sentence_covers_every_model_and_names_a_faster_peer():
         result_of("gpt2", "plain", {OURS: 1.0, "torch-fused": 99.0}),
     ]
     assert sentence_of(*cases).endswith(
-        "takes 0.500 ms a step on small-400 and 50.0 ms on gpt2, 8.0 and 0.90 times as fast as torch's fused AdamW with "
-        "centralisation and clip_grad_norm_, and 6.0 and 0.90 times as fast as torch-fused-gradscale and torch-fused, "
-        "the fastest other variants."
+        "takes 0.500 ms a step on small-400 and 50.0 ms on gpt2: 8.0 and 0.90 times as fast as torch's fused AdamW with "
+        "centralisation and clip_grad_norm_, and 0.90 to 6.0 times as fast as the fastest other variant."
+    )
+    assert sentence_of(cases[0]).endswith(
+        "takes 0.500 ms a step on small-400, 8.0 times as fast as torch's fused AdamW with centralisation and "
+        "clip_grad_norm_, and 6.0 times as fast as torch-fused-gradscale, the fastest other variant."
     )
 
 
@@ -237,7 +240,7 @@ def test_the_sentence_tells_of_other_programs_and_of_other_dtypes():
         "averaging takes 1.00 ms a step on gpt2."
     )
     assert sentence_of() == ""
-    assert sentence_of(result_of("gpt2", "clip", {"torch-fused": 1.0})) == ""
+    assert sentence_of(result_of("gpt2", "clip", {"torch-fused": 1.0})).startswith("gradfused could not be timed")
 
 
 @pytest.mark.parametrize("recipe", list(RECIPES))

@@ -64,6 +64,22 @@ def test_averages_take_the_bytes_of_float32(itemsize, expected):
     assert RULES["adamw"].bytes_per_element(RECIPES["ema"], itemsize) == expected
 
 
+def test_state_is_what_the_optimizer_keeps():
+    kept = {name: (rule.state, rule.scalars) for name, rule in RULES.items()}
+    moments = ("exp_avg", "exp_avg_sq")
+    assert kept["adamw"] == (moments, {"step": 0.0})
+    assert kept["adamw-amsgrad"] == ((*moments, "max_exp_avg_sq"), {"step": 0.0})
+    assert kept["sgd"] == ((), {})
+    assert kept["lars"] == (("momentum_buffer",), {})
+    assert kept["nadam"] == (moments, {"step": 0.0, "mu_product": 1.0})
+    assert set(kept["adan"][0]) == {*moments, "exp_avg_diff", "neg_pre_grad"}
+
+
+@pytest.mark.parametrize(("rule", "expected"), [("lamb", 28 + 16), ("lars", 20 + 8), ("lion", 20), ("adan", 44)])
+def test_trust_ratios_read_before_the_step(rule, expected):
+    assert RULES[rule].bytes_per_element(RECIPES["plain"], itemsize=4) == expected
+
+
 def test_clip_recipe_centralises_as_well():
     assert RECIPES["clip"].options["centralize"] is True
     assert RECIPES["clip"].options["clip_norm"] == 1.0
