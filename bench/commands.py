@@ -5,18 +5,20 @@ from __future__ import annotations
 import gc
 import sys
 from collections.abc import Iterable, Iterator, Sequence
+from typing import TypeVar
 
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from . import report
-from .cases import MODELS, OURS, RECIPES, RULES, Case, StepCase, Workload, make_sets
+from .cases import MODELS, OURS, RECIPES, RULES, FunctionCase, StepCase, Workload, make_sets
 from .measure import CaseResult, Results, measure_function, measure_step, meter_for, threads_agree
 from .peers import FUNCTIONS, PEERS, SIZES, chosen_peers
 from .request import Request
 from .timing import cuda
 
+AnyCase = TypeVar("AnyCase", StepCase, FunctionCase)
 CHECK_SHARE = 0.25  # of a case's progress: about what checking takes
 
 
@@ -55,7 +57,7 @@ class ProgressBar:
         """Show what is being done, and move the bar."""
         self.bar.update(self.task, description=what, completed=completed)
 
-    def through(self, cases: Sequence[Case]) -> Iterator[Case]:
+    def through(self, cases: Sequence[AnyCase]) -> Iterator[AnyCase]:
         """The cases one by one, each shown under its name while it is measured."""
         for case in cases:
             self.name = f"{case.model.name}, {case.recipe.name}: "
@@ -145,9 +147,9 @@ def measured(request: Request, bar: ProgressBar) -> Iterator[CaseResult]:
         del meter
         release_memory(request.device)
     sets.clear()
-    for case in bar.through(request.function_cases()):
+    for function in bar.through(request.function_cases()):
         release_memory(request.device)
-        yield measure_function(case, request.peers, budget(case), bar.within_case)
+        yield measure_function(function, request.peers, budget(function), bar.within_case)
 
 
 def release_memory(device: torch.device) -> None:

@@ -104,7 +104,8 @@ class Request:
         def weight(case: Case) -> float:
             return 1.0 if case.device.type == "cuda" else sqrt(case.model.elements)
 
-        total = sum(map(weight, (*self.step_cases(), *self.function_cases())))
+        cases: list[Case] = [*self.step_cases(), *self.function_cases()]
+        total = sum(map(weight, cases))
         return lambda case: Budget(seconds=self.seconds * weight(case) / total, rounds=self.rounds)
 
     def too_large(self) -> Iterator[dict[str, str]]:

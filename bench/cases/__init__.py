@@ -1,6 +1,6 @@
 """What is measured: the cases, each one optimizer step or one function on tensors of a real size."""
 
-from .functions import TimedFunction, FunctionCase, FunctionPeer, Run, Size, Tensors, gradients
+from .functions import FunctionCase, FunctionPeer, Run, Size, Tensors, TimedFunction, gradients
 from .models import MODELS, ModelShapes, Shape
 from .names import CROSS_ENTROPY, FUSED_PLAIN, NO_REVERSAL, OURS, ROOF, YARDSTICKS, is_ours
 from .peer import Peer, needs
@@ -25,7 +25,6 @@ __all__ = [
     "SEED",
     "YARDSTICKS",
     "Case",
-    "TimedFunction",
     "FunctionCase",
     "FunctionPeer",
     "ModelShapes",
@@ -37,6 +36,7 @@ __all__ = [
     "StepCase",
     "StepRecipe",
     "Tensors",
+    "TimedFunction",
     "UpdateRule",
     "Workload",
     "bytes_needed",

@@ -9,7 +9,7 @@ import torch
 
 from gradfused.backends import availability
 
-from ..cases import CPU, OURS, TimedFunction, FunctionPeer, Size
+from ..cases import CPU, OURS, FunctionPeer, Size, TimedFunction
 from .eager import NoiseSource, Transforms
 from .in_torch import TORCH_PEERS
 from .lpg import LPG

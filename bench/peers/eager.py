@@ -153,13 +153,14 @@ class EagerSAM:
     """
 
     def __init__(self, params: list[torch.nn.Parameter], rho: float, *, foreach: bool) -> None:
-        self.params, self.rho, self.foreach = params, rho, foreach
+        self.params: list[Tensor] = list(params)
+        self.rho, self.foreach = rho, foreach
         self.kept: list[Tensor] = []
 
     @torch.no_grad()
     def ascend(self) -> None:
         """Save the weights, and move them by rho along the gradient."""
-        grads = [p.grad for p in self.params if p.grad is not None]
+        grads = gradients(self.params)
         scale = float(self.rho / (get_total_norm(grads, foreach=self.foreach) + 1e-12))
         self.kept = [p.detach().clone() for p in self.params]
         if self.foreach:
@@ -181,7 +182,7 @@ class EagerSAM:
 
 def average(workload: Workload, fresh: float) -> None:
     """Move the averages towards the weights; lerp does not mix dtypes, so 16-bit weights take two operations."""
-    params = list(workload.params)
+    params: list[Tensor] = list(workload.params)
     if workload.averages[0].dtype == params[0].dtype:
         torch._foreach_lerp_(workload.averages, params, fresh)
     else:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from math import sqrt
 
 import torch
@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..cases import StepCase, Workload
 from ..timing import Step
+from .eager import gradients
 
 Lists = dict[str, list[Tensor]]
 MakeRule = Callable[["StepCase", list[Tensor], "Lists"], Step]
@@ -20,7 +21,7 @@ def lion(case: StepCase, params: list[Tensor], state: Lists) -> Step:
     beta1, beta2 = case.rule.options["betas"]
 
     def step() -> None:
-        grads = [p.grad for p in params]
+        grads = gradients(params)
         updates = torch._foreach_lerp(state["exp_avg"], grads, 1 - beta1)
         torch._foreach_sign_(updates)
         torch._foreach_lerp_(state["exp_avg"], grads, 1 - beta2)
@@ -30,7 +31,7 @@ def lion(case: StepCase, params: list[Tensor], state: Lists) -> Step:
     return step
 
 
-def ratios(numerators: list[Tensor], denominators: list[Tensor]) -> list[Tensor]:
+def ratios(numerators: Sequence[Tensor], denominators: Sequence[Tensor]) -> list[Tensor]:
     """Quotients of norms; 1 where either norm is zero."""
     pairs = zip(numerators, denominators, strict=True)
     return [torch.where((a > 0) & (b > 0), a / b, torch.ones_like(a)) for a, b in pairs]
@@ -42,7 +43,7 @@ def lamb(case: StepCase, params: list[Tensor], state: Lists) -> Step:
 
     def step() -> None:
         taken[0] += 1
-        grads = [p.grad for p in params]
+        grads = gradients(params)
         torch._foreach_lerp_(state["exp_avg"], grads, 1 - beta1)
         torch._foreach_mul_(state["exp_avg_sq"], beta2)
         torch._foreach_addcmul_(state["exp_avg_sq"], grads, grads, 1 - beta2)
@@ -65,7 +66,7 @@ def lars(case: StepCase, params: list[Tensor], state: Lists) -> Step:
     options = case.rule.options
 
     def step() -> None:
-        grads = [p.grad for p in params]
+        grads = gradients(params)
         weights, sizes = torch._foreach_norm(params), torch._foreach_norm(grads)
         whole = [g + case.weight_decay * w + 1e-8 for g, w in zip(sizes, weights, strict=True)]
         trusted = [options["trust_coefficient"] * w for w in weights]
@@ -84,7 +85,7 @@ def adan(case: StepCase, params: list[Tensor], state: Lists) -> Step:
 
     def step() -> None:
         taken[0] += 1
-        grads, before = [p.grad for p in params], state["neg_pre_grad"]
+        grads, before = gradients(params), state["neg_pre_grad"]
         torch._foreach_add_(before, grads)
         torch._foreach_lerp_(state["exp_avg"], grads, 1 - beta1)
         torch._foreach_lerp_(state["exp_avg_diff"], before, 1 - beta2)

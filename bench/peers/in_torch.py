@@ -65,7 +65,7 @@ def build_folded(case: StepCase, workload: Workload, source: NoiseSource) -> Ste
 
 
 def nothing_to_fold(case: StepCase) -> str | None:
-    """The `unable` of the folding peer: only what multiplies every gradient by one number can be folded."""
+    """Why a case has nothing to fold into `grad_scale`, which multiplies every gradient by one number; None if it has."""
     recipe = case.recipe
     foldable = recipe.clip is not None or recipe.reverse is not None
     if recipe.sam is not None or recipe.ema is not None or not foldable:
@@ -74,12 +74,12 @@ def nothing_to_fold(case: StepCase) -> str | None:
 
 
 def not_torchs(case: StepCase) -> str | None:
-    """The `unable` of a peer that needs the rule in torch.optim."""
+    """Why torch.optim cannot take a case's step, or None."""
     return None if hasattr(torch.optim, case.rule.class_name) else f"torch.optim has no {case.rule.class_name}"
 
 
 def not_fused(case: StepCase) -> str | None:
-    """The `unable` of a peer that needs the rule in torch.optim with a fused implementation."""
+    """Why torch.optim cannot take a case's step with `fused=True`, or None."""
     kind = getattr(torch.optim, case.rule.class_name, None)
     if kind is None or "fused" in inspect.signature(kind).parameters:
         return not_torchs(case)
@@ -87,7 +87,7 @@ def not_fused(case: StepCase) -> str | None:
 
 
 def not_compiled(case: StepCase) -> str | None:
-    """The `unable` of the compiled peer, whose function does not include what is around a step."""
+    """Why a compiled function cannot take a case's step, or None; what is around a step is not part of the function."""
     return "leaves SAM and averages to eager code" if case.recipe.sam or case.recipe.ema else not_torchs(case)
 
 
@@ -98,7 +98,7 @@ def build_eager(case: StepCase, workload: Workload, source: NoiseSource) -> Step
 
 
 def torch_has_it(case: StepCase) -> str | None:
-    """The `unable` of formulas in torch's operations where torch.optim has the rule itself."""
+    """Why a formula in torch's operations is not measured: torch.optim has the rule itself. None if it lacks it."""
     has = case.rule.class_name not in EAGER_RULES
     return f"torch.optim has {case.rule.class_name}: see torch-foreach" if has else None
 
@@ -123,7 +123,7 @@ def build_compiled(case: StepCase, workload: Workload, source: NoiseSource) -> S
 
 
 def build_gradfused(backend: str) -> Build:
-    """The `build` of gradfused on one of its backends."""
+    """Makes the `build` of gradfused on one of its backends."""
 
     def build(case: StepCase, workload: Workload, source: NoiseSource) -> Step:
         kind = getattr(gradfused, case.rule.class_name)
@@ -131,7 +131,8 @@ def build_gradfused(backend: str) -> Build:
         optimizer = kind(workload.params, **options, backend=backend)
         share_state(optimizer, workload, extra=True)
         if case.recipe.sam is None:
-            return optimizer.step
+            step: Step = optimizer.step
+            return step
         sam = gradfused.SAM(optimizer, case.recipe.sam)
 
         def both_halves() -> None:
@@ -144,7 +145,7 @@ def build_gradfused(backend: str) -> Build:
 
 
 def missing(backend: str) -> Callable[[], str | None]:
-    """The `absent` of gradfused on one of its backends."""
+    """Makes the `absent` of gradfused on one of its backends."""
     return lambda: availability()[backend].reason
 
 

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from gradfused.nn import lpg_cross_entropy
 
-from ..cases import CROSS_ENTROPY, OURS, TimedFunction, FunctionPeer, Run, Size, Tensors, gradients
+from ..cases import CROSS_ENTROPY, OURS, FunctionPeer, Run, Size, Tensors, TimedFunction, gradients
 
 SIZES = (
     Size("8192x1000", "logits of 8192 images, 1000 classes", (8192, 1000)),

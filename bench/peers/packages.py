@@ -14,12 +14,11 @@ from torch.optim import Optimizer
 
 from ..cases import StepCase, StepRecipe, Workload, needs
 from ..timing import Step
-from .eager import NoiseSource, Transforms
+from .eager import NoiseSource, Transforms, gradients
 from .peer import (
     StepPeer,
     cuda_only,
     few_large,
-    grads_of,
     graph_options,
     rule_options,
     share_state,
@@ -35,14 +34,14 @@ def eager_then(optimizer: Optimizer, case: StepCase, workload: Workload, source:
 
 
 def adam_only(case: StepCase) -> str | None:
-    """The `unable` of peers that have only Adam and AdamW, without amsgrad."""
+    """Why a peer with nothing but Adam and AdamW without amsgrad cannot do a case, or None."""
     if case.rule.name in ("adam", "adamw"):
         return None
     return f"has no {case.rule.name}"
 
 
 def fused_adam_unable(case: StepCase) -> str | None:
-    """The `unable` of apex's FusedAdam and its descendants."""
+    """Why apex's FusedAdam and those derived from it cannot do a case, or None."""
     if case.device.type == "cuda" and case.dtype == torch.float64:
         return "has no float64"
     return cuda_only(case) or adam_only(case)
@@ -75,7 +74,7 @@ def share_optimi_state(optimizer: Optimizer, workload: Workload) -> None:
 
 
 def optimi_unable(case: StepCase) -> str | None:
-    """The `unable` of optimi, which lacks some rules and amsgrad."""
+    """Why optimi cannot do a case, or None: it lacks some rules, and amsgrad."""
     if case.rule.class_name not in ("SGD", "Adam", "AdamW", "RAdam", "Lion", "Adan"):
         return f"has no {case.rule.class_name}"
     return "has no amsgrad" if case.rule.options.get("amsgrad") else None
@@ -94,7 +93,7 @@ def build_pytorch_optimizer(case: StepCase, workload: Workload, source: NoiseSou
     @torch.no_grad()
     def step() -> None:
         transforms.advance()
-        centralize(grads_of(workload))
+        centralize(gradients(workload.params))
         transforms.apply()
         optimizer.step()
 
@@ -102,7 +101,7 @@ def build_pytorch_optimizer(case: StepCase, workload: Workload, source: NoiseSou
 
 
 def pytorch_optimizer_unable(case: StepCase) -> str | None:
-    """The `unable` of pytorch_optimizer: where it does not centralise, it is torch's optimizer and nothing else."""
+    """Why pytorch_optimizer is not measured, or None: where it does not centralise, it is torch's own optimizer."""
     if case.rule.class_name not in ("SGD", "Adam", "AdamW"):
         return "its rule is not the oracle's" if not hasattr(torch.optim, case.rule.class_name) else "has no fused one"
     if case.recipe.sam is not None or case.recipe.ema is not None:
@@ -136,7 +135,7 @@ def build_deepspeed(case: StepCase, workload: Workload, source: NoiseSource) -> 
 
 
 def deepspeed_unable(case: StepCase) -> str | None:
-    """The `unable` of DeepSpeedCPUAdam, whose kernels have neither float64 nor CUDA."""
+    """Why DeepSpeedCPUAdam cannot do a case, or None: its kernels have neither float64 nor CUDA."""
     if case.device.type != "cpu":
         return "runs on CPUs only"
     if case.dtype == torch.float64:
@@ -174,7 +173,7 @@ def build_bitsandbytes(case: StepCase, workload: Workload, source: NoiseSource) 
 
 
 def decay_after_update(case: StepCase) -> float:
-    """The `slack` of bitsandbytes: it decays the weights after the update, everybody else before it."""
+    """How far a step of bitsandbytes may be off: it decays the weights after the update, everybody else before it."""
     return 1.1 * case.lr**2 * case.weight_decay  # no element's update exceeds 1.1 lr
 
 

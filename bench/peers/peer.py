@@ -60,7 +60,7 @@ class StepPeer(Peer):
 
 
 def cuda_only(case: StepCase) -> str | None:
-    """The `unable` of a peer that runs on CUDA only."""
+    """Why a peer that runs on CUDA only cannot do a case, or None."""
     return None if case.device.type == "cuda" else "runs on CUDA only"
 
 
@@ -125,8 +125,3 @@ def graph_options(case: StepCase) -> dict[str, object]:
     """The option without which torch's optimizers refuse to step in a CUDA graph; those that count no steps lack it."""
     kind = getattr(torch.optim, case.rule.class_name)
     return {"capturable": True} if case.captured and "capturable" in inspect.signature(kind).parameters else {}
-
-
-def grads_of(workload: Workload) -> list[Tensor]:
-    """The gradients of a workload's parameters."""
-    return [param.grad for param in workload.params if param.grad is not None]

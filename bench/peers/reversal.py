@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from gradfused.nn import GradientReversal, reversal_linear
 
-from ..cases import NO_REVERSAL, OURS, TimedFunction, FunctionCase, FunctionPeer, Run, Size, Tensors, gradients, needs
+from ..cases import NO_REVERSAL, OURS, FunctionCase, FunctionPeer, Run, Size, Tensors, TimedFunction, gradients, needs
 
 LAMBDA = 0.5
 
@@ -106,7 +106,7 @@ def build_revgrad() -> Run:
 
 
 def needs_a_head(case: FunctionCase) -> str | None:
-    """The `unable` of gradfused's layer where gradfused itself runs just that layer."""
+    """Why gradfused's layer is not measured, or None: without a linear layer, gradfused itself runs just that layer."""
     return None if case.model.outputs else f"is {OURS} itself where no linear layer follows"
 
 

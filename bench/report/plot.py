@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from ..cases import CROSS_ENTROPY, NO_REVERSAL, OURS, ROOF, YARDSTICKS, FunctionCase, StepCase
 from ..measure import CaseResult, Record, Results
-from .tables import environment_line, milliseconds
+from .sentence import milliseconds
+from .tables import environment_line
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

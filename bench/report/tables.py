@@ -1,4 +1,4 @@
-"""The readable half of the output: tables on the screen."""
+"""The output on the screen: a table for each case, and what holds for the whole run."""
 
 from __future__ import annotations
 

@@ -16,10 +16,8 @@ import torch
 MIN_ROUNDS = 9  # a slow variant, which sits out every second round, still gets 5 samples
 LEAST_ROUNDS = 5  # on a machine that turns out to be busy
 MAX_ROUNDS = 60
-SLOW, SLOW_MS = (
-    3.0,
-    40.0,
-)  # slower than both, in multiples of the fastest and in ms, a variant sits out every second round
+# A variant that takes more than so many times the fastest's time, and more than so many ms, sits out every second round.
+SLOW, SLOW_MS = 3.0, 40.0
 SHORT_MS = 20.0  # steps shorter than this depend on what ran before them, so an untimed one precedes each sample
 
 Step = Callable[[], object]
@@ -48,7 +46,7 @@ class Clock:
 
     Attributes:
         read: Calls a step so many times and returns the milliseconds that one call took.
-        burst_ms: A sample lasts about this long or longer.
+        burst_ms: A sample takes enough steps to last about this long.
         least: The fewest steps in a sample.
         most: The most steps in a sample.
     """
