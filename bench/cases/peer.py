@@ -10,7 +10,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Peer:
-    """One way of doing the work of a case; gradfused is one of its own peers.
+    """One way of doing the work of a case; gradfused itself is listed as one too.
 
     Attributes:
         name: Its name for `--peers` and in tables.
