@@ -1,4 +1,4 @@
-"""What all gradfused optimizers share: groups and their options, the step, saving and loading."""
+"""The base class of all gradfused optimizers: groups and their options, the step, saving and loading."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ _TABLES_KEPT = 4
 
 @torch.no_grad()
 def _overwrite(values: dict[Tensor, Tensor]) -> None:
-    """Copy each value to the tensor that is its key."""
+    """Copy each value into the tensor that is its key."""
     for p, value in values.items():
         p.copy_(value)
 
@@ -56,13 +56,13 @@ class Optimizer(torch.optim.Optimizer):
         self._complete = True
 
     def _begin(self) -> None:
-        """What is not part of the saved state."""
-        # In a wrapper that inherits this class, or copied these attributes, it is another object than self.
+        """Set up the attributes that are not saved."""
+        # Not self in a wrapper that inherits from this class or has copied these attributes.
         self._itself = weakref.ref(self)
-        self._lock = getattr(self, "_lock", None) or threading.RLock()  # around whatever steps, loads or swaps
-        self._tables: list[StepTable] = []  # the last one used comes first
-        self._captured: list[StepTable] = []  # by CUDA graphs, which may be replayed for as long as this lives
-        self._seen: StepTable | None = None  # the last step's
+        self._lock = getattr(self, "_lock", None) or threading.RLock()  # held by everything that steps, loads or swaps
+        self._tables: list[StepTable] = []  # the one used last comes first
+        self._captured: list[StepTable] = []  # by CUDA graphs, which may be replayed as long as the optimizer lives
+        self._seen: StepTable | None = None  # the table of the last step, which knows its norms
         self._group_options = OptionsCache()
         self._skipped: int | Tensor = 0
         self._averaged = False  # swap_ema() is under way
@@ -141,7 +141,7 @@ class Optimizer(torch.optim.Optimizer):
             raise
 
     def _check_memory(self) -> None:
-        """Two parameters may not share memory. What has none, or no gradient, is left to the step that needs it."""
+        """Raise ValueError if two parameters share memory. Frozen parameters and those without values are left to the step."""
         trained = ((name, p) for name, p in named_parameters(self.param_groups) if may_train(p) and has_values(p))
         check_disjoint(list({id(p): (f"parameter {name}", p) for name, p in trained}.values()))
 
@@ -291,9 +291,9 @@ class Optimizer(torch.optim.Optimizer):
     def swap_ema(self) -> Iterator[None]:
         """Within the block, parameters whose group has ``ema`` hold their average; afterwards what they held before.
 
-        Parameters that have not taken a step yet keep their weights, which are their average. To save the average, save the
-        model within the block and the optimizer outside: within it the optimizer can neither step nor be saved, loaded or copied,
-        since the weights that its state belongs to are put aside.
+        Parameters that have not been stepped yet keep their weights, which are their average. To save the average, save the
+        model within the block and the optimizer outside. Within the block the optimizer can neither step nor be saved,
+        loaded or copied, because the weights that its state belongs to are put aside.
 
         Raises:
             RuntimeError: No group has ``ema``, the block is nested, or the optimizer is used within it as above.
@@ -301,7 +301,7 @@ class Optimizer(torch.optim.Optimizer):
         self = self._itself() or self  # not the wrapper whose class inherits this method
         if all(group["ema"] is None for group in self.param_groups):
             raise RuntimeError("swap_ema(): no parameter group keeps an average; give the optimizer ema=0.999, say")
-        with self._lock:  # not within the block, where other threads are refused and need not wait
+        with self._lock:  # not held within the block, where other threads are refused at once rather than made to wait
             self._refuse_averaged("swap_ema()")
             averaging = (p for group in self.param_groups if group["ema"] is not None for p in group["params"])
             averages = {p: self.state[p]["ema"] for p in averaging if "ema" in self.state.get(p, {})}
@@ -316,7 +316,7 @@ class Optimizer(torch.optim.Optimizer):
                 _overwrite(kept)
 
     def _refuse_averaged(self, what: str) -> None:
-        """Raise RuntimeError while the weights are put aside for their average."""
+        """Raise RuntimeError while the weights are swapped for their average."""
         if self._averaged:
             raise RuntimeError(
                 f"{what} inside swap_ema(): the weights that the optimizer's state belongs to are put aside for their "
@@ -327,14 +327,14 @@ class Optimizer(torch.optim.Optimizer):
 
     @property
     def grad_norm(self) -> Tensor | None:
-        """Norm of the last step's gradients as centralisation left them, unscaled: 0-dim, float64.
+        """Total norm of the last step's gradients, unscaled and after centralisation: 0-dim, float64.
 
-        Over every parameter in a group whose recipe takes a norm; None before the first step or if no group does.
+        It covers the parameters of every group whose recipe takes a norm; None before the first step or if no group's does.
         """
         return None if self._seen is None else self._seen.norm()
 
     def grad_norms(self) -> dict[str, Tensor]:
-        """The same by parameter: its name, or its place where the optimizer was given none."""
+        """The norm of each gradient in ``grad_norm``, by the parameter's name, or by its place where it has no name."""
         return {} if self._seen is None else self._seen.norms()
 
     # ---- saving and loading
@@ -358,7 +358,7 @@ class Optimizer(torch.optim.Optimizer):
         return super().__getstate__() | {"skipped_steps": self.skipped_steps}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Also called by load_state_dict: what was cached describes the old state."""
+        """Restore a copy or a pickle. ``load_state_dict`` calls this too: whatever was cached describes the old state."""
         kept = {key: value for key, value in state.items() if key != "skipped_steps"}
         skipped = state["skipped_steps"] if "skipped_steps" in state else int(self.skipped_steps)
         captured = getattr(self, "_captured", [])
@@ -387,7 +387,7 @@ class Optimizer(torch.optim.Optimizer):
             self._load(state_dict)
 
     def _load(self, state_dict: dict[str, Any]) -> None:
-        # As the last of the hooks, this sees what theirs made of the state dict.
+        # Registered last, this hook sees the state dict as the user's hooks have left it.
         seen: list[dict[str, Any]] = []
 
         def checked(_: torch.optim.Optimizer, saved: dict[str, Any]) -> dict[str, Any]:
@@ -402,7 +402,7 @@ class Optimizer(torch.optim.Optimizer):
         restore_dtypes(seen[-1], self.param_groups, self.state)
 
     def _checked(self, state_dict: dict[str, Any]) -> dict[str, Any]:
-        """The state dict with options that it lacks filled in. Raises ValueError unless it is of this kind."""
+        """The state dict with missing options filled in. Raises ValueError if it is not of this kind of optimizer."""
         rule, telling = self._rule, telling_options(self._own_options)
         kind = Kind(type(self).__name__, telling, rule.required_keys, rule.optional_keys)
         saved = [dict(group) for group in state_dict["param_groups"]]

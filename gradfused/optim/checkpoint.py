@@ -1,4 +1,4 @@
-"""What a state dict must hold to be loaded, and what torch's loading leaves to be put right."""
+"""Which state dicts may be loaded, and the dtypes that torch's loading gets wrong."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from ..step.state import RIDERS, SCALARS, SHORT, State, state_dtype
 
 @dataclass(frozen=True)
 class Kind:
-    """What the state dicts of one optimizer hold.
+    """What the state dicts of one kind of optimizer contain.
 
     Attributes:
-        name: The optimizer's.
-        options: Options that each of its groups has.
-        keys: State that each parameter has once it has any.
+        name: The optimizer's class name.
+        options: Options that every group has.
+        keys: State that a parameter has whatever the options are, once it has any.
         optional: State that some options ask for.
     """
 
@@ -60,7 +60,7 @@ class Kind:
                 )
 
     def _check_keys(self, name: str, saved: Sequence[str]) -> None:
-        """Raise ValueError unless a parameter's state is this optimizer's, and whole; none at all is a start."""
+        """Raise ValueError unless a parameter's state is this optimizer's and complete. No state at all is a new start."""
         for key in saved:
             if key not in self.keys and key not in self.optional | RIDERS:
                 raise ValueError(
@@ -76,7 +76,7 @@ class Kind:
 
 
 def restore_dtypes(saved: dict[str, Any], groups: Iterable[Group], state: State) -> None:
-    """torch casts loaded state to the parameters' dtypes: what is to have another one gets its own values back."""
+    """Give loaded state, which torch casts to the parameters' dtypes, the dtypes that the options ask for."""
     numbers = iter([i for group in saved["param_groups"] for i in group["params"]])
     for group in groups:
         asked = options.STATE_DTYPES.get(options.choice("state_dtype", group["state_dtype"]))
@@ -87,5 +87,5 @@ def restore_dtypes(saved: dict[str, Any], groups: Iterable[Group], state: State)
                     continue
                 cast = state[p][key]
                 dtype = state_dtype(key, p, value.dtype if as_saved and p.dtype in SHORT else asked) or value.dtype
-                if cast.dtype != dtype:  # shared with the state dict, as torch does where nothing is cast
+                if cast.dtype != dtype:  # may share memory with the state dict, as in torch where nothing is cast
                     state[p][key] = value.detach().to(device=cast.device, dtype=dtype)

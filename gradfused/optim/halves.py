@@ -1,4 +1,4 @@
-"""The two halves of SAM's step, and what the first hands to the second."""
+"""The two halves of a SAM step, the ascent and the descent, and the backups that the first leaves to the second."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _TINY = 1e-12
 
 @dataclass(frozen=True)
 class AscentOptions:
-    """How far the ascent goes: the options of `SAM`, checked whenever one of them changes."""
+    """The options of `SAM`, checked whenever one of them changes."""
 
     rho: float
     adaptive: bool
@@ -47,20 +47,20 @@ class AscentOptions:
 
 
 class Halves:
-    """The ascent, the descent, and everything of SAM's that changes.
+    """The ascent, the descent, and all of SAM's state that changes.
 
-    SAM keeps it all in this one object: trainers wrap an optimizer in objects that copy its attributes, or whose class inherits
-    from its class, so that what a method assigns to ``self`` stays with the wrapper. This object is the same for all of them.
+    Trainers wrap an optimizer in objects that copy its attributes or inherit from its class, so that whatever a method
+    assigns to ``self`` stays with the wrapper. SAM keeps its state in this one object, which is the same for all of them.
 
     Attributes:
         base: The optimizer whose step is the descent.
-        options: How far the ascent goes.
-        owner: The SAM that it belongs to.
-        complete: The owner is constructed.
+        options: The options of the ascent.
+        owner: A function that returns the SAM of these halves.
+        complete: That SAM is constructed.
         ascended: The ascent was taken and the descent is due.
         backups: The weights before the ascent, of the parameters that it moved; empty between steps.
-        stepped: A descent was taken, or ``step()`` called: what learning-rate schedulers ask.
-        warned: The warning about a state dict between the halves was given.
+        stepped: A step of the optimizer was taken, which learning-rate schedulers want to know.
+        warned: The warning about a state dict taken between the halves was given.
     """
 
     def __init__(self, base: Optimizer, options: AscentOptions) -> None:
@@ -78,7 +78,7 @@ class Halves:
             self._state[p]["backup"] = backup
 
     def belongs_to(self, owner: torch.optim.Optimizer) -> None:
-        """Its SAM is constructed, or was read from a file."""
+        """Remember the SAM of these halves, which was constructed or unpickled."""
         self.owner, self.complete = weakref.ref(owner), True
 
     def __getstate__(self) -> dict[str, Any]:
@@ -90,7 +90,7 @@ class Halves:
 
     @property
     def lock(self) -> AbstractContextManager[Any]:
-        """Around whatever steps, loads or swaps: the base's own, so that both are used by one thread at a time."""
+        """The base's lock, held by everything that steps, loads or swaps: both optimizers are used by one thread at a time."""
         return self.base._lock
 
     # ---- the ascent
@@ -101,7 +101,7 @@ class Halves:
 
     @property
     def _skips(self) -> bool:
-        """Whether a half whose gradients are not finite is not to be taken."""
+        """Whether a half is skipped if its gradients are not finite."""
         return any(group["nonfinite"] == "skip" for group in self._groups)
 
     def _group_options(self) -> list[GroupOptions]:
@@ -121,20 +121,20 @@ class Halves:
         return [of(group) for group in self._groups]
 
     def _masters(self) -> dict[Tensor, Tensor]:
-        """Copies in float32 of parameters of 16 bits."""
+        """The copies in float32 of 16-bit parameters."""
         groups = (g for g in self._groups if choice("precision", g["precision"]) == "master")
         params = (p for group in groups for p in group["params"] if p.dtype in SHORT)
         return {p: self.base.state[p]["master"] for p in params if "master" in self.base.state.get(p, {})}
 
     def _drop_backups(self) -> None:
-        """Free the backups of parameters that left the groups, or whose shape, dtype or device is another one now."""
+        """Free the backups of parameters that left the groups or changed their shape, dtype or device."""
         alive = {p for group in self._groups for p in group["params"]}
         for p in list(self._state):
             if p not in alive or not _fits(p, self._state[p]["backup"]):
                 del self._state[p]
 
     def _current_table(self, states: States) -> StepTable:
-        """The table that describes this ascent: the last one's, or a new one."""
+        """The table of this ascent: the last one, if it still describes it, or a new one."""
         options, masters = self._group_options(), self._masters()
         table = self._table
         if table is None or not table.still_describes(self._groups, self._state, options, masters):
@@ -144,7 +144,7 @@ class Halves:
         return table
 
     def ascend(self, scaling: Scaling) -> None:
-        """Move the weights up, unless the scaler or the recipe forbids it. The descent is due then in any case."""
+        """Move the weights up unless the gradients overflowed or are to be skipped. The descent is due in any case."""
         with self.lock:
             self.base._refuse_averaged("first_step()")
             self._ascend(scaling)
@@ -186,7 +186,7 @@ class Halves:
         """Take the optimizer's step from where the weights were."""
         with self.lock:
             self.base._refuse_averaged("second_step()")
-            # Whether a step is skipped for its norm is known to the device alone: it must find the weights where they were.
+            # Only the device knows whether it skips a step, which then has to find the weights where they were.
             on_device = any(p.device.type != "cpu" for p in self.backups)
             late = on_device if self._table is None else self._table.on_device
             early = scaling.forbids or (self._skips and late)
@@ -202,10 +202,7 @@ class Halves:
                 raise
 
     def _went_down(self, moved: list[Tensor], early: bool) -> None:
-        """The base's step was taken or skipped: parameters that it did not move go back, and the next ascent is due.
-
-        May be done twice.
-        """
+        """After the optimizer's step: parameters that it did not move go back, and the next ascent is due. May be done twice."""
         if not early:
             self._take_back({p: self.backups[p] for p in self.backups.keys() - moved})
         self.backups, self.ascended = {}, False
@@ -219,7 +216,7 @@ class Halves:
         self.base._hooked_step(scaling, sources, moved)
 
     def restore(self) -> None:
-        """The weights go back to where they were, if there was an ascent."""
+        """Undo the ascent, if there was one: the weights go back to where they were."""
         self.base._refuse_averaged("restore()")
         for name, p in named_parameters(self._groups):
             if p in self.backups:
@@ -232,7 +229,7 @@ class Halves:
         if backups:
             torch._foreach_copy_(list(backups), list(backups.values()))
 
-    # ---- what the gradients say
+    # ---- looking at the gradients
 
     def no_way_up(self) -> bool:
         """Whether every gradient is zero, or there is none: the ascent would leave the weights where they are."""
@@ -240,14 +237,14 @@ class Halves:
         return not any(map(_points_somewhere, grads))
 
     def gradients_seen(self) -> Callable[[], bool]:
-        """A function that says whether any gradient was written, made or removed since now. Keeps none alive."""
+        """A function that tells whether any gradient was written, made or removed from now on. It keeps none alive."""
         params = [p for group in self._groups for p in group["params"]]
-        seen = [_Seen(p.grad) for p in params]
+        seen = [_SeenGradient(p.grad) for p in params]
         return lambda: any(was.differs(p.grad) for was, p in zip(seen, params, strict=True))
 
 
-class _Seen:
-    """A gradient as it was, or that there was none."""
+class _SeenGradient:
+    """A parameter's gradient at some time, or the fact that there was none."""
 
     def __init__(self, grad: Tensor | None) -> None:
         self._grad = None if grad is None else (TensorWeakRef(grad), grad._version)
@@ -260,7 +257,7 @@ class _Seen:
 
 
 def _points_somewhere(grad: Tensor) -> bool:
-    """Whether a gradient has an element other than zero; one that is not dense may have."""
+    """Whether a gradient has an element other than zero, as one that is not dense is taken to have."""
     grad = getattr(grad, "_local_tensor", grad)
     return grad.layout != torch.strided or bool(grad.count_nonzero())
 

@@ -10,7 +10,7 @@ from typing import Any
 from ..backends import Settings
 from ..step.options import INF, finite, flag, items, number
 
-#: torch added these over the years, and not everywhere: state dicts of older versions lack them.
+#: Options that torch added over the years: state dicts of older versions lack them.
 _ADDED_LATER = frozenset(("foreach", "fused", "maximize", "capturable", "differentiable", "decoupled_weight_decay"))
 _FIELDS = frozenset(f.name for f in fields(Settings))
 

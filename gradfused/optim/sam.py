@@ -19,7 +19,7 @@ from .base import Optimizer
 from .halves import AscentOptions, Halves
 
 _ALONE = (
-    "SAM.step() without a closure and without first_step(): a step takes two gradients, and there is but one. Call first_step() "
+    "SAM.step() without a closure and without first_step(): a step needs two gradients, and there is only one. Call first_step() "
     "after a first backward pass and second_step() or step() after another; or step(closure), whose closure zeroes the "
     'gradients, runs the model and calls backward; or with a GradScaler scaler.step(sam, half="first") and '
     'scaler.step(sam, half="second"). '
@@ -43,14 +43,14 @@ _BETWEEN = (
 
 @contextmanager
 def frozen_statistics(model: nn.Module) -> Iterator[None]:
-    """Within the block, the model's batch and instance norms leave their running statistics alone; they still use the batch's.
+    """A block in which the model's batch and instance norms do not update their running statistics, but use the batch's.
 
-    For SAM's second forward pass, whose weights are not the model's.
+    It is meant for SAM's second forward pass, whose weights are not those of the trained model.
     """
     batch_norms = [
         m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats
     ]
-    # Without tracking these would still write theirs.
+    # Instance norms write their statistics even where they do not track them, unless their momentum is 0.
     instance_norms = [m for m in model.modules() if isinstance(m, nn.modules.instancenorm._InstanceNorm)]
     momenta = [m.momentum for m in instance_norms]
     for batch_norm in batch_norms:
@@ -67,7 +67,7 @@ def frozen_statistics(model: nn.Module) -> Iterator[None]:
 
 
 def _option(name: str, what: str) -> property:
-    """One of SAM's options, checked with the others whenever it is assigned to."""
+    """A property for one of SAM's options, which are checked together whenever one is assigned to."""
 
     def read(sam: SAM) -> Any:
         return getattr(sam._halves.options, name)
@@ -81,9 +81,9 @@ def _option(name: str, what: str) -> property:
 class SAM(torch.optim.Optimizer):
     """Sharpness-aware minimization (Foret et al. 2021): steps along the gradient at the worst weights nearby.
 
-    A step has two halves, each after a backward pass of its own: the ascent moves the weights up the raw gradient by ``rho``,
-    the descent takes the optimizer's step, recipe included, from where the weights were. They are read from the backup in place
-    of the weights, so going back costs no pass of its own::
+    A step has two halves, each after a backward pass of its own. The ascent moves the weights up the raw gradient by ``rho``.
+    The descent takes the optimizer's step, recipe included, from where the weights were: it reads them from a backup, so that
+    going back costs no pass of its own::
 
         sam = gradfused.SAM(gradfused.AdamW(model.parameters(), lr=1e-3), rho=0.05)
         loss(model).backward()
@@ -94,25 +94,26 @@ class SAM(torch.optim.Optimizer):
         sam.second_step()
         sam.zero_grad()
 
-    ``step(closure)`` takes both halves. ``step(half="first")`` and ``step(half="second")`` are ``first_step()`` and
-    ``second_step()`` for what can only call ``step``: with a GradScaler, ``scaler.step(sam, half="first")`` and
-    ``scaler.update()`` after the first backward pass, the same with ``"second"`` after the second. An overflow in the ascent
-    leaves the weights where they are, and the descent becomes an ordinary step; one in the descent takes the weights back and no
-    step.
-    ``step()`` alone is the descent after an ascent that was asked for by its name. Without one it raises: in a trainer that calls
-    it once a batch it would take the halves on different batches, and might end on ascended weights. Only where all gradients
-    are zero it takes the optimizer's step, because the ascent leads nowhere: so ``torch.distributed.checkpoint`` makes the
-    optimizer's state.
+    ``step(closure)`` takes both halves. Code that can only call ``step`` uses ``step(half="first")`` for ``first_step()`` and
+    ``step(half="second")`` for ``second_step()``. With a GradScaler, call ``scaler.step(sam, half="first")`` and
+    ``scaler.update()`` after the first backward pass, and the same with ``"second"`` after the second. An overflow in the
+    ascent leaves the weights where they are, and the descent becomes an ordinary step; an overflow in the descent takes the
+    weights back without a step.
 
-    The parameter groups and the state are the optimizer's, and so are ``grad_norm``, ``grad_norms()``, ``skipped_steps`` and
-    ``swap_ema()``: they speak of the descent. Schedulers may be given either. Hooks on the optimizer's step are called around the
-    descent, those on SAM's around ``step``.
+    ``step()`` without arguments takes the descent if ``first_step()`` was called, and raises otherwise: a trainer that calls
+    it once a batch would take the halves on different batches, and might end on ascended weights. Only where all gradients
+    are zero does it take the optimizer's step, because the ascent would not move the weights; this is how
+    ``torch.distributed.checkpoint`` creates the optimizer's state.
+
+    The parameter groups and the state are the optimizer's. ``grad_norm``, ``grad_norms()``, ``skipped_steps`` and
+    ``swap_ema()`` are the optimizer's as well and concern the descent. Schedulers may be given either optimizer. Hooks on the
+    step of ``base_optimizer`` are called around the descent, hooks on SAM's around ``step``.
 
     Args:
-        optimizer: A gradfused optimizer; afterwards ``base_optimizer``.
-        rho: Length of the ascent. It, ``adaptive`` and ``eta`` may be assigned to between steps.
+        optimizer: A gradfused optimizer, available as ``base_optimizer``.
+        rho: Length of the ascent. ``rho``, ``adaptive`` and ``eta`` may be assigned to between steps.
         adaptive: ASAM (Kwon et al. 2021): each weight moves in proportion to its square, so that scale does not matter.
-        eta: With ``adaptive``, added to each weight's size.
+        eta: Added to each weight's magnitude if ``adaptive``.
 
     Raises:
         TypeError: The optimizer is not gradfused's, or an option is not a number.
@@ -135,9 +136,9 @@ class SAM(torch.optim.Optimizer):
 
     rho = _option("rho", "Length of the ascent.")
     adaptive = _option("adaptive", "Whether each weight moves in proportion to its square.")
-    eta = _option("eta", "Added to each weight's size, if adaptive.")
+    eta = _option("eta", "Added to each weight's magnitude if adaptive.")
 
-    # ---- what is the optimizer's
+    # ---- the optimizer's own
 
     @property
     def base_optimizer(self) -> Optimizer:
@@ -146,7 +147,7 @@ class SAM(torch.optim.Optimizer):
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:
-        """The optimizer's."""
+        """The optimizer's parameter groups."""
         return self._halves.base.param_groups
 
     @param_groups.setter
@@ -156,7 +157,7 @@ class SAM(torch.optim.Optimizer):
 
     @property
     def state(self) -> Any:
-        """The optimizer's."""
+        """The optimizer's state."""
         return self._halves.base.state
 
     @state.setter
@@ -171,27 +172,27 @@ class SAM(torch.optim.Optimizer):
 
     @property
     def grad_norm(self) -> Tensor | None:
-        """The optimizer's: norm of the last descent's gradients."""
+        """Norm of the last descent's gradients: the optimizer's ``grad_norm``."""
         return self._halves.base.grad_norm
 
     def grad_norms(self) -> dict[str, Tensor]:
-        """The same by parameter."""
+        """Norm of each of the last descent's gradients, by parameter: the optimizer's ``grad_norms()``."""
         return self._halves.base.grad_norms()
 
     @property
     def skipped_steps(self) -> int:
-        """The optimizer's: descents that ``nonfinite="skip"`` did not take. Waits for the device."""
+        """Descents that ``nonfinite="skip"`` skipped: the optimizer's ``skipped_steps``. Waits for the device."""
         return self._halves.base.skipped_steps
 
     def swap_ema(self) -> AbstractContextManager[None]:
-        """The optimizer's: within the block, the parameters hold their average. The halves are refused there."""
+        """A block in which the parameters hold their average: the optimizer's ``swap_ema()``. Both halves are refused in it."""
         return self._halves.base.swap_ema()
 
-    # ---- what is torch's
+    # ---- for torch
 
     @property
     def _opt_called(self) -> bool:
-        """Learning-rate schedulers ask it for whether a step was taken, and warn if not."""
+        """Whether a step was taken: learning-rate schedulers read it, and warn if none was."""
         return self._halves.stepped
 
     @_opt_called.setter
@@ -210,7 +211,7 @@ class SAM(torch.optim.Optimizer):
         return self._halves.ascended
 
     def first_step(self) -> None:
-        """Take the ascent: weights with a gradient go up by ``rho`` along it, all of them together.
+        """Take the ascent: the weights that have a gradient move up by ``rho`` along it, all of them together.
 
         Raises:
             RuntimeError: The descent is due, or the weights are swapped for their average.
@@ -238,7 +239,7 @@ class SAM(torch.optim.Optimizer):
             self._halves.descend(Scaling.of(self))
 
     def restore(self) -> None:
-        """Give up a step between its halves: the weights go back to where they were. Without an ascent, nothing happens.
+        """Give up a step between its halves: the weights go back to where they were. Does nothing without an ascent.
 
         Raises:
             RuntimeError: The weights are swapped for their average.
@@ -268,7 +269,7 @@ class SAM(torch.optim.Optimizer):
                 due; or the closure did nothing.
             ValueError: ``half`` is none of the two.
         """
-        with self._halves.lock:  # a whole step of two halves comes after that of another thread
+        with self._halves.lock:  # two threads take whole steps one after the other
             try:
                 return self._step(closure, half)
             except BaseException:
@@ -327,7 +328,7 @@ class SAM(torch.optim.Optimizer):
     def state_dict(self) -> dict[str, Any]:
         """The optimizer's state dict with SAM's own part, under ``"sam"``.
 
-        Between the halves that holds the backups, and a warning is given once: the model's weights are those of the ascent.
+        Between the halves it holds the backups, and a warning is given once that the model has the weights of the ascent.
         """
         for before in self._optimizer_state_dict_pre_hooks.values():
             before(self)
@@ -351,7 +352,7 @@ class SAM(torch.optim.Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state dict of SAM's, or one of the optimizer without SAM.
 
-        Saved between the halves, it belongs to a model saved at the same time: the weights up there are the model's.
+        A state dict saved between the halves belongs to a model saved at the same time, which has the ascended weights.
 
         Raises:
             TypeError, ValueError: The state is another optimizer's, its shapes are not these parameters', or an option of
@@ -375,7 +376,7 @@ class SAM(torch.optim.Optimizer):
             after(self)
 
     def _checked_backups(self, saved: dict[int, Tensor]) -> dict[Tensor, Tensor]:
-        """A state dict's backups by parameter."""
+        """The backups in a state dict, by parameter. Raises ValueError if one does not fit its parameter."""
         names = list(named_parameters(self.param_groups))
         for number, backup in saved.items():
             if number >= len(names) or names[number][1].shape != backup.shape:

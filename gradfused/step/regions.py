@@ -1,4 +1,4 @@
-"""Which bytes strided tensors touch, and whether two of many touch the same one: decided by their strides, never byte by byte."""
+"""The bytes that strided tensors touch, and whether two of many tensors share one: decided by their strides alone."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from dataclasses import dataclass, replace
 from math import gcd
 from typing import TypeVar
 
-#: A few regions are compared each with each; more are sorted first.
+#: Up to so many regions are compared each with each; more are sorted first.
 _FEW = 6
-#: Comparisons of two regions in one search, and sums tried in one comparison: what models have takes a few of each.
+#: Limits of one search in comparisons of two regions, and of one comparison in sums. Models take a few of each.
 MOST_PAIRS, MOST_SUMS = 50_000, 5_000
 
 Loop = tuple[int, int]
@@ -19,12 +19,12 @@ _T = TypeVar("_T")
 
 
 class Undecided(Exception):
-    """Two regions, by their owners, that could not be told apart within the work that a search may take."""
+    """Within the limits of a search it could not be decided whether two regions, whose owners are given, share a byte."""
 
 
 @dataclass(frozen=True, slots=True)
 class Region:
-    """A set of bytes: runs of neighbours that begin at ``start`` plus i * stride, i < count, for each of the loops.
+    """A set of bytes: runs of adjacent bytes that begin at ``start`` plus a sum of i * stride, i < count, over the loops.
 
     Attributes:
         loops: (count, stride), the longest stride first.
@@ -48,10 +48,10 @@ class Region:
 
 @dataclass(frozen=True, slots=True)
 class Item:
-    """A region and whose it is.
+    """A region and its owner.
 
     Attributes:
-        written: Nobody else may touch it. Regions that are only read may share bytes.
+        written: No other owner may touch the region. Regions that are only read may share bytes.
     """
 
     region: Region
@@ -77,7 +77,7 @@ def region(start: int, size: int, shape: Sequence[int], strides: Sequence[int]) 
 
 
 def repeats(shape: Sequence[int], strides: Sequence[int]) -> bool:
-    """Whether two elements of a tensor are the same memory. Raises Undecided."""
+    """Whether two elements of a tensor share memory. Raises Undecided."""
     dims = sorted(((s, n) for n, s in zip(shape, strides, strict=True) if n > 1), reverse=True)
     if dims and dims[-1][0] == 0:
         return True
@@ -87,7 +87,7 @@ def repeats(shape: Sequence[int], strides: Sequence[int]) -> bool:
         if stride <= reach:
             break
         reach += most * stride
-    else:  # each dim steps over all that the shorter ones reach
+    else:  # each dim steps over everything that the dims of shorter strides reach
         return False
     work = [MOST_SUMS]
     # Two index tuples that differ first in dim i, counted from the longest stride, by 1 or more.
@@ -133,12 +133,12 @@ def _reaches(terms: Sequence[Term], lo: int, hi: int, work: list[int]) -> bool:
 
 
 def _two_reach(one: Term, other: Term, lo: int, hi: int) -> bool:
-    """The same for two terms, in a number of steps that grows with the digits of the strides."""
+    """``_reaches`` for two terms, in a number of steps that grows with the number of digits of the strides."""
     (s, a, b), (t, c, d) = one, other
     first, last = max(a, -(-(lo - d * t) // s)), min(b, (hi - c * t) // s)
     if first > last:
         return False
-    # For these x, a multiple of t in [lo - x * s, hi - x * s] is, or may be replaced by, one that the other term reaches.
+    # For these x, if there is a multiple of t in [lo - x * s, hi - x * s], there is one that the other term reaches.
     from_, width = -(hi - first * s) % t, hi - lo
     if from_ == 0 or from_ + width >= t:
         return True
@@ -147,7 +147,7 @@ def _two_reach(one: Term, other: Term, lo: int, hi: int) -> bool:
 
 
 def _first_within(a: int, m: int, lo: int, hi: int) -> int | None:
-    """The least x >= 0 with lo <= a * x mod m <= hi, for 0 < lo <= hi < m: Euclid's algorithm."""
+    """The least x >= 0 with lo <= a * x mod m <= hi, for 0 < lo <= hi < m, by Euclid's algorithm."""
     if a == 0:
         return None
     if 2 * a > m:
@@ -163,10 +163,10 @@ def _first_within(a: int, m: int, lo: int, hi: int) -> int | None:
 
 
 class Search:
-    """Looks among many regions for two that share a byte, of which one is written.
+    """A search among many regions for two that share a byte and of which one is written.
 
     Attributes:
-        pairs: How many times two regions were compared.
+        pairs: The number of comparisons of two regions so far.
     """
 
     def __init__(self) -> None:
@@ -246,7 +246,7 @@ class Search:
 
 @dataclass(frozen=True, slots=True)
 class _Tile:
-    """Part of a region where memory is seen as rows of one length: the same bytes in rows ``top`` to ``bottom - 1``."""
+    """Part of a region, with memory seen as rows of one length: the same bytes in each of rows ``top`` to ``bottom - 1``."""
 
     item: Item
     top: int
@@ -254,7 +254,7 @@ class _Tile:
 
 
 def _tiles(x: Item, base: int, length: int) -> Iterator[_Tile]:
-    """A region as tiles of rows of ``length`` bytes from ``base`` on; none where it is no union of a few."""
+    """A region as tiles in rows of ``length`` bytes from ``base`` on; none if it is not a union of a few tiles."""
     r = x.region
     top, at = divmod(r.start - base, length)
     count, loops = (r.loops[0][0], r.loops[1:]) if r.loops and r.loops[0][1] == length else (1, r.loops)
@@ -265,7 +265,7 @@ def _tiles(x: Item, base: int, length: int) -> Iterator[_Tile]:
     if inner.span > length:
         return
     yield _Tile(replace(x, region=inner), top, top + count)
-    if inner.end > length:  # its end lies in the next row: seen from there too
+    if inner.end > length:  # it reaches into the next row, and is a tile there too
         yield _Tile(replace(x, region=replace(inner, start=at - length)), top + 1, top + count + 1)
 
 
@@ -279,12 +279,12 @@ def _tiles_of_run(x: Item, top: int, at: int, length: int) -> Iterator[_Tile]:
 
 
 def _matters(items: Sequence[Item]) -> bool:
-    """Whether there are two owners, and anything written."""
+    """Whether the items have two owners or more and any is written."""
     return len(items) > 1 and any(x.written for x in items) and any(x.owner != items[0].owner for x in items)
 
 
 def _clusters(things: Sequence[_T], start: Callable[[_T], int], end: Callable[[_T], int]) -> list[list[_T]]:
-    """Things by chains of intervals that meet: of two clusters no interval meets another's."""
+    """The things grouped so that no interval of a group meets an interval of another group."""
     found: list[list[_T]] = []
     furthest = 0
     for x in sorted(things, key=start):
