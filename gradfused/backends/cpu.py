@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from importlib import import_module
 from types import ModuleType
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from . import native as natives
-from .base import Availability, Backend, Held, Row, Scaling, Settings
+from .base import Availability, Row, Scaling, Settings
 
 _native: ModuleType | None
 _error: str | None = None
@@ -58,51 +57,35 @@ def refusal(tensor: Tensor) -> str | None:
     return natives.refusal(tensor, "cpu")
 
 
-class CpuBackend(Backend):
-    """Rows as the native engine keeps them between steps."""
+class CpuBackend(natives.CompiledBackend):
+    """The native CPU engine with the rows of a step."""
 
     def __init__(self, rows: Sequence[Row], settings: Sequence[Settings]) -> None:
         super().__init__(rows, settings)
-        self._native = native().Engine(len(settings))
+        self._engine = native().Engine(len(settings))
+        self.natives = [self._engine]
         self._sums = torch.zeros(len(rows), dtype=torch.float64, device="cpu")
-        self._watch: natives.Watch | None = None
-        self._configured: list[Settings | None] = [None] * len(settings)
-        self.configure(settings)
+        natives.configure(self._engine, [None] * len(settings), settings)
         for row in rows:
-            natives.add_row(self._native, row, settings[row.group])
+            natives.add_row(self._engine, row, settings[row.group])
+
+    @staticmethod
+    def module() -> ModuleType:
+        return native()
 
     def configure(self, settings: Sequence[Settings]) -> None:
-        natives.configure(self._native, self._configured, settings)
-        self._configured = list(settings)
+        natives.configure(self._engine, self.settings, settings)
         super().configure(settings)
-
-    @property
-    def taken(self) -> int:
-        return int(self._native.taken())
-
-    def watch(
-        self, rows: Sequence[Row], groups: list[dict[str, Any]], state: dict[Any, Any], sources: dict[Tensor, Tensor]
-    ) -> None:
-        self._watch = natives.Watch(native(), rows, groups, state, sources, self.settings)
-
-    def refresh(
-        self, groups: list[dict[str, Any]], state: dict[Any, Any], sources: dict[Tensor, Tensor]
-    ) -> Held | None:
-        return None if self._watch is None else self._watch.refresh(groups, state, sources, [self._native])
-
-    @property
-    def needs_stats(self) -> bool:
-        return bool(self._native.needs_stats())
 
     @property
     def sums(self) -> Tensor:
         return self._sums
 
     def stats(self, scaling: Scaling) -> None:
-        self._native.stats(scaling.unscale, self._sums.data_ptr(), torch.get_num_threads())
+        self._engine.stats(scaling.unscale, self._sums.data_ptr(), torch.get_num_threads())
 
     def apply(self, scaling: Scaling) -> bool:
-        return bool(self._native.apply(scaling.unscale, self._sums.data_ptr(), torch.get_num_threads()))
+        return bool(self._engine.apply(scaling.unscale, self._sums.data_ptr(), torch.get_num_threads()))
 
 
 def roof(written: Sequence[Tensor], read: Sequence[Tensor]) -> None:

@@ -66,10 +66,6 @@ class CudaPart(DevicePart):
     """The rows of one GPU, stepped by gradfused._cuda."""
 
     @staticmethod
-    def module() -> ModuleType:
-        return native()
-
-    @staticmethod
     def make(groups: int) -> Any:
         return native().Table(groups)
 
@@ -93,3 +89,7 @@ class CudaBackend(DeviceBackend):
     """Rows in device memory, stepped by gradfused._cuda."""
 
     part = CudaPart
+
+    @staticmethod
+    def module() -> ModuleType:
+        return native()

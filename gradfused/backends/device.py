@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
-from types import ModuleType
 from typing import Any, ClassVar
 
 import torch
@@ -12,7 +11,7 @@ from torch import Tensor
 
 from .. import gpu
 from . import native as natives
-from .base import Backend, Held, Row, Scaling, Settings
+from .base import Row, Scaling, Settings
 
 
 def checked(scalar: Tensor | None, device: torch.device) -> Tensor | None:
@@ -42,11 +41,6 @@ class DevicePart(ABC):
             natives.add_row(self.native, row, settings[row.group], numel=None if mine else 0)
         self.image = self._uploaded()
         self._stream = gpu.current_stream(device)
-
-    @staticmethod
-    @abstractmethod
-    def module() -> ModuleType:
-        """The compiled module whose table this is."""
 
     @staticmethod
     @abstractmethod
@@ -101,7 +95,7 @@ class DevicePart(ABC):
         return stream
 
 
-class DeviceBackend(Backend):
+class DeviceBackend(natives.CompiledBackend):
     """Rows in device memory. Nothing of a step waits for the device."""
 
     on_device = True
@@ -114,7 +108,7 @@ class DeviceBackend(Backend):
             self.part(rows[owners.index(key)].param.device, rows, [o == key for o in owners], settings)
             for key in dict.fromkeys(owners)
         ]
-        self._watch: natives.Watch | None = None
+        self.natives = [part.native for part in self._parts]
 
     @staticmethod
     def _owners(rows: Sequence[Row]) -> list[Any]:
@@ -129,25 +123,6 @@ class DeviceBackend(Backend):
         for part in self._parts:
             part.configure(settings)
         super().configure(settings)
-
-    @property
-    def taken(self) -> int:
-        return sum(part.native.taken() for part in self._parts)
-
-    def watch(
-        self, rows: Sequence[Row], groups: list[dict[str, Any]], state: dict[Any, Any], sources: dict[Tensor, Tensor]
-    ) -> None:
-        self._watch = natives.Watch(self.part.module(), rows, groups, state, sources, self.settings)
-
-    def refresh(
-        self, groups: list[dict[str, Any]], state: dict[Any, Any], sources: dict[Tensor, Tensor]
-    ) -> Held | None:
-        tables = [part.native for part in self._parts]
-        return None if self._watch is None else self._watch.refresh(groups, state, sources, tables)
-
-    @property
-    def needs_stats(self) -> bool:
-        return any(part.native.needs_stats() for part in self._parts)
 
     @property
     def skipped(self) -> Tensor | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import fields
 from types import ModuleType
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..step.memory import address
-from .base import Held, Row, Settings
+from .base import Backend, Held, Row, Settings
 
 DTYPES = {
     torch.float32: "float32",
@@ -110,44 +111,39 @@ def configure(rows: Any, known: Sequence[Settings | None], new: Sequence[Setting
     return bool(changed)
 
 
-class Watch:
-    """Notices, in native code, what changed in an optimizer since a table was made of it. Keeps no tensor alive.
+class CompiledBackend(Backend):
+    """A backend whose rows lie in native tables, and whose native module notices what changed in the optimizer.
 
-    Args:
-        module: The compiled module whose tables these are.
-        rows: The tables' rows.
-        groups: The optimizer's parameter groups.
-        state: Its state.
-        sources: Where the weights of some parameters are read in their place.
-        settings: The groups' options.
+    Attributes:
+        natives: The native tables, one for each device.
     """
 
-    def __init__(
-        self,
-        module: ModuleType,
-        rows: Sequence[Row],
-        groups: list[dict[str, Any]],
-        state: dict[Any, Any],
-        sources: dict[Tensor, Tensor],
-        settings: Sequence[Settings],
+    natives: list[Any]
+    _watch: Any = None
+
+    @staticmethod
+    @abstractmethod
+    def module() -> ModuleType:
+        """The compiled module of the native tables."""
+
+    @property
+    def taken(self) -> int:
+        return sum(native.taken() for native in self.natives)
+
+    @property
+    def needs_stats(self) -> bool:
+        return any(native.needs_stats() for native in self.natives)
+
+    def watch(
+        self, rows: Sequence[Row], groups: list[dict[str, Any]], state: dict[Any, Any], sources: dict[Tensor, Tensor]
     ) -> None:
-        described = [
-            (
-                row.param_number,
-                row.param,
-                row.grad,
-                row.kept,
-                settings[row.group].zero_grad_in_step,
-            )
-            for row in rows
-        ]
-        self._native = module.Watch(
-            torch._C.TensorBase, torch.UntypedStorage, EXCHANGE, SHIM, groups, state, sources, described
-        )
+        zeroed = [self.settings[row.group].zero_grad_in_step for row in rows]
+        watched = [(r.param_number, r.param, r.grad, r.kept, zero) for r, zero in zip(rows, zeroed, strict=True)]
+        kinds = torch._C.TensorBase, torch.UntypedStorage
+        self._watch = self.module().Watch(*kinds, EXCHANGE, SHIM, groups, state, sources, watched)
 
     def refresh(
-        self, groups: list[dict[str, Any]], state: dict[Any, Any], sources: dict[Tensor, Tensor], tables: Sequence[Any]
+        self, groups: list[dict[str, Any]], state: dict[Any, Any], sources: dict[Tensor, Tensor]
     ) -> Held | None:
-        """What the next step works on, if the native ``tables`` still describe it; moved gradients are taken over into them."""
-        found = self._native.refresh(groups, state, sources, tables)
+        found = self._watch.refresh(groups, state, sources, self.natives)
         return None if found is None else Held(*found)

@@ -247,10 +247,6 @@ class TritonPart(DevicePart):
         self._chosen = self._choose()
 
     @staticmethod
-    def module() -> ModuleType:
-        return cpu.native()
-
-    @staticmethod
     def make(groups: int) -> Any:
         return cpu.native().DevicePlan(groups)
 
@@ -325,3 +321,7 @@ class TritonBackend(DeviceBackend):
     """Rows in device memory, stepped by Triton's kernels."""
 
     part = TritonPart
+
+    @staticmethod
+    def module() -> ModuleType:
+        return cpu.native()
