@@ -1,4 +1,4 @@
-"""The benchmark: what a fused step buys on the parameter shapes of real models.
+"""The benchmark: how long gradfused's optimizer steps and functions take, next to other ways of computing the same.
 
-`python -m gradfused.bench` runs it, `--help` and `--list` say what it can do.
+`python -m gradfused.bench` runs it, and its options `--help` and `--list` say what it can do.
 """

@@ -163,7 +163,7 @@ def test_a_run_prints_and_writes(files, capsys, monkeypatch):
 
 
 def test_a_usual_run_shows_neither_targets_nor_peers_that_nobody_asked_for(monkeypatch, capsys):
-    """And it ends with a sentence that quotes its own figures."""
+    """It ends with a sentence made of its own figures."""
     for name in PEERS:
         if not name.startswith(("torch-", OURS)):
             monkeypatch.setitem(PEERS, name, StepPeer(name, "", None, absent=lambda: "no wheel"))

@@ -1,4 +1,4 @@
-"""How the benchmark takes time on a GPU, as far as a CPU can tell: with clocks and graphs made up."""
+"""How the benchmark takes time on a GPU, tested on a CPU with made-up clocks and graphs."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def test_steps_are_taken_in_turn():
 
 
 def made_up_clock(ms: float, calls: list[int]) -> Clock:
-    """Takes the steps, and says that a call took so long."""
+    """A clock that takes the steps and then claims that each call took `ms`."""
 
     def read(step: Step, count: int) -> float:
         for _ in range(count):
@@ -117,7 +117,7 @@ class FakeEvent:
 
 @pytest.fixture
 def log(monkeypatch) -> list[str]:
-    """What a clock did, on a torch.cuda made up."""
+    """What a clock did, recorded by a made-up torch.cuda."""
     entries: list[str] = []
     FakeEvent.log, FakeEvent.now = entries, 0.0
     monkeypatch.setattr(torch.cuda, "Event", FakeEvent)
@@ -161,7 +161,7 @@ class FakeGraph:
 
 @pytest.fixture
 def graphs(monkeypatch) -> list[tuple[FakeGraph, int]]:
-    """The graphs that were captured without an error, each with its pool, on a torch.cuda made up."""
+    """The graphs captured without an error by a made-up torch.cuda, each with its pool."""
     captured: list[tuple[FakeGraph, int]] = []
     pools = iter(range(9))
     here = SimpleNamespace(current="usual", device=CPU)

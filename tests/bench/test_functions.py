@@ -1,4 +1,4 @@
-"""The benchmark's second kind of case, functions: their oracles, their ways, and their place among the steps."""
+"""The benchmark's functions: their oracles, the ways of computing them, and how they run beside optimizer steps."""
 
 from __future__ import annotations
 

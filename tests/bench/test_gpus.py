@@ -1,4 +1,4 @@
-"""The benchmark on a GPU but for its timing: peers, refusals, the machine, the report and the targets, all on a CPU."""
+"""The benchmark on a GPU except its timing, tested on a CPU: peers, refusals, the machine, the report and the targets."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The benchmark's models, recipes, tensors and peers, and its judgement of peers before it times them."""
+"""The benchmark's models, recipes, tensors and peers, and the check of peers before they are timed."""
 
 from __future__ import annotations
 
@@ -135,7 +135,7 @@ def test_variants_share_their_state():
 @pytest.mark.parametrize("recipe", ["ema", "kahan"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_variants_share_what_rides_on_short_weights(recipe, dtype):
-    """An average is of float32 beside 16-bit weights."""
+    """The average of 16-bit weights is float32."""
     case = tiny_case(recipe, dtype=dtype)
     workload = workload_of(case)
     (key,) = case.recipe.state

@@ -1,4 +1,4 @@
-"""What the tests of the benchmark share: a model that takes no time, and records made up."""
+"""What the tests of the benchmark share: a tiny model, and made-up records."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def workload_of(case: StepCase) -> Workload:
 
 
 def forgets(**changes: object) -> StepPeer:
-    """torch's loop with something of the case left out."""
+    """A peer that takes torch's loop but leaves out a part of the case."""
 
     def build(case, workload, source):
         return PEERS["torch-loop"].build(replace(case, **changes), workload, source)
@@ -42,6 +42,6 @@ def record(case: StepCase, variant: str, ms: float, **more: object) -> Record:
 def result_of(
     model: str, recipe: str, ms: dict[str, float], dtype: torch.dtype = torch.float32, device: torch.device = CPU
 ) -> CaseResult:
-    """A case whose variants took so many milliseconds."""
+    """The result of a case in which each variant took the milliseconds given."""
     case = StepCase(MODELS[model], RECIPES[recipe], RULES["adamw"], dtype, device)
     return CaseResult(case, [record(case, variant, value) for variant, value in ms.items()])

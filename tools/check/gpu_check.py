@@ -111,7 +111,7 @@ def all_steps(out: Path) -> Iterator[Step]:
         expects=PASSED,
         env={"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},
     )
-    figures = ("--json", str(out / "bench.json"), "--plot", str(out / "bench.png"))
+    figures = ("--targets", "--json", str(out / "bench.json"), "--plot", str(out / "bench.png"))
     yield Step("bench", ((python, "-m", "gradfused.bench", "--device", "cuda", *figures),))
     # --clock-control none: the clocks of a lent machine are not ours to set.
     options = "--profile-from-start off --clock-control none --csv --print-units base --metrics"
