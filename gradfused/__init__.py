@@ -1,4 +1,4 @@
-"""Optimizers that centralise, clip, perturb, add noise to and reverse gradients inside the step, in one pass over memory."""
+"""Optimizers that centralise, clip, perturb, add noise to and reverse gradients within the step, in one pass over memory."""
 
 from . import nn, optim
 from ._version import __version__

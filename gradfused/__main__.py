@@ -1,4 +1,4 @@
-"""``python -m gradfused``: what this installation can run, and why not the rest."""
+"""``python -m gradfused``: which backends this installation can run, and why it cannot run the others."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from .backends import availability
 
 
 def report() -> str:
-    """The installation in a few lines of text."""
+    """A description of the installation in a few lines."""
     lines = [
         f"gradfused {__version__}, torch {torch.__version__}, Python {platform.python_version()}",
         f"threads    {torch.get_num_threads()} (torch.set_num_threads)",

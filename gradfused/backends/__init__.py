@@ -1,4 +1,4 @@
-"""Backends and the choice among them: ``cuda``, ``triton``, ``cpu`` and ``reference``."""
+"""The backends ``cuda``, ``triton``, ``cpu`` and ``reference``, and the choice among them."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ _log = logging.getLogger("gradfused")
 
 
 def availability() -> dict[str, Availability]:
-    """Every backend with whether it runs here, and why not."""
+    """Whether each backend runs here, and if not, why."""
     return {
         "cpu": cpu.availability(),
         "cuda": cuda.availability(),
@@ -66,14 +66,15 @@ def choose(request: str, tensors: Sequence[Tensor]) -> type[Backend]:
 def choose_name(
     request: str, tensors: Sequence[Tensor], offered: Sequence[str] = tuple(_BACKENDS), what: str = ""
 ) -> str:
-    """The backend to use for ``tensors``, of those in ``offered``; ``what`` names the work that the others have no kernels for.
+    """The backend to use for ``tensors``, one of ``offered``; ``what`` names the work for which others have no kernels.
 
-    ``"auto"`` asks the environment variable GRADFUSED_BACKEND, then takes the fastest backend that can run; leaving a
-    faster one out is logged once.
+    ``"auto"`` takes the backend that the environment variable GRADFUSED_BACKEND names, or else the fastest one that can run,
+    and logs once if a faster one cannot.
 
     Raises:
-        ValueError: The name is not a backend's.
-        RuntimeError: The backend was asked for by name and cannot run, or the environment asks for what it lacks.
+        ValueError: There is no backend of that name.
+        RuntimeError: The backend was asked for by name and cannot run, or GRADFUSED_CPU_ISA names an instruction set that
+            this machine lacks.
     """
     available = availability()
     source = "backend"

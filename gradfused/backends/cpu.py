@@ -1,4 +1,4 @@
-"""The native CPU backend: gradfused._cpu with torch's tensors turned into addresses."""
+"""The CPU backend: the engine of gradfused._cpu, which is given tensors as addresses."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ except ImportError as error:  # a source tree that was never built, or a wheel f
 
 
 def native() -> ModuleType:
-    """The compiled module. Raises RuntimeError, with the reason and the remedy, where there is none."""
+    """The compiled module. Raises RuntimeError, with the reason and the remedy, if it did not load."""
     if _native is None:
         raise RuntimeError(f"backend 'cpu': {_error}")
     return _native
@@ -53,7 +53,7 @@ def isa() -> str:
 
 
 def refusal(tensor: Tensor) -> str | None:
-    """Why this backend cannot work on a parameter or gradient, or None if it can."""
+    """The reason why this backend cannot work on a parameter or gradient; None if it can."""
     return natives.refusal(tensor, "cpu")
 
 
@@ -89,10 +89,10 @@ class CpuBackend(natives.CompiledBackend):
 
 
 def roof(written: Sequence[Tensor], read: Sequence[Tensor]) -> None:
-    """One sweep of memory, in place and without math: what no optimizer step over the same streams can beat.
+    """Sweep memory once, in place and without arithmetic, which no optimizer step over the same tensors can beat.
 
     Args:
-        written: float32 tensors, contiguous and of equal length, that are read and written; their values stay.
+        written: Contiguous float32 tensors of equal length that are read and written; their values stay the same.
         read: Tensors of the same kind that are only read.
 
     Raises:

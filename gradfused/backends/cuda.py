@@ -1,4 +1,4 @@
-"""The CUDA backend: gradfused._cuda with torch's tensors turned into addresses, and the table kept in device memory."""
+"""The CUDA backend: the kernels of gradfused._cuda over a plan in device memory."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ except ImportError as error:  # a wheel or build without CUDA
 
 
 def native() -> ModuleType:
-    """The compiled module. Raises RuntimeError, with the reason and the remedy, where there is none."""
+    """The compiled module. Raises RuntimeError, with the reason and the remedy, if it did not load."""
     if _native is None:
         raise RuntimeError(f"backend 'cuda' {_error}")
     return _native
 
 
 def availability() -> Availability:
-    """Whether the compiled module loads, torch has CUDA and a GPU answers; for what it was built."""
+    """Whether the compiled module loads, torch has CUDA and a GPU answers; and what the module was built for."""
     if _native is None:
         return Availability("cuda", _error)
     details = {"built for compute capability": _native.ARCHS}
@@ -52,12 +52,12 @@ def availability() -> Availability:
 
 
 def refusal(tensor: Tensor) -> str | None:
-    """Why this backend cannot work on a parameter or gradient, or None if it can."""
+    """The reason why this backend cannot work on a parameter or gradient; None if it can."""
     return natives.refusal(tensor, "cpu" if native().EMULATED else "cuda")
 
 
 def _address(scalar: Tensor | None, device: torch.device) -> int:
-    """Where a one-element float32 tensor lies on ``device``; 0 for None."""
+    """Address of a one-element float32 tensor on ``device``; 0 for None."""
     found = checked(scalar, device)
     return 0 if found is None else found.data_ptr()
 
@@ -86,7 +86,7 @@ class CudaPart(DevicePart):
 
 
 class CudaBackend(DeviceBackend):
-    """Rows in device memory, stepped by gradfused._cuda."""
+    """The rows of a step in device memory, stepped by gradfused._cuda."""
 
     part = CudaPart
 

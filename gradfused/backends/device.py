@@ -1,4 +1,4 @@
-"""What the backends with a table in device memory share: a part per device, its image, scaling, the watch between steps."""
+"""What the CUDA and Triton backends share: a part for each device, with its plan in device memory."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .base import Row, Scaling, Settings
 
 
 def checked(scalar: Tensor | None, device: torch.device) -> Tensor | None:
-    """A one-element float32 tensor that is known to lie on ``device``, or None."""
+    """``scalar``, a one-element tensor or None. Raises ValueError if it is not of float32 on ``device``."""
     if scalar is not None and (scalar.device != device or scalar.dtype != torch.float32):
         raise ValueError(
             f"grad_scale and found_inf: expected float32 on {device}, got {scalar.dtype} on {scalar.device}"
@@ -24,7 +24,7 @@ def checked(scalar: Tensor | None, device: torch.device) -> Tensor | None:
 
 
 class DevicePart(ABC):
-    """The rows of one device. It knows all rows, so that norms can be shared, but has elements only of its own."""
+    """The share of one device in a step: all rows, so that norms can be shared, but elements only of the device's own."""
 
     def __init__(
         self, device: torch.device, rows: Sequence[Row], own: Sequence[bool], settings: Sequence[Settings]
@@ -45,7 +45,7 @@ class DevicePart(ABC):
     @staticmethod
     @abstractmethod
     def make(groups: int) -> Any:
-        """A native table without rows."""
+        """A native plan without rows."""
 
     @abstractmethod
     def stats(self, scaling: Scaling) -> None:
@@ -56,7 +56,7 @@ class DevicePart(ABC):
         """See Backend."""
 
     def _uploaded(self) -> Tensor:
-        """The table in device memory, aligned to 256 bytes."""
+        """The plan as bytes in device memory, aligned to 256 bytes."""
         memory = torch.empty(self.native.bytes() + 256, dtype=torch.uint8, device=self.device)
         image = memory[-memory.data_ptr() % 256 :]
         packed = torch.empty(self.native.packed_bytes(), dtype=torch.uint8, device="cpu")
@@ -65,7 +65,7 @@ class DevicePart(ABC):
         return image
 
     def configure(self, settings: Sequence[Settings]) -> None:
-        """See Backend. Raises ValueError if a group's lr is a tensor on another device than its parameters."""
+        """Take over new numbers. Raises ValueError if a group's lr is a tensor on another device than its parameters."""
         for i in self._groups:
             lr = settings[i].lr_tensor
             if lr is not None and lr.device != self.device:
@@ -85,9 +85,9 @@ class DevicePart(ABC):
         self._known = list(settings)
 
     def stream(self) -> Any:
-        """The device's current stream, on which the table's memory is in use from now on; None on the CPU."""
+        """The device's current stream, which uses the plan's memory from now on; None on the CPU."""
         stream = gpu.current_stream(self.device)
-        # A captured table lives as long as its graph may.
+        # The memory of a captured plan lives as long as its graph.
         if stream != self._stream and not gpu.capturing():
             for t in (self.image, self.sums, self.skipped):
                 t.record_stream(stream)
@@ -96,7 +96,7 @@ class DevicePart(ABC):
 
 
 class DeviceBackend(natives.CompiledBackend):
-    """Rows in device memory. Nothing of a step waits for the device."""
+    """The rows of a step in device memory. The host does not wait for the device."""
 
     on_device = True
     part: ClassVar[type[DevicePart]]
@@ -112,7 +112,7 @@ class DeviceBackend(natives.CompiledBackend):
 
     @staticmethod
     def _owners(rows: Sequence[Row]) -> list[Any]:
-        """Whose part each row is."""
+        """Whose part each row belongs to: one part for each distinct value."""
         return [row.param.device for row in rows]
 
     @classmethod
@@ -135,14 +135,14 @@ class DeviceBackend(natives.CompiledBackend):
             self._share(self._parts)
 
     def apply(self, scaling: Scaling) -> bool:
-        scalings = [scaling.on(part.device) for part in self._parts]  # before the first launch: this may fail
+        scalings = [scaling.on(part.device) for part in self._parts]  # before the first launch, because this may fail
         for part, scaled in zip(self._parts, scalings, strict=True):
             part.apply(scaled)
         return True
 
     @staticmethod
     def _share(parts: Iterable[DevicePart]) -> None:
-        """Give every part the sums of the others' rows."""
+        """Give every part the sums of the other parts' rows."""
         found = [(part, part.sums[part.own]) for part in parts]
         for part, _ in found:
             for other, sums in found:

@@ -128,7 +128,7 @@ class CompiledBackend(Backend):
 
     @property
     def taken(self) -> int:
-        return sum(native.taken() for native in self.natives)
+        return sum([native.taken() for native in self.natives])
 
     @property
     def needs_stats(self) -> bool:

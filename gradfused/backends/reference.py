@@ -1,10 +1,10 @@
-"""The step in plain PyTorch, stage by stage: the oracle of the tests, and what runs where nothing else can.
+"""The step in plain PyTorch, stage by stage: the oracle of the tests, and the backend where no other can run.
 
-It computes in float32, or in float64 for float64 parameters, on any device and layout. Give it float64 copies of parameters and
-gradients and it is exact to float64.
+It computes in float32, or in float64 for float64 parameters, on any device and layout. On float64 copies of parameters and
+gradients it is exact to float64.
 
-A step is worked out for all parameters before any of it is written, so one that fails half way, because a tensor subclass
-lacks an operator say, has changed nothing. That takes memory for a second copy of everything that the step writes.
+A step is computed for all parameters before any of it is written, so that a step which fails half way, say because a tensor
+subclass lacks an operator, has changed nothing. This takes memory for a second copy of everything that the step writes.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from .rules import RULES, TRUSTED, Count
 
 SHORT = (torch.float16, torch.bfloat16)
 
-# ---- the weights, and stage 1 to 5: the gradient
+# ---- the weights, and stages 0 to 2 of the gradient
 
 
 def compute_dtype(param: Tensor) -> torch.dtype:
@@ -31,7 +31,7 @@ def compute_dtype(param: Tensor) -> torch.dtype:
 
 
 def weights_of(row: Row) -> Tensor:
-    """The weights before the step, in all the digits that are kept and belong to them: see csrc/math/believed.h."""
+    """The weights before the step, with the extra digits that are kept for them: see csrc/math/believed.h."""
     weights = row.weights
     p = weights.to(compute_dtype(row.param))
     if row.master is not None:
@@ -65,18 +65,18 @@ def centred(x: Tensor, row: Row) -> Tensor:
 def unscaled(row: Row, settings: Settings, unscale: float) -> Tensor:
     """Stages 0 and 1."""
     g = row.grad.to(compute_dtype(row.param)) * unscale
-    if settings.adaptive:  # its norm is taken of the gradient times what each weight may move by
+    if settings.adaptive:  # the norm is of the gradient times the weight's reach
         g = g * reach(row, settings)
     return centred(g, row) if row.centre and settings.centralize_at == "gradient" else g
 
 
 def reach(row: Row, settings: Settings) -> Tensor:
-    """|w| + eta: by how much ASAM lets a weight move (Kwon et al. 2021)."""
+    """|w| + eta, in proportion to which ASAM lets each weight move (Kwon et al. 2021)."""
     return weights_of(row).abs() + settings.eta
 
 
 def clamped(x: Tensor, lo: float, hi: float) -> Tensor:
-    """Clamp that lets NaN through."""
+    """``x`` clamped to [lo, hi]; nan stays nan."""
     return torch.clamp(x, lo, hi)
 
 
@@ -97,7 +97,7 @@ def unit_norm(x: Tensor, row: Row) -> Tensor:
 
 
 def perturbed(g: Tensor, row: Row, settings: Settings, norm: Tensor | None) -> Tensor:
-    """Stage 2 and ``clip_value``. ``norm`` is the wide scope's."""
+    """Stage 2 and ``clip_value``, with the ``norm`` of a wide scope; None for the other scopes."""
     if settings.norm_scope == "unit":
         n = unit_norm(g, row)
         weight_norm = unit_norm(weights_of(row), row)
@@ -114,7 +114,7 @@ _M0, _M1, _W0, _W1, _LOW = 0xD2511F53, 0xCD9E8D57, 0x9E3779B9, 0xBB67AE85, 0xFFF
 
 
 def philox(seed: int, quads: Tensor, parameter: int, step: int) -> list[Tensor]:
-    """Philox4x32-10 (Salmon et al. 2011): four words for each counter (quad low, quad high, parameter, step)."""
+    """Philox4x32-10 (Salmon et al. 2011): four words for each counter (low and high word of the quad, parameter, step)."""
     c0, c1 = quads & _LOW, (quads >> 32) & _LOW
     c2, c3 = torch.full_like(quads, parameter & _LOW), torch.full_like(quads, step & _LOW)
     k0, k1 = seed & _LOW, (seed >> 32) & _LOW
@@ -138,7 +138,7 @@ def normal_noise(shape: torch.Size, seed: int, parameter: int, step: int, device
 
 
 def placed_as(x: Tensor, like: Tensor) -> Tensor:
-    """``x``, which every rank has whole, spread over the ranks as ``like`` is if that is a DTensor."""
+    """``x``, of which every rank holds the whole, distributed over the ranks as ``like`` is if that is a DTensor."""
     mesh = getattr(like, "device_mesh", None)
     if mesh is None:
         return x
@@ -149,7 +149,7 @@ def placed_as(x: Tensor, like: Tensor) -> Tensor:
 
 
 def gathered(x: Tensor) -> Tensor:
-    """A plain tensor: of a DTensor what all ranks have of it together."""
+    """``x`` as a plain tensor: a DTensor is gathered from all ranks."""
     return x.full_tensor() if hasattr(x, "full_tensor") else x
 
 
@@ -160,13 +160,13 @@ def with_noise(g: Tensor, row: Row, settings: Settings, taken: float) -> Tensor:
     return g + placed_as(sigma * xi.to(g.dtype), g)
 
 
-# ---- stage 7: the rules, in rules.py; and how weights are kept
+# ---- how weights are kept; stage 7, the rules, is in rules.py
 
 
 def uniform_bits(random: Tensor, bits: int, like: Tensor) -> Tensor:
     """The upper ``bits`` of 32-bit words as numbers in [0, 1), placed as ``like``.
 
-    Placed last: torch 2.13 shifts a DTensor's integers by nothing.
+    They are placed after the shift, which torch 2.13 ignores for a DTensor of integers.
     """
     return placed_as((random >> (32 - bits)).float() * 2.0**-bits, like)
 
@@ -174,7 +174,7 @@ def uniform_bits(random: Tensor, bits: int, like: Tensor) -> Tensor:
 def stochastically_rounded(x: Tensor, dtype: torch.dtype, seed: int, parameter: int, step: int) -> Tensor:
     """``x`` rounded to one of its two neighbours in ``dtype``, the nearer the likelier, by 32 random bits an element.
 
-    The bits are a function of seed, parameter, step and row-major position, and other than the noise's.
+    The bits are a function of seed, parameter, step and row-major position, and differ from those of the noise.
     """
     numel = x.numel()
     quads = torch.arange((numel + 3) // 4, dtype=torch.int64, device=x.device) | -(2**63)
@@ -194,7 +194,7 @@ def stochastically_rounded(x: Tensor, dtype: torch.dtype, seed: int, parameter: 
 
 
 class Writes:
-    """What a step is to write: all of it is written, or nothing.
+    """The values that a step is about to write, either all of them or none.
 
     Attributes:
         done: Everything was written.
@@ -205,32 +205,32 @@ class Writes:
         self.done = False
 
     def add(self, to: Tensor, value: Tensor) -> None:
-        """Have ``value`` written to a tensor."""
+        """Have ``value`` written to the tensor ``to``."""
         self._due.append((to, value.to(to.dtype)))
 
     def commit(self) -> None:
-        """Write everything. If that raises before all is written, the tensors hold again what they held."""
+        """Write everything. If this raises before the end, the tensors get back what they held."""
         begun = 0
         try:
             for i, (to, value) in enumerate(self._due):
-                self._due[i] = (to, to.clone())  # in place of the value, which nothing needs any more
+                self._due[i] = (to, to.clone())  # replaces the value, which is no longer needed
                 begun = i + 1
                 to.copy_(value)
             self.done = True
         except BaseException:
-            if self.done:  # an interrupt just after the last one
+            if self.done:  # an interrupt just after the last write
                 raise
             for to, before in reversed(self._due[:begun]):
                 to.copy_(before)
             raise
 
     def forget(self) -> None:
-        """Let go of all tensors."""
+        """Let go of every tensor."""
         self._due.clear()
 
 
 class ReferenceBackend(Backend):
-    """Rows for the reference: nothing is prepared, and they serve one step."""
+    """The rows of one step, which is computed in plain PyTorch."""
 
     def __init__(self, rows: Sequence[Row], settings: Sequence[Settings]) -> None:
         super().__init__(rows, settings)
@@ -253,7 +253,7 @@ class ReferenceBackend(Backend):
                 self.sums[i] = gathered(unscaled(row, settings, unscale).double().square().sum())
 
     def _norm(self, index: int) -> Tensor | None:
-        """The norm of the scope that a row belongs to, if that is wider than a unit."""
+        """The norm of the scope of a row, if that is wider than a unit."""
         row, scope = self.rows[index], self.settings[self.rows[index].group].norm_scope
         if scope not in WIDE_SCOPES:
             return None
@@ -283,7 +283,7 @@ class ReferenceBackend(Backend):
         return int(self._writes.done)
 
     def release(self) -> None:
-        """See Backend. A table of this backend serves one step."""
+        """See Backend. The rows serve one step only."""
         self.rows.clear()
         self._writes.forget()
 
@@ -325,13 +325,13 @@ class ReferenceBackend(Backend):
             update = update._replace(direction=centred(update.direction, row))
         if s.adapt and row.rule in TRUSTED:
             update = TRUSTED[row.rule](update, p, s)
-        for key, value in state.items():  # before the weights, which a backup may be a view of
+        for key, value in state.items():  # before the weights, because a backup may be a view of them
             writes.add(row.state[key], value)
         self._keep(row, s, now, p * update.shrink - update.step * update.direction, writes)
 
     @staticmethod
     def _keep(row: Row, s: Settings, now: Count, p: Tensor, writes: Writes) -> None:
-        """The step's weights, and what rides on that."""
+        """Have the new weights written, with their average, their copies and their gradient."""
         kept = p.to(row.param.dtype)
         if row.precision == "stochastic" and row.param.dtype in SHORT:
             kept = stochastically_rounded(p, row.param.dtype, s.seed, row.param_number, int(now.step) - 1)

@@ -129,7 +129,7 @@ def rmsprop(g: Tensor, p: Tensor, state: State, s: Settings, now: Count) -> Upda
     square = state["square_avg"] = averaged_square(state["square_avg"], g, s.beta2)
     if "grad_avg" in state:
         mean = state["grad_avg"] = state["grad_avg"].lerp(g, 1.0 - s.beta2)
-        # At most the greatest finite number, so that what is left of an average square that is infinite is infinite too.
+        # At most the greatest finite number, so that an infinite average square stays infinite.
         square = square - (mean * mean).clamp(max=torch.finfo(mean.dtype).max)
     direction = g / (square.sqrt() + s.eps)
     if "momentum_buffer" in state:
@@ -205,7 +205,7 @@ def adan(g: Tensor, p: Tensor, state: State, s: Settings, now: Count) -> Update:
 
 
 def ascend(g: Tensor, p: Tensor, state: State, s: Settings, now: Count) -> Update:
-    """The ascent of SAM (Foret et al. 2021) and ASAM (Kwon et al. 2021) along a gradient that stage 2 brought to length rho."""
+    """The ascent of SAM (Foret et al. 2021) and ASAM (Kwon et al. 2021) along a gradient of length rho."""
     state["backup"] = p
     return Update(g * (p.abs() + s.eta) if s.adaptive else g, -1.0)
 
@@ -229,5 +229,5 @@ RULES: dict[str, Callable[[Tensor, Tensor, State, Settings, Count], Update]] = {
     "adan": adan,
     "ascend": ascend,
 }
-#: What a rule makes of its update once the direction is known, which late centring may have changed.
+#: Trust ratios of the final direction, which late centring may have changed.
 TRUSTED: dict[str, Callable[[Update, Tensor, Settings], Update]] = {"lamb": lamb_trusted}

@@ -151,7 +151,7 @@ class StepTable:
         return self.outcome
 
     def _step(self, scaling: Scaling, ask_norms: bool) -> Outcome:
-        if not self.params:
+        if self.held is None or not self.held.params:
             return Outcome.IDLE
         if not self.on_device and scaling.forbids:
             return self._refused(Outcome.OVERFLOWED)
