@@ -68,13 +68,13 @@ def choose_name(
 ) -> str:
     """The backend to use for ``tensors``, one of ``offered``; ``what`` names the work for which others have no kernels.
 
-    ``"auto"`` takes the backend that the environment variable GRADFUSED_BACKEND names, or else the fastest one that can run,
-    and logs once if a faster one cannot.
+    ``"auto"`` takes the backend that the environment variable GRADFUSED_BACKEND names, or else the fastest one that can
+    run, and logs once if a faster one cannot.
 
     Raises:
         ValueError: There is no backend of that name.
-        RuntimeError: The backend was asked for by name and cannot run, or GRADFUSED_CPU_ISA names an instruction set that
-            this machine lacks.
+        RuntimeError: The backend was asked for by name and cannot run, or GRADFUSED_CPU_ISA names an instruction set
+            that this machine lacks.
     """
     available = availability()
     source = "backend"

@@ -187,8 +187,8 @@ class Held:
 class Backend(ABC):
     """The rows of a step made ready on one backend. A step is ``stats``, if ``needs_stats``, and then ``apply``.
 
-    Between steps it keeps no tensor of the optimizer alive: ``zero_grad`` has to free gradients, and parameters may be replaced.
-    During a step the StepTable holds them.
+    Between steps it keeps no tensor of the optimizer alive: ``zero_grad`` has to free gradients, and parameters may be
+    replaced. During a step the StepTable holds them.
     """
 
     #: The device itself skips a step that overflowed or is not finite: ``apply`` reads ``found_inf`` there and returns True.

@@ -46,8 +46,8 @@ def refusal(tensor: Tensor, *devices: str) -> str | None:
 def iteration_order(row: Row, drawn: bool) -> list[int] | None:
     """Dims, outermost first, in which a row's elements are numbered: as they lie in memory where that is allowed.
 
-    None stands for row-major order. Units must be contiguous runs of the order, and what is ``drawn`` at random is defined on
-    row-major positions.
+    None stands for row-major order. Units must be contiguous runs of the order, and what is ``drawn`` at random is
+    defined on row-major positions.
     """
     p = row.param
     if drawn or p.is_contiguous():

@@ -1,10 +1,11 @@
 """The step in plain PyTorch, stage by stage: the oracle of the tests, and the backend where no other can run.
 
-It computes in float32, or in float64 for float64 parameters, on any device and layout. On float64 copies of parameters and
-gradients it is exact to float64.
+It computes in float32, or in float64 for float64 parameters, on any device and layout. On float64 copies of parameters
+and gradients it is exact to float64.
 
-A step is computed for all parameters before any of it is written, so that a step which fails half way, say because a tensor
-subclass lacks an operator, has changed nothing. This takes memory for a second copy of everything that the step writes.
+A step is computed for all parameters before any of it is written, so that a step which fails half way, say because a
+tensor subclass lacks an operator, has changed nothing. This takes memory for a second copy of everything that the step
+writes.
 """
 
 from __future__ import annotations

@@ -21,7 +21,8 @@ class Adan(Optimizer):
         betas: Decay of the averages of the gradient, of its difference to the last one, and of the square.
         eps: Added to the denominator.
         weight_decay: Decoupled weight decay.
-        no_prox: Shrink the weights before the update, as AdamW does, instead of dividing by ``1 + lr * weight_decay`` after it.
+        no_prox: Shrink the weights before the update, as AdamW does, instead of dividing by ``1 + lr * weight_decay``
+            after it.
         maximize: Ascend.
         **recipe: See gradfused.Recipe.
 

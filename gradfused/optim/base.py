@@ -41,8 +41,8 @@ def _overwrite(values: dict[Tensor, Tensor]) -> None:
 class Optimizer(torch.optim.Optimizer):
     """A torch optimizer whose step applies a gradient recipe and the update rule in one pass over memory.
 
-    A subclass declares its rule. Its constructor's signature says which options it takes, and the options of the same names as
-    fields of Settings are the rule's numbers.
+    A subclass declares its rule. Its constructor's signature says which options it takes, and the options of the same
+    names as fields of Settings are the rule's numbers.
     """
 
     _step_supports_amp_scaling = LeavesScalingToStep()
@@ -118,8 +118,8 @@ class Optimizer(torch.optim.Optimizer):
         """Add a group, as in torch.optim; every keyword of the optimizer may be given for it.
 
         Raises:
-            TypeError: A parameter that requires a gradient is complex, sparse or not floating, or an option is misspelt or of
-                the wrong type.
+            TypeError: A parameter that requires a gradient is complex, sparse or not floating, or an option is misspelt
+                or of the wrong type.
             ValueError: An option is out of range or contradicts another, or parameters overlap in memory.
         """
         with self._lock:
@@ -291,9 +291,9 @@ class Optimizer(torch.optim.Optimizer):
     def swap_ema(self) -> Iterator[None]:
         """Within the block, parameters whose group has ``ema`` hold their average; afterwards what they held before.
 
-        Parameters that have not been stepped yet keep their weights, which are their average. To save the average, save the
-        model within the block and the optimizer outside. Within the block the optimizer can neither step nor be saved,
-        loaded or copied, because the weights that its state belongs to are put aside.
+        Parameters that have not been stepped yet keep their weights, which are their average. To save the average, save
+        the model within the block and the optimizer outside. Within the block the optimizer can neither step nor be
+        saved, loaded or copied, because the weights that its state belongs to are put aside.
 
         Raises:
             RuntimeError: No group has ``ema``, the block is nested, or the optimizer is used within it as above.
@@ -329,7 +329,8 @@ class Optimizer(torch.optim.Optimizer):
     def grad_norm(self) -> Tensor | None:
         """Total norm of the last step's gradients, unscaled and after centralisation: 0-dim, float64.
 
-        It covers the parameters of every group whose recipe takes a norm; None before the first step or if no group's does.
+        It covers the parameters of every group whose recipe takes a norm; None before the first step or if no group's
+        does.
         """
         return None if self._seen is None else self._seen.norm()
 
@@ -343,8 +344,8 @@ class Optimizer(torch.optim.Optimizer):
     def state_dict(self) -> dict[str, Any]:
         """The state and options, as in torch.optim.
 
-        It waits for a step that another thread is taking. The tensors are the optimizer's own, so the steps after it write to
-        them: copy them, while no thread steps, to keep what they hold.
+        It waits for a step that another thread is taking. The tensors are the optimizer's own, so the steps after it
+        write to them: copy them, while no thread steps, to keep what they hold.
 
         Raises:
             RuntimeError: Within ``swap_ema()``.
@@ -374,12 +375,12 @@ class Optimizer(torch.optim.Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state dict of this optimizer or of its ``torch.optim`` twin.
 
-        Options that the saved groups lack keep their present values, so a recipe survives a checkpoint of torch's. It waits for
-        a step that another thread is taking.
+        Options that the saved groups lack keep their present values, so a recipe survives a checkpoint of torch's. It
+        waits for a step that another thread is taking.
 
         Raises:
-            ValueError: The state is another optimizer's, a part of it is missing, or its shapes are not these parameters';
-                nothing has changed.
+            ValueError: The state is another optimizer's, a part of it is missing, or its shapes are not these
+                parameters'; nothing has changed.
             RuntimeError: Within ``swap_ema()``.
         """
         with self._lock:

@@ -50,7 +50,8 @@ class Halves:
     """The ascent, the descent, and all of SAM's state that changes.
 
     Trainers wrap an optimizer in objects that copy its attributes or inherit from its class, so that whatever a method
-    assigns to ``self`` stays with the wrapper. SAM keeps its state in this one object, which is the same for all of them.
+    assigns to ``self`` stays with the wrapper. SAM keeps its state in this one object, which is the same for all of
+    them.
 
     Attributes:
         base: The optimizer whose step is the descent.

@@ -21,7 +21,8 @@ class Rule:
 
     Attributes:
         name: The rule's name in csrc/rules.def. Options that ask for state are appended to it where they are on.
-        states: Keys of the state tensors, in the rule's order, each with the option that asks for it; None: always there.
+        states: Keys of the state tensors, in the rule's order, each with the option that asks for it; None: always
+            there.
         initial: The option that says what a new state tensor is filled with, by key; zeros where there is none.
         counts_steps: The rule reads the step's number.
         keeps_product: The rule reads the product of its momenta so far.

@@ -81,9 +81,9 @@ def _option(name: str, what: str) -> property:
 class SAM(torch.optim.Optimizer):
     """Sharpness-aware minimization (Foret et al. 2021): steps along the gradient at the worst weights nearby.
 
-    A step has two halves, each after a backward pass of its own. The ascent moves the weights up the raw gradient by ``rho``.
-    The descent takes the optimizer's step, recipe included, from where the weights were: it reads them from a backup, so that
-    going back costs no pass of its own::
+    A step has two halves, each after a backward pass of its own. The ascent moves the weights up the raw gradient by
+    ``rho``. The descent takes the optimizer's step, recipe included, from where the weights were: it reads them from a
+    backup, so that going back costs no pass of its own::
 
         sam = gradfused.SAM(gradfused.AdamW(model.parameters(), lr=1e-3), rho=0.05)
         loss(model).backward()
@@ -94,20 +94,20 @@ class SAM(torch.optim.Optimizer):
         sam.second_step()
         sam.zero_grad()
 
-    ``step(closure)`` takes both halves. Code that can only call ``step`` uses ``step(half="first")`` for ``first_step()`` and
-    ``step(half="second")`` for ``second_step()``. With a GradScaler, call ``scaler.step(sam, half="first")`` and
-    ``scaler.update()`` after the first backward pass, and the same with ``"second"`` after the second. An overflow in the
-    ascent leaves the weights where they are, and the descent becomes an ordinary step; an overflow in the descent takes the
-    weights back without a step.
+    ``step(closure)`` takes both halves. Code that can only call ``step`` uses ``step(half="first")`` for
+    ``first_step()`` and ``step(half="second")`` for ``second_step()``. With a GradScaler, call ``scaler.step(sam,
+    half="first")`` and ``scaler.update()`` after the first backward pass, and the same with ``"second"`` after the
+    second. An overflow in the ascent leaves the weights where they are, and the descent becomes an ordinary step; an
+    overflow in the descent takes the weights back without a step.
 
-    ``step()`` without arguments takes the descent if ``first_step()`` was called, and raises otherwise: a trainer that calls
-    it once a batch would take the halves on different batches, and might end on ascended weights. Only where all gradients
-    are zero does it take the optimizer's step, because the ascent would not move the weights; this is how
+    ``step()`` without arguments takes the descent if ``first_step()`` was called, and raises otherwise: a trainer that
+    calls it once a batch would take the halves on different batches, and might end on ascended weights. Only where all
+    gradients are zero does it take the optimizer's step, because the ascent would not move the weights; this is how
     ``torch.distributed.checkpoint`` creates the optimizer's state.
 
     The parameter groups and the state are the optimizer's. ``grad_norm``, ``grad_norms()``, ``skipped_steps`` and
-    ``swap_ema()`` are the optimizer's as well and concern the descent. Schedulers may be given either optimizer. Hooks on the
-    step of ``base_optimizer`` are called around the descent, hooks on SAM's around ``step``.
+    ``swap_ema()`` are the optimizer's as well and concern the descent. Schedulers may be given either optimizer. Hooks
+    on the step of ``base_optimizer`` are called around the descent, hooks on SAM's around ``step``.
 
     Args:
         optimizer: A gradfused optimizer, available as ``base_optimizer``.
@@ -229,7 +229,8 @@ class SAM(torch.optim.Optimizer):
 
         Raises:
             RuntimeError: There was no ascent, or the weights are swapped for their average.
-            TypeError, ValueError: A gradient, state or option cannot be used; nothing has changed, and the descent is still due.
+            TypeError, ValueError: A gradient, state or option cannot be used; nothing has changed, and the descent is
+                still due.
         """
         with self._halves.lock:
             if not self._halves.ascended:
@@ -257,16 +258,17 @@ class SAM(torch.optim.Optimizer):
         """Take a whole step with a closure, the named half of one, or the descent if it is due.
 
         Args:
-            closure: Zeroes the gradients, evaluates the model, calls backward and returns the loss. It is called twice, before
-                each half. If it, or the descent, raises, the weights are restored. With ``half`` it is called once, before it.
+            closure: Zeroes the gradients, evaluates the model, calls backward and returns the loss. It is called twice,
+                before each half. If it, or the descent, raises, the weights are restored. With ``half`` it is called
+                once, before it.
             half: ``"first"`` for the ascent, ``"second"`` for the descent: as ``first_step()`` and ``second_step()``.
 
         Returns:
             The loss at the weights the step began with, if there was a closure.
 
         Raises:
-            RuntimeError: There is neither a closure nor a half nor an ascent, and the gradients are not zero; the other half is
-                due; or the closure did nothing.
+            RuntimeError: There is neither a closure nor a half nor an ascent, and the gradients are not zero; the other
+                half is due; or the closure did nothing.
             ValueError: ``half`` is none of the two.
         """
         with self._halves.lock:  # two threads take whole steps one after the other
@@ -328,7 +330,8 @@ class SAM(torch.optim.Optimizer):
     def state_dict(self) -> dict[str, Any]:
         """The optimizer's state dict with SAM's own part, under ``"sam"``.
 
-        Between the halves it holds the backups, and a warning is given once that the model has the weights of the ascent.
+        Between the halves it holds the backups, and a warning is given once that the model has the weights of the
+        ascent.
         """
         for before in self._optimizer_state_dict_pre_hooks.values():
             before(self)
@@ -355,8 +358,8 @@ class SAM(torch.optim.Optimizer):
         A state dict saved between the halves belongs to a model saved at the same time, which has the ascended weights.
 
         Raises:
-            TypeError, ValueError: The state is another optimizer's, its shapes are not these parameters', or an option of
-                SAM's cannot be used; nothing has changed.
+            TypeError, ValueError: The state is another optimizer's, its shapes are not these parameters', or an option
+                of SAM's cannot be used; nothing has changed.
         """
         with self._halves.lock:
             self._load(state_dict)

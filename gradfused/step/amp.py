@@ -13,18 +13,19 @@ from torch.amp import GradScaler
 class LeavesScalingToStep:
     """The value of ``optimizer._step_supports_amp_scaling``, which depends on who reads it. An instance may overwrite it.
 
-    True tells GradScaler to call the step after an overflow too: the step divides by the scale and skips itself, and the host
-    does not wait for the device. Only ``GradScaler.step`` acts on it. Trainers read it as "gradients cannot be unscaled and
-    clipped before the step", which does not hold here, so they get False.
+    True tells GradScaler to call the step after an overflow too: the step divides by the scale and skips itself, and
+    the host does not wait for the device. Only ``GradScaler.step`` acts on it. Trainers read it as "gradients cannot be
+    unscaled and clipped before the step", which does not hold here, so they get False.
 
-    ``GradScaler.step`` gets False as well where True would mislead it. It then unscales the gradients itself and calls the step
-    only if they are finite. These are the cases:
+    ``GradScaler.step`` gets False as well where True would mislead it. It then unscales the gradients itself and calls
+    the step only if they are finite. These are the cases:
 
     - The scaler has an ``unscale_`` of its own, as FSDP's scaler has, which combines the overflow of all processes.
-    - The scaler was not given the optimizer itself but a wrapper that inherits its class: the scale would be set on the wrapper.
-    - ``step`` was replaced on the instance in order to see whether it is called, as Accelerate does for ``step_was_skipped``.
-      This does not count where leaving out the call would do harm: infinite gradients would remain with ``zero_grad_in_step``,
-      and the weights would stay ascended in SAM's descent.
+    - The scaler was not given the optimizer itself but a wrapper that inherits its class: the scale would be set on the
+      wrapper.
+    - ``step`` was replaced on the instance in order to see whether it is called, as Accelerate does for
+      ``step_was_skipped``. This does not count where leaving out the call would do harm: infinite gradients would
+      remain with ``zero_grad_in_step``, and the weights would stay ascended in SAM's descent.
     """
 
     def __get__(self, optimizer: Any, kind: type) -> bool:

@@ -47,8 +47,8 @@ def has_storage(t: Tensor) -> bool:
 def check_storage(name: str, t: Tensor, like: Tensor | None = None) -> None:
     """Raise ValueError if a tensor's storage is too small for it, or if it has no memory of its own although ``like`` has.
 
-    Offloading code frees and resizes storages while tensors still refer to them. A wrapper such as DTensor has no memory of
-    its own.
+    Offloading code frees and resizes storages while tensors still refer to them. A wrapper such as DTensor has no
+    memory of its own.
     """
     if not has_values(t) or t.layout != torch.strided:
         return
@@ -116,8 +116,8 @@ def _suspects(held: Sequence[_Span]) -> list[_Span]:
 def check_disjoint(written: Iterable[Named], read: Iterable[Named] = ()) -> None:
     """Raise ValueError if a tensor that a step writes shares memory with another tensor, or two of its elements do.
 
-    Views that interleave without touching, such as the columns of a matrix, are fine, and so are tensors that share memory but
-    are only read.
+    Views that interleave without touching, such as the columns of a matrix, are fine, and so are tensors that share
+    memory but are only read.
     """
     held = [*_spans(written, True)]
     for _, _, _, name, t in held:

@@ -191,8 +191,8 @@ def _written(row: Row) -> Iterator[tuple[str, Tensor]]:
 def check_memory(rows: Sequence[Row], zeroed: Sequence[bool]) -> bool:
     """Raise ValueError if a tensor that a step writes cannot be written, or shares memory with another that it uses.
 
-    A gradient may be the very memory of its parameter, because each element is read before it is written; but not if the step
-    sets it to zero.
+    A gradient may be the very memory of its parameter, because each element is read before it is written; but not if
+    the step sets it to zero.
 
     Args:
         rows: The rows of the step.

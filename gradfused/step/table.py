@@ -53,8 +53,8 @@ class StepTable:
         groups: The optimizer's parameter groups.
         state: The optimizer's state. What is missing is created; copies of weights that no option asks for are dropped.
         options: The groups' options.
-        sources: Tensors that the weights of some parameters are read from: SAM's backups. With ``GroupOptions.copied`` they
-            are copies of the weights in float32 that belong to them.
+        sources: Tensors that the weights of some parameters are read from: SAM's backups. With ``GroupOptions.copied``
+            they are copies of the weights in float32 that belong to them.
 
     Attributes:
         outcome: What became of the present step; None until it was taken or refused.
@@ -166,8 +166,8 @@ class StepTable:
     def _conclude(self, scaling: Scaling) -> Outcome:
         """What remains after the kernels: new state stays and autograd learns what was written. May be done twice.
 
-        Only where state was created for this step does the host ask the device whether it skipped the step, and wait for it:
-        that state has to go, so that checkpoints, copies and the next step know that there was none yet.
+        Only where state was created for this step does the host ask the device whether it skipped the step, and wait
+        for it: that state has to go, so that checkpoints, copies and the next step know that there was none yet.
         """
         uncertain = self.on_device and (scaling.found_inf is not None or self._may_skip)
         if self._new_state is not None:
