@@ -61,20 +61,13 @@ class DevicePlan(Rows):
     def variants(self, longest: Sequence[int]) -> set[tuple[int, int, int]]: ...
 
 class Lpg:
-    """Cross-entropy over rows of logits: addresses and sizes, trusted."""
+    """A batch of LPG cross-entropy: addresses and sizes, which it trusts."""
 
     def __init__(
         self,
         *,
-        logits: int,
-        dtype: str,
-        rows: int,
-        classes: int,
-        inner: int,
-        outer_stride: int,
-        inner_stride: int,
-        class_stride: int,
-        columns: bool,
+        logits: tuple[int, str, Sequence[int], Sequence[int]],
+        by_column: bool,
         target: int,
         ignore_index: int,
         weight: int,
@@ -83,7 +76,7 @@ class Lpg:
         saved: int,
         threads: int,
     ) -> None: ...
-    def stray(self) -> int: ...
+    def find_stray(self) -> int: ...
     def forward(self, loss: int, total: int, tally: int) -> None: ...
     def backward(self, out: int, factor: int, factor_stride: int, bound: int, by_sample: bool, means: int) -> None: ...
     def class_sums(self, to: int) -> None: ...

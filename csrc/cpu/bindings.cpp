@@ -13,10 +13,13 @@
 #include "cpu/engine.h"
 #include "cpu/isa.h"
 #include "cpu/threads.h"
-#include "lpg/bindings.h"
 
 namespace py = pybind11;
 using namespace gradfused;
+
+namespace gradfused::lpg {
+void define(py::module_& m);  // csrc/lpg/bindings.cpp
+}
 
 namespace {
 
@@ -67,7 +70,7 @@ PYBIND11_MODULE(_cpu, m) {
           },
           py::arg("unscale"), py::arg("sums"), py::arg("threads"), py::call_guard<py::gil_scoped_release>());
 
-  cpu::define_lpg(m);
+  lpg::define(m);
 
   // The table of kernels that are compiled elsewhere, in Triton.
   py::class_<device::DevicePlan, Rows> plan(m, "DevicePlan", py::module_local());

@@ -64,8 +64,8 @@ struct Kernels {
   void (*step)(const CpuJob&, int64_t chunk, char* scratch);
   // every stream in place with no math: the memory roof; `nothing` is 0
   void (*roof)(float* const* written, int writes, const float* const* read, int reads, int64_t begin, int64_t end, float nothing);
-  const LpgKernels& (*lpg)();
-  const LpgColumnKernels& (*lpg_columns)();
+  const lpg::RowKernels& (*lpg_rows)();
+  const lpg::ColumnKernels& (*lpg_columns)();
 };
 
 const Kernels& kernels_generic();

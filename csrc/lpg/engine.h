@@ -1,32 +1,30 @@
-// LPG cross-entropy on the CPU: who works on which rows, in which order, and what is combined in between.
+// LPG cross-entropy on the CPU: deals rows out to threads and combines what they find.
 #pragma once
 
 #include "lpg/problem.h"
 
-namespace gradfused::cpu {
+namespace gradfused::lpg {
 
-// What the forward returns besides its rows.
-struct LpgTotals {
-  double* total;  // 2: the sum of the losses, and of the weights of the rows that count
-  double* tally;  // null, or 3 * classes: of each class, rows that count, their summed confidence and norm
+struct Totals {
+  double* total;  // [2]: the sum of the losses, and of the class weights of the rows that count
+  double* tally;  // null, or [3][classes]: each class's number of rows, their summed confidence and summed norm
 };
 
-// How logit gradients are perturbed.
-struct LpgHow {
-  const double* bound;  // a class: eps with the sign of its direction
-  bool by_sample;       // each row follows its own gradient, else its class's mean
-  const void* means;    // T, classes * classes: the means to follow; null for the rows' own
+struct Perturbation {
+  const double* bound;  // [classes]: the radius with the sign of its direction
+  bool by_sample;       // each row is moved along its own gradient, else along its class's mean
+  const void* means;    // T[classes][classes]: the means to use; null for those of the batch
 };
 
-// The first row whose target is no class, or -1.
-int64_t lpg_stray(const LpgProblem& p);
+// The first row whose target is neither a class nor ignored, or -1. The functions below trust the targets.
+int64_t find_stray(const Problem& p);
 
-// Fills p.saved, loss, total and tally. Targets are classes.
-void lpg_forward(const LpgProblem& p, void* loss, const LpgTotals& to, int threads);
+// Fills p.saved, loss (T[rows]) and the totals.
+void forward(const Problem& p, void* loss, const Totals& to);
 
-void lpg_backward(const LpgProblem& p, const LpgGradient& gradient, const LpgHow& how, int threads);
+void backward(const Problem& p, const GradientOut& to, const Perturbation& how);
 
-// to, T and classes * classes: the sum of each class's logit gradients.
-void lpg_class_sums(const LpgProblem& p, void* to, int threads);
+// to, T[classes][classes] <- the sums of each class's logit gradients.
+void class_sums(const Problem& p, void* to);
 
-}  // namespace gradfused::cpu
+}  // namespace gradfused::lpg

@@ -5,20 +5,18 @@
 
 #include "cpu/convert.h"
 
-namespace gradfused::cpu {
+namespace gradfused::lpg {
 namespace {
+
+using namespace cpu;
 
 constexpr int kAbreast = 16;
 typedef double Doubles __attribute__((vector_size(sizeof(Floats))));
 
-template <class T> struct RegisterOf {
-  using Type = Floats;
-};
-template <> struct RegisterOf<double> {
-  using Type = Doubles;
-};
+GRADFUSED_MATH Floats spread(float x) { return Floats{} + x; }
+GRADFUSED_MATH Doubles spread(double x) { return Doubles{} + x; }
 
-// Constants are Taylor's but for the last digits, which spread the error (Cephes). Within 1.5 ulp for x in [-87.33, 0]; what is less gives 0.
+// exp by Cephes: Taylor coefficients, with last digits changed to spread the error. Within 1.5 ulp for x in [-87.33, 0]; 0 for smaller x.
 GRADFUSED_MATH Floats exp_of(Floats x) {
   const Floats shifted = x * 1.44269504f + 12582912.0f;  // the exponent, rounded, in the lower bits
   const Floats n = shifted - 12582912.0f;
@@ -40,7 +38,7 @@ GRADFUSED_MATH Doubles exp_of(Doubles x) {
 }
 
 template <class T> struct Lanes {
-  using Register = typename RegisterOf<T>::Type;
+  using Register = decltype(spread(T()));
   static constexpr int kRegisters = kAbreast * int(sizeof(T)) / int(sizeof(Register));
   Register r[kRegisters];
 
@@ -50,7 +48,7 @@ template <class T> struct Lanes {
     return to;
   }
   GRADFUSED_MATH static Lanes all(T x) {
-    return each([x](int) { return Register{} + x; });
+    return each([x](int) { return spread(x); });
   }
   GRADFUSED_MATH Lanes operator+(const Lanes& o) const {
     return each([&](int k) { return r[k] + o.r[k]; });
@@ -61,7 +59,7 @@ template <class T> struct Lanes {
   GRADFUSED_MATH Lanes operator*(const Lanes& o) const {
     return each([&](int k) { return r[k] * o.r[k]; });
   }
-  // The greater; the other where one is no number.
+  // The greater of each two lanes; this one where either is nan.
   GRADFUSED_MATH Lanes or_greater(const Lanes& o) const {
     return each([&](int k) { return o.r[k] > r[k] ? o.r[k] : r[k]; });
   }
@@ -85,22 +83,22 @@ template <class T> GRADFUSED_MATH Lanes<T> load(const T* from) {
   typedef typename Lanes<T>::Register Anywhere __attribute__((aligned(sizeof(T)), may_alias));
   return Lanes<T>::each([from](int k) { return reinterpret_cast<const Anywhere*>(from)[k]; });
 }
-template <class T> GRADFUSED_MATH Lanes<T> load(const BFloat16* from) {
-  T wide[kAbreast];
-  for (int k = 0; k < kAbreast; ++k) wide[k] = T(widen(from[k]));
-  return Lanes<T>::of(wide);
-}
 template <class T> GRADFUSED_MATH Lanes<T> load(const Half* from) {
   T wide[kAbreast];
   widen_run(from, wide, kAbreast);
   return Lanes<T>::of(wide);
 }
-// The first `count`; the rest is `filler`.
+// The first `count`; the other lanes are `filler`.
 template <class T, class S> GRADFUSED_MATH Lanes<T> load_some(const S* from, int64_t count, T filler) {
   T wide[kAbreast];
   for (int k = 0; k < kAbreast; ++k) wide[k] = k < count ? T(widen(from[k])) : filler;
   return Lanes<T>::of(wide);
 }
+template <class T> GRADFUSED_MATH Lanes<T> load(const BFloat16* from) { return load_some<T>(from, kAbreast, T(0)); }
+
+// In place of a count: all lanes.
+struct All {};
+template <class T, class S> GRADFUSED_MATH Lanes<T> load_some(const S* from, All, T) { return load<T>(from); }
 
 template <class T> GRADFUSED_MATH void store(const Lanes<T>& x, T* to) {
   typedef typename Lanes<T>::Register Anywhere __attribute__((aligned(sizeof(T)), may_alias));
@@ -124,6 +122,7 @@ template <class T, class S> GRADFUSED_MATH void store_some(const Lanes<T>& x, S*
   x.spill(wide);
   for (int k = 0; k < count; ++k) put(wide[k], to[k]);
 }
+template <class T, class S> GRADFUSED_MATH void store_some(const Lanes<T>& x, S* to, All) { store(x, to); }
 
 // The sum over the lanes, in pairs: the order of reduce().
 template <class T> double total(const Lanes<T>& x) {
@@ -145,8 +144,8 @@ template <class T> T greatest(const Lanes<T>& x) {
 }
 
 // exp of one number, as in the lanes.
-inline float exp_one(float x) { return exp_of(Floats{} + x)[0]; }
+inline float exp_one(float x) { return exp_of(spread(x))[0]; }
 inline double exp_one(double x) { return ::exp(x); }
 
 }  // namespace
-}  // namespace gradfused::cpu
+}  // namespace gradfused::lpg

@@ -1,94 +1,95 @@
-// LPG cross-entropy: rows of logits, and what the engine asks of an instruction set's kernels. T below is float64 for float64 logits, else
-// float32.
+// A batch of LPG cross-entropy, and what the engine asks of one instruction set's kernels. T is the type of all arithmetic: double for float64
+// logits, else float.
 #pragma once
 
 #include "math/device.h"
 #include "schema.h"
 
-namespace gradfused::cpu {
+namespace gradfused::lpg {
 
-struct LpgProblem {
+struct Problem {
   const char* logits;
   DType dtype;
   int64_t rows, classes;
-  // Where logit j of row i lies, in elements: i / inner * outer_stride + i % inner * inner_stride + j * class_stride. The kernels by row
-  // want class_stride 1 and rows at one distance: inner = rows.
+  // In elements, logit j of row i lies at i / inner * outer_stride + i % inner * inner_stride + j * class_stride. Kernels that work by row
+  // need inner = rows and class_stride = 1.
   int64_t inner, outer_stride, inner_stride, class_stride;
-  bool columns;  // a lane is a row: LpgColumnKernels
+  bool by_column;  // use ColumnKernels
   const int64_t* target;
   int64_t ignore_index;
-  const void* weight;  // T a class, or null
-  double weight_sum;   // the classes' number without weights
+  const void* weight;  // T[classes], or null
+  double weight_sum;   // without weights the number of classes
   double smoothing;
-  void* saved;  // kSaved values of T a row: the greatest logit m; of the other classes, the sums of exp(x - m) and its square
+  void* saved;  // T[rows][3]: see Saved in rows.h
+  int threads;
 
-  double share() const { return smoothing / double(classes); }  // of the target distribution, for each class but the row's own
+  // The part of the target distribution that each class but the row's own has.
+  double share() const { return smoothing / double(classes); }
   bool counts(int64_t row) const { return target[row] != ignore_index; }
 };
-constexpr int kSaved = 3;
 
-// What the forward finds of each row, in T. The last two may be null: the own class's probability, the norm of the logit gradient.
-struct LpgRows {
-  void *loss, *confidence, *norm;
+// What the forward writes, T[rows] each. The last two may be null.
+struct RowResults {
+  void* loss;
+  void* confidence;  // the probability of the row's own class
+  void* norm;        // of the row's logit gradient
 };
 
-// The gradient of rows.
-struct LpgGradient {
-  char* out;  // as the logits, its rows one after another
+// Where the backward writes, and what each row's gradient is multiplied by.
+struct GradientOut {
+  char* out;  // in the dtype of the logits, without gaps
   const double* factor;
-  int64_t factor_stride;  // 0: one for all
+  int64_t factor_stride;  // 0: one factor for all rows
 };
 
-// What is added to the logit gradients g of a class's rows: along * scale * mean, and along * own_mean for their own class.
-// Without `mean`: along * g.
-struct LpgDelta {
+// What is added to a row's logit gradient g: along * scale * mean, and along * own_mean for the row's own class. Without a mean, along * g.
+struct Delta {
   double along = 0;
-  const void* mean = nullptr;  // T a class; its own class's value is not read
+  const void* mean = nullptr;  // T[classes]; the value of the rows' own class is not read
   double scale = 1, own_mean = 0;
 };
 
 namespace {
-// The closed form of delta, as a multiple of a gradient of this norm; 0 where that has no direction.
+// The closed form of delta as a multiple of a gradient with this norm; 0 for a gradient without a direction.
 GRADFUSED_MATH double along(double bound, double norm) {
   if (!(norm > 0)) return 0;
   return (bound < 0 ? -math::smaller(-bound, norm) : bound) / norm;
 }
 }  // namespace
 
-struct LpgKernels {
-  void (*forward)(const LpgProblem&, const LpgRows&, int64_t begin, int64_t end);
-  // sums[j] <- the sum of class j's gradient over rows[0..count), for all j but their own class; returns the sum for that one.
-  double (*accumulate)(const LpgProblem&, const int64_t* rows, int64_t count, void* sums);
+// Kernels whose lanes are classes: for many classes.
+struct RowKernels {
+  void (*forward)(const Problem&, const RowResults&, int64_t begin, int64_t end);
+  // sums[j] <- the sum of the gradients of rows[0..count), which are of one class, at every other class j. Returns the sum at their own.
+  double (*accumulate)(const Problem&, const int64_t* rows, int64_t count, void* sums);
   // The sum of (scale * mean[j])^2 over all j but one.
-  double (*squares)(const LpgProblem&, const void* mean, double scale, int64_t but);
+  double (*squares)(const Problem&, const void* mean, double scale, int64_t but);
   // The norm of one row's logit gradient.
-  double (*norm)(const LpgProblem&, int64_t row);
-  // The perturbed gradient of one row that counts, or zeros for one that does not.
-  void (*write)(const LpgProblem&, const LpgGradient&, const LpgDelta&, int64_t row);
-  // to[j] <- the sum of parts[k * classes + j] over k, for begin <= j < end. to may be the first part.
-  void (*combine)(const LpgProblem&, const void* parts, int64_t count, void* to, int64_t begin, int64_t end);
+  double (*norm)(const Problem&, int64_t row);
+  // The perturbed gradient of one row; zeros if it is ignored.
+  void (*write)(const Problem&, const GradientOut&, const Delta&, int64_t row);
 };
 
-// How a gradient by column is perturbed: by one of these, or not at all.
-struct LpgColumns {
-  const double* bound;  // a class: each row along its own gradient
-  const void* deltas;   // T: class c's delta in column c, classes * classes
+// How kernels by column perturb: by at most one of these.
+struct ColumnDeltas {
+  const double* bound;  // [classes]: each row is moved along its own gradient
+  const void* deltas;   // T[classes][classes]: column c is the delta of class c
 };
 
-// The same with a lane a row. Gradients are written as the logits lie, without gaps.
-struct LpgColumnKernels {
-  void (*forward)(const LpgProblem&, const LpgRows&, int64_t begin, int64_t end);
-  // sums, classes * classes <- in row c, the sums of the gradients of class c's rows.
-  void (*add)(const LpgProblem&, int64_t begin, int64_t end, void* sums);
-  void (*write)(const LpgProblem&, const LpgGradient&, const LpgColumns&, int64_t begin, int64_t end);
+// Kernels whose lanes are rows: for few classes, and for dense predictions, whose neighbours in memory are rows.
+struct ColumnKernels {
+  void (*forward)(const Problem&, const RowResults&, int64_t begin, int64_t end);
+  // sums, T[classes][classes] <- in row c the sum of the gradients of class c's rows.
+  void (*add)(const Problem&, int64_t begin, int64_t end, void* sums);
+  // Gradients are written in the layout of the logits, without gaps.
+  void (*write)(const Problem&, const GradientOut&, const ColumnDeltas&, int64_t begin, int64_t end);
 };
 
-const LpgColumnKernels& lpg_column_kernels_generic();
-const LpgColumnKernels& lpg_column_kernels_avx2();
-const LpgColumnKernels& lpg_column_kernels_avx512();
+const RowKernels& row_kernels_generic();
+const RowKernels& row_kernels_avx2();
+const RowKernels& row_kernels_avx512();
+const ColumnKernels& column_kernels_generic();
+const ColumnKernels& column_kernels_avx2();
+const ColumnKernels& column_kernels_avx512();
 
-const LpgKernels& lpg_kernels_generic();
-const LpgKernels& lpg_kernels_avx2();
-const LpgKernels& lpg_kernels_avx512();
-
-}  // namespace gradfused::cpu
+}  // namespace gradfused::lpg

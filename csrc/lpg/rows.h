@@ -1,42 +1,41 @@
-// What LPG's kernels know of one row of logits once it has been read.
+// What LPG's kernels know of a row once its logits have been read.
 #pragma once
 
 #include "lpg/lanes.h"
 #include "lpg/problem.h"
 
-namespace gradfused::cpu {
+#define GRADFUSED_PASTE(a, b) a##b
+#define GRADFUSED_NAME(a, b) GRADFUSED_PASTE(a, b)
+
+namespace gradfused::lpg {
 namespace {
 
 using math::smaller;
 
-template <class S> struct WideOf {
-  using Type = float;
-};
-template <> struct WideOf<double> {
-  using Type = double;
-};
+template <class S> using Wide = decltype(widen(S()));  // T for logits of type S
 
+// The greatest logit m and, over the classes other than the row's own, the sums of exp(x - m) and of its square.
 template <class T> struct Saved {
   T greatest, others, squares;
 };
-template <class T> Saved<T>& saved_of(const LpgProblem& p, int64_t row) { return reinterpret_cast<Saved<T>*>(p.saved)[row]; }
+template <class T> Saved<T>& saved_of(const Problem& p, int64_t row) { return reinterpret_cast<Saved<T>*>(p.saved)[row]; }
 
-template <class T> double weight_of(const LpgProblem& p, int64_t c) { return p.weight ? double(static_cast<const T*>(p.weight)[c]) : 1.0; }
+template <class T> double weight_of(const Problem& p, int64_t c) { return p.weight ? double(static_cast<const T*>(p.weight)[c]) : 1.0; }
 
-// What no logit but -inf is less than.
+// The lowest finite number.
 inline float lowest(float) { return -3.402823466e+38f; }
 inline double lowest(double) { return -1.7976931348623157e+308; }
 
-// Of a row's own class. `exponential` is exp(its logit - the greatest).
+// What concerns a row's own class.
 struct Own {
-  double exponential;
-  double sum;          // of all classes' exponentials
-  double probability;  // the own class's
-  double rest;         // the other classes'
+  double exponential;  // exp(its logit - the greatest)
+  double sum;          // of the exponentials of all classes
+  double probability;
+  double rest;  // the probability of all other classes
   // softmax - target distribution, from the smaller of the two probabilities: a difference of large ones would leave their rounding errors.
   double gradient;
   template <class T>
-  Own(const LpgProblem& p, const Saved<T>& s, T exponential_)
+  Own(const Problem& p, const Saved<T>& s, T exponential_)
       : exponential(double(exponential_)),
         sum(exponential + double(s.others)),
         probability(exponential / sum),
@@ -44,23 +43,21 @@ struct Own {
         gradient(probability < rest ? probability - (1 - p.smoothing + p.share()) : p.smoothing - p.share() - rest) {}
 };
 
-template <class T> Own own_of(const LpgProblem& p, const Saved<T>& s, T logit) { return Own(p, s, exp_one(logit - s.greatest)); }
-
-// The coefficient of a row's probabilities in its gradient, and that gradient for the own class, before the factor and without delta.
-inline double slope_of(const LpgProblem& p, double weight) { return (1 - p.smoothing) * weight + p.share() * p.weight_sum; }
-inline double plain_of(const LpgProblem& p, const Own& own, double weight) {
+// Without the factor and without delta: the coefficient of a row's probabilities in its weighted gradient, and that gradient at its own class.
+inline double slope_of(const Problem& p, double weight) { return (1 - p.smoothing) * weight + p.share() * p.weight_sum; }
+inline double plain_of(const Problem& p, const Own& own, double weight) {
   return p.share() * (p.weight_sum * own.probability - weight) - (1 - p.smoothing) * weight * own.rest;
 }
 
-template <class T> void put_row(const LpgRows& to, int64_t row, double loss, double confidence, double norm) {
+template <class T> void put_row(const RowResults& to, int64_t row, double loss, double confidence, double norm) {
   static_cast<T*>(to.loss)[row] = T(loss);
   if (to.confidence) static_cast<T*>(to.confidence)[row] = T(confidence);
   if (to.norm) static_cast<T*>(to.norm)[row] = T(norm);
 }
 
-// `weighted` is the sum of weight * (logit - origin), where there is smoothing.
+// Writes what the forward returns of a row that counts. `weighted` is the sum of weight * (logit - origin), read with label smoothing only.
 template <class T>
-void finish_row(const LpgProblem& p, const LpgRows& to, int64_t row, T logit, const Own& own, double weighted, T origin) {
+void finish_row(const Problem& p, const RowResults& to, int64_t row, T logit, const Own& own, double weighted, T origin) {
   const Saved<T>& saved = saved_of<T>(p, row);
   const double s = p.smoothing;
   const double log_sum = own.exponential == 1 ? log1p(double(saved.others)) : log(own.sum);
@@ -76,7 +73,7 @@ void finish_row(const LpgProblem& p, const LpgRows& to, int64_t row, T logit, co
   put_row<T>(to, row, loss, own.probability, norm);
 }
 
-template <class F> auto in_dtype(const LpgProblem& p, F run) {
+template <class F> auto in_dtype(const Problem& p, F run) {
   switch (p.dtype) {
     case DType::float64: return run(double{});
     case DType::float16: return run(Half{});
@@ -86,4 +83,4 @@ template <class F> auto in_dtype(const LpgProblem& p, F run) {
 }
 
 }  // namespace
-}  // namespace gradfused::cpu
+}  // namespace gradfused::lpg

@@ -9,55 +9,45 @@ from torch import Tensor
 
 from ..backends.cpu import native as native_module
 from ..backends.native import DTYPES
-from .problem import Kernels, Measured, Perturbation, Problem, check_memory, refuse_stray
+from .problem import Measured, Perturbation, Problem, check_memory, refuse_stray
 
-_SAVED = 3  # numbers a row that the native forward leaves for the backward
+_SAVED = 3  # numbers that the native forward leaves for the backward, for each row
 
-
-#: Up to how many classes a lane of the kernels is a row. With more, rows are long enough for lanes of their own, and dense
-#: predictions that share deltas by class, whose sums would be (C, C) for each piece, are copied to lie by row.
-COLUMNS, DENSE_COLUMNS = 64, 512
-
-
-def _is_dense(logits: Tensor) -> bool:
-    """Neighbours in memory are rows, not classes."""
-    return logits.dim() == 3 and logits.stride(1) == 1 and logits.stride(2) != 1
+#: Up to this many classes the kernels' lanes are rows. With more classes a row is long enough to fill the lanes by itself.
+COLUMNS = 64
+#: Beyond this many classes dense predictions that share deltas by class, whose sums would take (C, C) for each piece of
+#: rows, are copied so that each row lies together.
+DENSE_COLUMNS = 512
 
 
 def _arranged(problem: Problem, sums: bool) -> Tensor:
-    """The logits as the kernels take them: (N, D, C) dense, or (n, C) with rows that lie together.
+    """The logits in a layout that the kernels take: (N, D, C) with neighbouring rows, or (n, C) with contiguous rows.
 
-    ``sums``: Sums by class are wanted.
+    ``sums``: whether sums by class are wanted.
     """
     logits = problem.logits
-    if _is_dense(logits) and (problem.classes <= DENSE_COLUMNS or not sums):
+    dense = logits.dim() == 3 and logits.stride(1) == 1 and logits.stride(2) != 1
+    if dense and (problem.classes <= DENSE_COLUMNS or not sums):
         return logits
     logits = problem.rows
     return logits if logits.stride(1) == 1 or problem.classes == 1 else logits.contiguous()
 
 
 def _native(problem: Problem, logits: Tensor, saved: Tensor) -> tuple[Any, list[Tensor]]:
-    """The native problem, and the tensors whose memory it reads. ``logits`` are arranged."""
+    """The native problem for ``logits`` as arranged, and tensors that must live as long as it."""
     target = problem.target.contiguous()
     weight = None if problem.weight is None else problem.weight.contiguous()
     saved = saved.contiguous()
     check_memory(logits=logits, target=target, weight=weight, saved=saved)
-    rows, classes = target.numel(), problem.classes
     dense = logits.dim() == 3
+    sizes, strides = (logits.shape, logits.stride()) if dense else ((1, *logits.shape), (0, logits.stride(0), 1))
     native = native_module().Lpg(
-        logits=logits.data_ptr(),
-        dtype=DTYPES[logits.dtype],
-        rows=rows,
-        classes=classes,
-        inner=logits.shape[1] if dense else max(1, rows),
-        outer_stride=logits.stride(0) if dense else 0,
-        inner_stride=1 if dense else logits.stride(0),
-        class_stride=logits.stride(2) if dense else 1,
-        columns=dense or classes <= COLUMNS,
+        logits=(logits.data_ptr(), DTYPES[logits.dtype], sizes, strides),
+        by_column=dense or problem.classes <= COLUMNS,
         target=target.data_ptr(),
         ignore_index=problem.ignore_index,
         weight=0 if weight is None else weight.data_ptr(),
-        weight_sum=float(classes if weight is None else weight.double().sum()),
+        weight_sum=float(problem.classes if weight is None else weight.double().sum()),
         smoothing=problem.label_smoothing,
         saved=saved.data_ptr(),
         threads=torch.get_num_threads(),
@@ -66,11 +56,11 @@ def _native(problem: Problem, logits: Tensor, saved: Tensor) -> tuple[Any, list[
 
 
 def forward(problem: Problem, tally: bool) -> Measured:
-    """One reading of the logits."""
+    """Read the logits once."""
     rows, classes = problem.target.numel(), problem.classes
     saved = torch.empty(rows, _SAVED, dtype=problem.wide, device="cpu")
     native, _alive = _native(problem, _arranged(problem, sums=False), saved)
-    stray = native.stray()
+    stray = native.find_stray()
     if stray >= 0:
         refuse_stray(problem, stray)
     loss = torch.empty(rows, dtype=problem.wide, device="cpu")
@@ -81,35 +71,30 @@ def forward(problem: Problem, tally: bool) -> Measured:
 
 
 def backward(problem: Problem, saved: tuple[Tensor, ...], factor: Tensor, how: Perturbation) -> Tensor:
-    """The perturbed gradient."""
-    logits = _arranged(problem, sums=how.scope == "class")
+    """Compute the perturbed gradient."""
+    by_sample = how.scope == "sample"
+    logits = _arranged(problem, sums=not by_sample)
     native, _alive = _native(problem, logits, saved[0])
-    shape = logits.shape
-    made = shape if logits.dim() == 2 else (shape[0], shape[2], shape[1])
-    out = torch.empty(made, dtype=logits.dtype, device="cpu")
-    if factor.dim() and factor.stride(0) == 0:
-        factor, stride = factor[:1].double(), 0
-    else:
-        factor, stride = factor.contiguous().double(), 1
-    bound = how.reach().double().contiguous()
-    means = None if how.means is None or how.scope == "sample" else how.means.to(problem.wide).contiguous()
+    shape = logits.shape if logits.dim() == 2 else (logits.shape[0], logits.shape[2], logits.shape[1])
+    out = torch.empty(shape, dtype=logits.dtype, device="cpu")
+    factor_stride = 1 if factor.stride(0) else 0
+    factor = (factor if factor_stride else factor[:1]).double().contiguous()
+    bound = how.reachable_bound().double().contiguous()
+    means = None if how.means is None or by_sample else how.means.to(problem.wide).contiguous()
     native.backward(
         out=out.data_ptr(),
         factor=factor.data_ptr(),
-        factor_stride=stride,
+        factor_stride=factor_stride,
         bound=bound.data_ptr(),
-        by_sample=how.scope == "sample",
+        by_sample=by_sample,
         means=0 if means is None else means.data_ptr(),
     )
     return out.view(problem.logits.shape) if out.dim() == 2 else out.transpose(1, 2)
 
 
 def class_sums(problem: Problem, saved: tuple[Tensor, ...]) -> Tensor:
-    """(C, C): the sums of each class's logit gradients."""
+    """Sum each class's logit gradients, (C, C)."""
     native, _alive = _native(problem, _arranged(problem, sums=True), saved[0])
     sums = torch.empty(problem.classes, problem.classes, dtype=problem.wide, device="cpu")
     native.class_sums(sums.data_ptr())
     return sums
-
-
-KERNELS = Kernels("cpu", forward, backward, class_sums)

@@ -1,4 +1,4 @@
-"""LPG cross-entropy's kernels and the choice among them."""
+"""The choice among the backends that have LPG kernels."""
 
 from __future__ import annotations
 
@@ -10,18 +10,16 @@ from ..backends import choose_name
 from ..backends import cpu as native_cpu
 from ..backends import triton as native_triton
 from . import cpu, reference, triton
-from .problem import Kernels, Measured, Perturbation, Problem
+from .problem import Kernels
 
-__all__ = ["Kernels", "Measured", "Perturbation", "Problem", "choose"]
-
-_KERNELS = {"cpu": cpu.KERNELS, "triton": triton.KERNELS, "reference": reference.KERNELS}
+_KERNELS: dict[str, Kernels] = {"cpu": cpu, "triton": triton, "reference": reference}
 _chosen: dict[tuple[object, ...], Kernels] = {}
 
 
 def choose(request: str, logits: Tensor) -> Kernels:
     """The kernels to use for ``logits``. Raises as ``gradfused.backends.choose_name``.
 
-    A choice is remembered: asking what is installed takes longer than the loss of a small batch.
+    Choices are cached, since finding out what can run takes longer than the loss of a small batch.
     """
     plain = bool(logits.numel() == 0 or logits.data_ptr())
     asked = (request, os.environ.get("GRADFUSED_BACKEND"), native_cpu.native_or_none(), native_triton.interpreting())

@@ -10,54 +10,49 @@ from torch import Tensor, nn
 from torch._compile import _disable_dynamo
 
 from ..step.options import number, whole
-from . import kernels as backends
 from . import modes
-from .function import (
+from .function import Call, signed_bound
+from .kernels import choose
+from .options import (
     PGD,
-    Call,
+    Options,
     check_inputs,
     checked_radius,
     checked_sign,
+    checked_weight,
     class_count,
-    class_weight,
-    evaluate,
-    options,
     per_class,
-    signed_bound,
 )
 from .problem import Kernels, Measured, Perturbation, Problem
 
-#: Bytes of class-mean gradients, (C, C) in float32, beyond which momentum is refused.
+#: Momentum is refused where the mean gradients of the classes, (C, C) in float32, would take more bytes than this.
 MOST_BYTES = 2**31
 
 
 class LPGCrossEntropyLoss(nn.Module):
-    """Cross-entropy whose backward perturbs the logit gradients of each class within a bound (arXiv 2605.29494).
+    """Cross-entropy whose backward perturbs the logit gradients of each class within a radius (arXiv 2605.29494).
 
-    The value is ``nn.CrossEntropyLoss``'s. In training mode, each call first updates the classes' statistics from its
-    own batch, then decides by ``mode`` which classes to amplify (their mean logit gradient made as long as the bound
-    allows) and which to dampen. In evaluation mode, and where no gradients are recorded, it is plain cross-entropy and
-    the statistics stay. A batch with a logit of nan or +inf, whose loss is no number either, does not enter them.
+    The value is that of ``nn.CrossEntropyLoss``. In training mode, each call first updates the statistics of the classes
+    from its own batch. It then decides by ``mode`` which classes to amplify (their mean logit gradient is made as long as
+    the radius allows) and which to dampen. In evaluation mode, and where no gradients are recorded, it is plain
+    cross-entropy and the statistics stay as they are. A batch with a logit of nan or +inf does not enter the statistics.
 
     Args:
         num_classes: C, 2 or more.
-        radius: The bound eps of the perturbation of ``softmax - target distribution``: a number, or (C,), one a class.
-        mode: ``"balanced"``: classes with own-class confidence below the mean of classes are amplified, above it
-            dampened. ``"longtail"``: by ``counts``; rare classes are amplified and frequent ones dampened, within the
-            radius times the distance of their rank from the middle, in [0, 1]. ``"noisy"``: classes whose gradient norm
-            is high for their confidence are dampened.
-        counts: (C,) samples a class, of the whole training set; for ``"longtail"``, and only for it.
-        sign: (C,) of -1, 0 and 1: these signs for good, in place of a mode.
-        scope: ``"class"``: one delta a class; ``"sample"``: each sample's own gradient made longer or shorter.
-        solver: ``"closed_form"``, ``"pgd"`` or a ``PGD(steps, step_size)``.
-        momentum: Of the moving averages of statistics and of class-mean gradients, in [0, 1): ``m * old + (1 - m) *
-            batch`` for the classes a batch has; a class's first batch counts whole. 0: the batch alone. More than 0
-            keeps (C, C) float32.
-        weight: (C,) class weights.
-        label_smoothing, ignore_index, reduction: As of ``nn.CrossEntropyLoss``.
+        radius: The bound on the perturbation of ``softmax - target distribution``: a number for all classes, or (C,).
+        mode: ``"balanced"``: classes whose own-class confidence is below the mean over the classes are amplified, those
+            above it dampened. ``"longtail"``: by ``counts``, rare classes are amplified and frequent ones dampened,
+            within the radius times the distance of their rank from the middle, in [0, 1]. ``"noisy"``: classes whose
+            gradient norm is high for their confidence are dampened.
+        counts: (C,) numbers of samples in the whole training set; required by ``"longtail"``, refused otherwise.
+        sign: (C,) of -1, 0 and 1: fixed signs in place of a mode.
+        scope, solver, backend: As in ``lpg_cross_entropy``.
+        momentum: In [0, 1), for moving averages of the statistics and of the classes' mean gradients: ``m * old + (1 -
+            m) * batch`` for the classes in a batch. The first batch of a class counts whole. 0 uses the batch alone; more
+            than 0 keeps (C, C) float32.
+        weight, label_smoothing, ignore_index, reduction: As in ``nn.CrossEntropyLoss``.
         sync: Add up statistics over the default process group at each training call: (3, C) float64, and (C, C) with
-            momentum. Without momentum class-mean gradients are each process's own. Every process must make every call.
-        backend: ``"auto"``, ``"cpu"``, ``"triton"`` or ``"reference"``.
+            momentum. Without momentum each process uses its own mean gradients. Every process must make every call.
 
     Shape:
         As ``nn.CrossEntropyLoss`` with class indices: logits (N, C), (N, C, d1, ...) or (C,); C from 2 to 256k.
@@ -65,11 +60,12 @@ class LPGCrossEntropyLoss(nn.Module):
     Attributes:
         confidence: (C,) mean own-class probability of each class.
         gradient_norm: (C,) mean norm of each class's logit gradients.
-        seen: (C,) int64: samples so far.
-        mean_gradient: (C, C) moving averages of class-mean logit gradients; None without momentum.
+        seen: (C,) int64: number of samples so far.
+        mean_gradient: (C, C) moving averages of the classes' mean logit gradients; None without momentum.
 
     Raises:
-        TypeError, ValueError: An argument is not what it should be, or momentum would take more than 2 GiB.
+        TypeError: An argument is of the wrong type.
+        ValueError: An argument is out of range, arguments exclude each other, or momentum would take more than 2 GiB.
     """
 
     confidence: Tensor
@@ -102,8 +98,8 @@ class LPGCrossEntropyLoss(nn.Module):
         self.num_classes = num_classes = whole("num_classes", num_classes, 2)
         self.mode, self.sync = mode, bool(sync)
         self.momentum = number("momentum", momentum, 0.0, 1.0, high_open=True)
-        self.options = options(scope, label_smoothing, ignore_index, reduction, solver, backend)
-        self._refuse_what_does_not_fit(counts, sign)
+        self.options = Options(scope, label_smoothing, ignore_index, reduction, solver, backend)
+        self._check_options(counts, sign)
         bounds = checked_radius(radius, num_classes)
         self.radius: float | None = None if isinstance(bounds, Tensor) else bounds
         self.register_buffer("_radius", bounds if isinstance(bounds, Tensor) else None, persistent=False)
@@ -116,7 +112,8 @@ class LPGCrossEntropyLoss(nn.Module):
         means = torch.zeros(num_classes, num_classes, dtype=torch.float32, device=None) if kept else None
         self.register_buffer("mean_gradient", means)
 
-    def _refuse_what_does_not_fit(self, counts: Any, sign: Any) -> None:
+    def _check_options(self, counts: Any, sign: Any) -> None:
+        """Raise for options that exclude each other."""
         classes = self.num_classes
         if self.mode not in modes.MODES:
             raise ValueError(f"mode: expected one of {', '.join(map(repr, modes.MODES))}, got {self.mode!r}")
@@ -144,7 +141,7 @@ class LPGCrossEntropyLoss(nn.Module):
         return modes.longtail(counts, self.num_classes) if self.mode == "longtail" else None
 
     def signs(self) -> Tensor:
-        """(C,): the sign of each class's perturbation by the present statistics, in ``"longtail"`` times its share."""
+        """(C,): the sign of each class's perturbation by the present statistics; in ``"longtail"`` times its share."""
         if self._sign is not None:
             return self._sign
         if self.mode == "noisy":
@@ -153,12 +150,12 @@ class LPGCrossEntropyLoss(nn.Module):
         return modes.balanced(self.confidence.float(), self._known())
 
     def _known(self) -> Tensor:
-        """(C,): whether there are statistics of a class. A checkpoint may hold ones that are no numbers."""
+        """(C,): whether a class has statistics. Those of a checkpoint may be nan, which does not count."""
         return (self.seen > 0) & self.confidence.isfinite() & self.gradient_norm.isfinite()
 
     @_disable_dynamo
     def forward(self, logits: Tensor, target: Tensor) -> Tensor:
-        """The loss, in the logits' dtype (float32 under autocast). Its gradient is perturbed."""
+        """Compute the loss, in the logits' dtype (float32 under autocast)."""
         check_inputs(logits, target)
         if class_count(logits) != self.num_classes:
             raise ValueError(
@@ -169,15 +166,16 @@ class LPGCrossEntropyLoss(nn.Module):
                 f"LPGCrossEntropyLoss is on {self.seen.device}, logits on {logits.device}; move it with .to()"
             )
         training = self.training and torch.is_grad_enabled()
-        kernels = backends.choose(self.options.backend, logits)
-        perturb = self._learn if training else self._leave
-        call = Call(self.options, class_weight(self.weight, logits), kernels, training, perturb)
-        return evaluate(logits, target, call)
+        kernels = choose(self.options.backend, logits)
+        perturb = self._learn if training else self._perturb_nothing
+        call = Call(self.options, checked_weight(self.weight, logits), kernels, training, perturb)
+        return call.loss(logits, target)
 
-    def _leave(self, problem: Problem, kernels: Kernels, measured: Measured) -> Perturbation:
-        return self.options.perturbation(torch.zeros_like(problem.logits[:1], dtype=problem.wide).expand(1, -1)[0])
+    def _perturb_nothing(self, problem: Problem, kernels: Kernels, measured: Measured) -> Perturbation:
+        return self.options.perturbation(problem.logits.new_zeros(self.num_classes, dtype=problem.wide))
 
     def _learn(self, problem: Problem, kernels: Kernels, measured: Measured) -> Perturbation:
+        """Update the statistics from a batch, then choose the perturbation by them."""
         assert measured.tally is not None
         tally = measured.tally
         sums = kernels.class_sums(problem, measured.saved) if self.mean_gradient is not None else None
@@ -186,18 +184,14 @@ class LPGCrossEntropyLoss(nn.Module):
             if sums is not None:
                 dist.all_reduce(sums)
         self._update(tally, sums)
-        bound = signed_bound(self.signs(), self._bounds(), problem.logits)
+        radius = self._radius if self.radius is None else self.radius
+        assert radius is not None
+        bound = signed_bound(self.signs(), radius, problem.logits)
         means = None if self.mean_gradient is None else self.mean_gradient.to(problem.wide, copy=True)
         return self.options.perturbation(bound, means)
 
-    def _bounds(self) -> float | Tensor:
-        if self._radius is not None:
-            return self._radius
-        assert self.radius is not None
-        return self.radius
-
     def _update(self, tally: Tensor, sums: Tensor | None) -> None:
-        count = tally[0] * tally.isfinite().all()  # of a batch with nan in it, nothing counts
+        count = tally[0] * tally.isfinite().all()  # a batch with nan or inf counts as empty
         keep = torch.where(self._known(), self.momentum, 0.0).double()
         _average(self.confidence, tally[1], count, keep)
         _average(self.gradient_norm, tally[2], count, keep)
@@ -215,6 +209,6 @@ class LPGCrossEntropyLoss(nn.Module):
 
 
 def _average(buffer: Tensor, total: Tensor, count: Tensor, keep: Tensor) -> None:
-    """Mixes a batch's means into ``buffer`` where it has samples. What is kept by 0 may be nan."""
+    """Mix a batch's means, ``total / count``, into ``buffer`` for classes with samples. ``buffer`` may be nan where keep is 0."""
     old = torch.where(keep > 0, keep * buffer, 0)
     buffer.copy_(torch.where(count > 0, old + (1 - keep) * total / count, buffer.double()))

@@ -1,4 +1,4 @@
-"""LPG cross-entropy in plain PyTorch: the oracle (in float64) of the fused kernels, and what runs where they cannot."""
+"""LPG cross-entropy in plain PyTorch: the oracle of the fused kernels (in float64), and the fallback where they cannot run."""
 
 from __future__ import annotations
 
@@ -6,20 +6,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .problem import Kernels, Measured, Perturbation, Problem, refuse_stray
+from .problem import Measured, Perturbation, Problem, find_stray
 
 
 def _kept(problem: Problem) -> tuple[Tensor, Tensor]:
-    """Which rows count, and their classes: 0 where ignored."""
+    """Return which rows count and the class of each row, 0 for ignored rows."""
     kept = problem.target != problem.ignore_index
     return kept, torch.where(kept, problem.target, 0)
 
 
 def _gradients(problem: Problem, log_p: Tensor, kept: Tensor, classes: Tensor) -> Tensor:
-    """(n, C): softmax - target distribution; 0 where ignored."""
-    towards = F.one_hot(classes, problem.classes).to(log_p.dtype)
-    towards = towards * (1 - problem.label_smoothing) + problem.label_smoothing / problem.classes
-    return torch.where(kept[:, None], log_p.exp() - towards, 0)
+    """Return (n, C): softmax - target distribution; 0 for ignored rows."""
+    distribution = F.one_hot(classes, problem.classes).to(log_p.dtype)
+    distribution = distribution * (1 - problem.label_smoothing) + problem.label_smoothing / problem.classes
+    return torch.where(kept[:, None], log_p.exp() - distribution, 0)
 
 
 def _losses(problem: Problem, log_p: Tensor, kept: Tensor, classes: Tensor, weight: Tensor) -> Tensor:
@@ -31,12 +31,9 @@ def _losses(problem: Problem, log_p: Tensor, kept: Tensor, classes: Tensor, weig
 
 
 def forward(problem: Problem, tally: bool) -> Measured:
-    """The losses and what backward needs: the log-probabilities."""
+    """Compute the losses; save the log-probabilities."""
+    find_stray(problem)  # on a GPU the gather below asserts
     kept, classes = _kept(problem)
-    if classes.device.type == "cpu":  # elsewhere the gather below asserts on the device
-        stray = ((classes < 0) | (classes >= problem.classes)).nonzero()
-        if len(stray):
-            refuse_stray(problem, int(stray[0]))
     log_p = F.log_softmax(problem.rows.to(problem.wide), 1)
     weight = log_p.new_ones(problem.classes) if problem.weight is None else problem.weight
     loss = _losses(problem, log_p, kept, classes, weight)
@@ -51,14 +48,14 @@ def forward(problem: Problem, tally: bool) -> Measured:
 
 
 def class_sums(problem: Problem, saved: tuple[Tensor, ...]) -> Tensor:
-    """(C, C): the sums of each class's logit gradients."""
+    """Sum each class's logit gradients, (C, C)."""
     kept, classes = _kept(problem)
     g = _gradients(problem, saved[0], kept, classes)
     return g.new_zeros(problem.classes, problem.classes).index_add_(0, classes, g)
 
 
 def learn(gradient: Tensor, how: Perturbation, bound: Tensor) -> Tensor:
-    """The delta of each row of ``gradient``, (k, C), for signed bounds (k,)."""
+    """Return the delta of each row of ``gradient``, (k, C), for signed bounds (k,)."""
     eps, sign = bound.abs()[:, None], bound.sign()[:, None]
     if not how.steps:
         norm = gradient.norm(dim=1, keepdim=True)
@@ -67,17 +64,17 @@ def learn(gradient: Tensor, how: Perturbation, bound: Tensor) -> Tensor:
     step = torch.full_like(eps, how.step_size) if how.step_size is not None else 2.5 * eps / how.steps
     delta = torch.zeros_like(gradient)
     for _ in range(how.steps):
-        at = gradient + delta
-        norm = at.norm(dim=1, keepdim=True)
-        length = torch.where(sign < 0, torch.minimum(step, norm), step)  # descending, not beyond the origin
-        delta = delta + torch.where(norm > 0, sign * length / norm * at, 0)
+        moved = gradient + delta
+        norm = moved.norm(dim=1, keepdim=True)
+        length = torch.where(sign < 0, torch.minimum(step, norm), step)  # when dampening, not beyond the origin
+        delta = delta + torch.where(norm > 0, sign * length / norm * moved, 0)
         size = delta.norm(dim=1, keepdim=True)
         delta = torch.where(size > eps, eps / size * delta, delta)
     return delta
 
 
 def _delta(g: Tensor, kept: Tensor, classes: Tensor, how: Perturbation) -> Tensor:
-    """(n, C): what is added to each row of ``g``."""
+    """Return (n, C): what is added to each row of ``g``."""
     if how.scope == "sample":
         return learn(g, how, how.bound[classes])
     if how.means is not None:
@@ -89,7 +86,7 @@ def _delta(g: Tensor, kept: Tensor, classes: Tensor, how: Perturbation) -> Tenso
 
 
 def backward(problem: Problem, saved: tuple[Tensor, ...], factor: Tensor, how: Perturbation) -> Tensor:
-    """The perturbed gradient."""
+    """Compute the perturbed gradient."""
     log_p = saved[0]
     kept, classes = _kept(problem)
     g = _gradients(problem, log_p, kept, classes)
@@ -105,6 +102,3 @@ def backward(problem: Problem, saved: tuple[Tensor, ...], factor: Tensor, how: P
             out = out + s / problem.classes * (problem.weight.sum() * p - problem.weight)
     out = torch.where(kept[:, None], factor[:, None] * out, 0).to(problem.logits.dtype)
     return out.view(problem.logits.shape)
-
-
-KERNELS = Kernels("reference", forward, backward, class_sums)

@@ -1,4 +1,4 @@
-"""Gradient reversal at a layer boundary (Ganin et al. 2016): as it is forward, times -lambda backward."""
+"""Gradient reversal at a layer boundary: the identity forward, gradients times -lambda backward (Ganin et al. 2016)."""
 
 from __future__ import annotations
 
@@ -12,23 +12,23 @@ from torch.nn import functional as F
 from .. import gpu
 from ..step.options import finite
 
-Factor = float | Tensor  # minus lambda; in a tensor of no dims where that may move under what was recorded
-_ELEMENTWISE = (torch.strided, torch.jagged)  # layouts that have a view and a product
+Factor = float | Tensor  # minus lambda; a 0-dim tensor where lambda may change after a graph was recorded
+_ELEMENTWISE = (torch.strided, torch.jagged)  # layouts that allow a view and an elementwise product
 
 
 def grad_reverse(x: Tensor, lambda_: float | Tensor = 1.0) -> Tensor:
-    """Return ``x``, and on the way back multiply its gradient by ``-lambda_`` (Ganin et al. 2016, arXiv 1505.07818).
+    """Return ``x``; in the backward pass its gradient is multiplied by ``-lambda_`` (Ganin et al. 2016, arXiv 1505.07818).
 
-    Forward copies and saves nothing of ``x``: the result is a view of it, and like every view that a custom function
-    returns it refuses to be changed in place where gradients are recorded. Forward-mode derivatives are reversed alike.
+    Forward neither copies nor saves ``x``. The result is a view of it, which cannot be changed in place while gradients
+    are recorded, like every view that a custom function returns. Forward-mode derivatives are reversed as well.
 
     Args:
         x: Floating point, any shape.
-        lambda_: Strength, 0 or more. A tensor of no dims is read when the gradient arrives, without waiting for its
-            device, so neither its values nor its sign are checked; it counts as a constant, as of this call.
+        lambda_: Strength, 0 or more. A 0-dim tensor is copied by this call and treated as a constant. It is not read on
+            the host, which would wait for its device, so neither its value nor its sign is checked.
 
     Raises:
-        TypeError: ``x`` is not floating point or not strided, or ``lambda_`` is no number.
+        TypeError: ``x`` is not floating point or not strided, or ``lambda_`` is not a number.
         ValueError: ``lambda_`` is negative, not finite, of 1 or more dims, or on a device that ``x`` cannot use.
     """
     _check_input("grad_reverse", x, _ELEMENTWISE)
@@ -36,30 +36,31 @@ def grad_reverse(x: Tensor, lambda_: float | Tensor = 1.0) -> Tensor:
 
 
 def reversal_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, lambda_: float | Tensor = 1.0) -> Tensor:
-    """``F.linear(grad_reverse(x, lambda_), weight, bias)`` with no pass of its own over the gradient of ``x``.
+    """``F.linear(grad_reverse(x, lambda_), weight, bias)`` without an extra pass over the gradient of ``x``.
 
-    Backward, ``-lambda_`` is the alpha of the product that makes this gradient. A number goes into that GEMM itself; a
-    tensor, which a GEMM cannot take without waiting for its device, scales the smaller of its two operands beforehand.
-    Weight and bias get their ordinary gradients.
+    In the backward pass a number ``-lambda_`` is the alpha of the GEMM that computes this gradient. A GEMM could not take
+    a tensor without waiting for its device, so a tensor scales the smaller of the two operands beforehand. Weight and
+    bias get their ordinary gradients.
 
     Args:
         x: (..., in_features).
         weight: (out_features, in_features).
         bias: (out_features,) or None.
-        lambda_: As for ``grad_reverse``.
+        lambda_: As in ``grad_reverse``.
 
     Returns:
         (..., out_features).
 
     Raises:
-        TypeError, ValueError: As ``grad_reverse``; of shapes that do not fit, RuntimeError as ``F.linear``.
+        TypeError, ValueError: As ``grad_reverse``.
+        RuntimeError: Shapes do not fit, as ``F.linear``.
     """
     _check_input("reversal_linear", x)
     return _linear(x, weight, bias, _factor(lambda_, x))
 
 
 class _Reversing(nn.Module):
-    """Keeps lambda twice: as a number, and in a buffer for what is recorded now and played again later."""
+    """A module with a lambda, which it keeps as a number and in a buffer, for graphs that are recorded once and replayed."""
 
     _lambda: Tensor
 
@@ -71,7 +72,7 @@ class _Reversing(nn.Module):
 
     @property
     def lambda_(self) -> float:
-        """Strength, 0 or more. Setting it writes to the buffer in place, so nothing compiles again."""
+        """Strength, 0 or more. Setting it writes to the buffer in place, so that nothing is recompiled."""
         return self._number
 
     @lambda_.setter
@@ -80,12 +81,12 @@ class _Reversing(nn.Module):
         self._lambda.fill_(self._number)
 
     def _factor(self, x: Tensor) -> Factor:
-        """The number, which kernels take as an argument; the buffer where a graph or a compiler would freeze that."""
+        """Minus lambda: the number, or the buffer while a compiler or a CUDA graph records and would freeze the number."""
         recorded = torch.compiler.is_compiling() or (gpu.holds(x) and gpu.capturing())
         return -self._lambda if recorded else -self._number
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
-        """Casts leave the buffer float32, and memory that ``to_empty`` has not filled gets its number."""
+        """Keep the buffer float32 under casts, and fill it after ``to_empty``."""
         super()._apply(fn, recurse)
         self._lambda = self._lambda.float()
         self._lambda.fill_(self._number)
@@ -103,7 +104,7 @@ class GradientReversal(_Reversing):
         lambda_: Strength, 0 or more.
 
     Raises:
-        TypeError: ``lambda_`` is no number; forward: the input is not floating point.
+        TypeError: ``lambda_`` is not a number; in forward: the input is not floating point.
         ValueError: ``lambda_`` is negative or not finite.
     """
 
@@ -112,7 +113,7 @@ class GradientReversal(_Reversing):
         self._keep(lambda_, None)
 
     def forward(self, x: Tensor) -> Tensor:
-        """``x`` itself, as a view."""
+        """Return a view of ``x``."""
         _check_input("GradientReversal", x, _ELEMENTWISE)
         return _reverse(x, self._factor(x))
 
@@ -121,20 +122,20 @@ class GradientReversal(_Reversing):
 
 
 class ReversalLinear(_Reversing, nn.Linear):
-    """A domain head's first layer: ``nn.Linear`` behind gradient reversal, at no more passes than ``nn.Linear`` alone.
+    """``nn.Linear`` behind gradient reversal, in as few passes as ``nn.Linear``: the first layer of a domain head.
 
     Its state dict is that of ``nn.Linear``.
 
     Args:
         in_features: Size of the input's last dim.
         out_features: Size of the output's last dim.
-        bias: Whether there is one.
+        bias: Whether the layer has a bias.
         lambda_: Strength, 0 or more; as in ``GradientReversal``.
         device: Of weight and bias.
         dtype: Of weight and bias.
 
     Raises:
-        TypeError: ``lambda_`` is no number; forward: the input is not floating point.
+        TypeError: ``lambda_`` is not a number; in forward: the input is not floating point.
         ValueError: ``lambda_`` is negative or not finite.
     """
 
@@ -151,7 +152,7 @@ class ReversalLinear(_Reversing, nn.Linear):
         self._keep(lambda_, device)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(..., in_features) to (..., out_features)."""
+        """Map (..., in_features) to (..., out_features)."""
         _check_input("ReversalLinear", x)
         return _linear(x, self.weight, self.bias, self._factor(x))
 
@@ -172,7 +173,7 @@ def _check_input(name: str, x: Tensor, layouts: Sequence[torch.layout] = (torch.
 
 
 def _factor(lambda_: float | Tensor, x: Tensor) -> Factor:
-    """Minus lambda: of a tensor a copy, so that moving lambda before the backward pass changes nothing."""
+    """Minus lambda. A tensor is copied, so that changing it before the backward pass has no effect."""
     if not isinstance(lambda_, Tensor):
         return -finite("lambda_", lambda_)
     if not lambda_.is_floating_point():
@@ -193,7 +194,7 @@ def _reverse(x: Tensor, factor: Factor) -> Tensor:
 
 
 class _Reverse(torch.autograd.Function):
-    """The identity, whose gradient is multiplied. What is saved is the factor alone."""
+    """The identity, whose gradient is multiplied by the factor, which is all that is saved."""
 
     generate_vmap_rule = True
 
@@ -215,7 +216,7 @@ class _Reverse(torch.autograd.Function):
 
 
 class _ReverseCompiled(torch.autograd.Function):
-    """The same for torch.compile, which takes no ``jvp`` and, in older versions, no ``setup_context``."""
+    """``_Reverse`` for torch.compile, which supports neither ``jvp`` nor, in older versions, ``setup_context``."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, factor: Factor) -> Tensor:
@@ -228,7 +229,7 @@ class _ReverseCompiled(torch.autograd.Function):
 
 
 def _keep_factor(ctx: Any, factor: Factor, *others: Tensor) -> tuple[Tensor, ...]:
-    """Saves the factor for the backward pass, a tensor as such: only then does vmap know it. Returns what is saved."""
+    """Save ``others`` and the factor for backward; return what was saved. vmap tracks a tensor only if it is saved as one."""
     ctx.factor = None if isinstance(factor, Tensor) else factor
     saved = (*others, factor) if isinstance(factor, Tensor) else others
     ctx.save_for_backward(*saved)
@@ -249,7 +250,7 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, factor: Factor) -> T
 
 
 def _autocast(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Casts that autocast would hide inside the function, where its backward would not see them."""
+    """Cast as autocast would. It would do so inside the function, where the backward would not see it."""
     kind = x.device.type
     if not torch.is_autocast_enabled(kind) or x.dtype == torch.float64:
         return x, weight, bias
@@ -258,7 +259,7 @@ def _autocast(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, T
 
 
 class _Linear(torch.autograd.Function):
-    """``F.linear`` whose input's gradient is multiplied in the product that makes it."""
+    """``F.linear``, the gradient of whose input is multiplied in the product that computes it."""
 
     generate_vmap_rule = True
 
@@ -286,7 +287,7 @@ class _Linear(torch.autograd.Function):
 
 
 class _LinearCompiled(torch.autograd.Function):
-    """The same for torch.compile: see ``_ReverseCompiled``."""
+    """``_Linear`` for torch.compile: see ``_ReverseCompiled``."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, factor: Factor) -> Tensor:
@@ -300,7 +301,7 @@ class _LinearCompiled(torch.autograd.Function):
 
 
 def _linear_backward(ctx: Any, grad: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor | None, ...]:
-    """The gradients of x, weight, bias and factor: two GEMMs and a sum, as of ``F.linear``."""
+    """Return the gradients of x, weight, bias and factor: two GEMMs and a sum, as for ``F.linear``."""
     rows = grad.reshape(-1, grad.shape[-1])
     of_x = of_weight = of_bias = None
     if ctx.needs_input_grad[0]:
@@ -313,8 +314,8 @@ def _linear_backward(ctx: Any, grad: Tensor, x: Tensor, weight: Tensor) -> tuple
 
 
 def _scaled_product(a: Tensor, b: Tensor, factor: Factor) -> Tensor:
-    """``factor * a @ b``, by the GEMM itself or by way of its smaller operand."""
+    """``factor * a @ b``: a number is multiplied by the GEMM itself, a tensor with the smaller operand."""
     if not isinstance(factor, Tensor):
-        # beta=0 leaves the zero unread; uninitialised memory in its place could turn into nan under vmap.
+        # With beta=0 the zero is not read. Uninitialised memory in its place could become nan under vmap.
         return torch.addmm(a.new_zeros(()), a, b, beta=0, alpha=factor)
     return (a * factor) @ b if a.numel() < b.numel() else a @ (b * factor)

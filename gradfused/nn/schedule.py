@@ -1,4 +1,4 @@
-"""DANN's schedule of the reversal's strength (Ganin et al. 2016)."""
+"""The schedule of the strength of gradient reversal in DANN (Ganin et al. 2016)."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ Target = nn.Module | Optimizer | tuple[Optimizer, int]
 class DANNSchedule:
     """Moves lambda from ``lo`` towards ``hi``: ``lo + (hi - lo) * (2 / (1 + exp(-gamma * p)) - 1)`` at progress p.
 
-    Constructed, it sets lambda for p = 0; each ``step()`` adds ``1 / total_steps`` to p, which stays at 1 from there on.
+    The constructor sets lambda for p = 0. Each ``step()`` adds ``1 / total_steps`` to p, up to 1.
 
     Args:
-        target: A ``GradientReversal``, a ``ReversalLinear``, or a module with any number of them inside: their
-            ``lambda_`` is moved. Or a gradfused optimizer, whose groups with a ``reverse`` have that moved, or
-            ``(optimizer, i)`` for its group i alone.
-        total_steps: Steps until p = 1.
-        gamma: How fast it rises; the paper's 10.
+        target: What lambda is set on: a ``GradientReversal``, a ``ReversalLinear``, or a module that contains any number
+            of them; or a gradfused optimizer, for the ``reverse`` of all groups that have one; or ``(optimizer, i)``,
+            for its group i.
+        total_steps: Number of steps until p = 1.
+        gamma: How fast lambda rises; 10 in the paper.
         lo: Lambda at p = 0.
-        hi: What lambda tends to: at p = 1 it is within ``2 * exp(-gamma)`` of the way.
+        hi: The limit of lambda. At p = 1 it is short of it by ``2 * exp(-gamma)`` of the way.
 
     Raises:
         TypeError: An argument is of the wrong type.
-        ValueError: A number is out of range, or there is nothing in ``target`` to move.
+        ValueError: A number is out of range, or ``target`` reverses nothing.
     """
 
     def __init__(self, target: Target, total_steps: int, gamma: float = 10.0, lo: float = 0.0, hi: float = 1.0) -> None:
@@ -53,12 +53,12 @@ class DANNSchedule:
 
     @property
     def lambda_(self) -> float:
-        """What the target has now."""
+        """The present lambda of the target."""
         progress = min(1.0, self.steps / self.total_steps)
-        return self.lo + (self.hi - self.lo) * math.tanh(0.5 * self.gamma * progress)  # the formula, without its exp
+        return self.lo + (self.hi - self.lo) * math.tanh(0.5 * self.gamma * progress)  # the same without overflow
 
     def step(self) -> None:
-        """Count a training step and move lambda."""
+        """Count a training step and set lambda."""
         self.steps += 1
         self._move()
 
@@ -69,7 +69,7 @@ class DANNSchedule:
             group["reverse"] = self.lambda_
 
     def _groups(self) -> list[dict[str, Any]]:
-        """Looked up each time: load_state_dict puts others in their place."""
+        """The groups to set, looked up at each step since ``load_state_dict`` replaces them."""
         if self._optimizer is None:
             return []
         if self._index is not None:
@@ -77,14 +77,15 @@ class DANNSchedule:
         return [group for group in self._optimizer.param_groups if group["reverse"] is not None]
 
     def state_dict(self) -> dict[str, Any]:
-        """Plain numbers, from which ``load_state_dict`` goes on."""
+        """Return the numbers of the schedule."""
         return {key: getattr(self, key) for key in ("total_steps", "gamma", "lo", "hi", "steps")}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Go on where a schedule was saved, and set the target's lambda to what it was then.
+        """Continue from a saved schedule and set the target's lambda to what it was then.
 
         Raises:
-            TypeError, ValueError: It is no state dict of a DANNSchedule; nothing has changed.
+            TypeError: A value is of the wrong type.
+            ValueError: A value is out of range, or the keys are not those of a DANNSchedule. Nothing has changed.
         """
         expected = list(self.state_dict())
         if sorted(state_dict) != sorted(expected):
@@ -98,7 +99,7 @@ class DANNSchedule:
 
 
 def _checked(values: Mapping[str, Any]) -> dict[str, Any]:
-    """The numbers of a schedule, each of its type and in its range."""
+    """``values``, the numbers of a schedule, each checked for its type and range."""
     counts = {name: whole(name, values[name]) for name in ("total_steps", "steps")}
     for name, least in (("total_steps", 1), ("steps", 0)):
         if counts[name] < least:
@@ -107,7 +108,7 @@ def _checked(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _layers(module: nn.Module) -> list[GradientReversal | ReversalLinear]:
-    """What reverses inside a module."""
+    """The layers inside ``module`` that reverse gradients."""
     found = [m for m in module.modules() if isinstance(m, (GradientReversal, ReversalLinear))]
     if not found:
         raise ValueError(
@@ -118,7 +119,7 @@ def _layers(module: nn.Module) -> list[GradientReversal | ReversalLinear]:
 
 
 def _optimizer(target: Any) -> tuple[Optimizer, int | None]:
-    """The optimizer and the index of the one group to move, or None for all that reverse."""
+    """The optimizer and the index of the one group to set, or None for all groups that reverse."""
     optimizer, index = target if isinstance(target, tuple) and len(target) == 2 else (target, None)
     if not isinstance(optimizer, Optimizer) or not (index is None or type(index) is int):
         raise TypeError(

@@ -21,7 +21,7 @@ runs = pytest.mark.skipif(not triton_interpreter.RUNS, reason="needs Triton")
 triton_backend = pytest.mark.parametrize("backend", ["triton"])
 
 
-def pieces_of(target: list[int], classes: int, ignore_index: int = -100) -> lpg_triton._Pieces:
+def pieces_of(target: list[int], classes: int, ignore_index: int = -100) -> lpg_triton.Pieces:
     return lpg_triton._pieces(
         Problem(torch.zeros(len(target), classes), torch.tensor(target), ignore_index=ignore_index), by_row=False
     )
@@ -34,16 +34,16 @@ def test_pieces_of_one_class_each() -> None:
     assert found.starts[:10].tolist() == [0, 1, 65, 66, 130, 194, 196, 260, 324, len(target)]
     assert (found.starts[9:] == len(target)).all()
     assert found.slot[:9].tolist() == [-1, 0, 1, 2, 3, 4, -1, -1, -1]
-    assert found.count[:9].tolist() == [1, 2, 0, 3, 0, 0, 1, 2, 0]
-    assert (found.count[9:] == 0).all()
+    assert found.of_class[:9].tolist() == [1, 2, 0, 3, 0, 0, 1, 2, 0]
+    assert (found.of_class[9:] == 0).all()
     assert found.heads[:9].tolist() == [0, 1, 1, 3, 3, 3, 6, 7, 7]
-    assert found.slots >= 5
+    assert len(found.sums) >= 5
 
 
 @pytest.mark.parametrize("sizes", [[65], [64, 64], [65, 65, 65, 1], [129, 66], [1] * 300, [640]], ids=str)
 def test_there_are_slots_enough(sizes: list[int]) -> None:
     found = pieces_of([c for c, size in enumerate(sizes) for _ in range(size)], len(sizes))
-    assert int(found.slot.max()) + 1 <= found.slots
+    assert int(found.slot.max()) + 1 <= len(found.sums)
 
 
 @runs

@@ -17,25 +17,10 @@ from triton_compile import Report, compiled, main
 from gradfused.backends import triton
 from gradfused.lpg import triton as lpg_triton
 
-POINTERS = {
-    "i64": ("target", "order", "starts", "slot", "pieces", "heads", "firsts"),
-    "fp32": (
-        "loss",
-        "saved",
-        "confidence",
-        "norm",
-        "numbers",
-        "bound",
-        "along",
-        "sums",
-        "squares",
-        "factor",
-        "means",
-        "weight",
-    ),
-}
-SCALARS = ("classes", "stride", "rows", "factor_stride", "ignore_index")
-OPTIONAL = ("means", "along", "weight")
+INTEGERS = ("target", "order", "starts", "slot", "of_class", "heads", "firsts")
+SCALARS = ("classes", "stride", "rows", "ignore_index")
+OPTIONAL = ("deltas", "weight")
+BUNDLES = {"batch": lpg_triton.Batch, "pieces": lpg_triton.Pieces}
 #: name -> (kernel, dtype of logits, classes, what is not None of OPTIONAL, label smoothing)
 VARIANTS = {
     "forward float32": ("forward", "fp32", 32000, (), False),
@@ -50,7 +35,7 @@ VARIANTS = {
     "write": ("write", "fp32", 32000, (), False),
     "write small": ("write", "bf16", 21, (), False),
     "write smooth weighted": ("write", "bf16", 1000, ("weight",), True),
-    "write means": ("write", "fp32", 1000, ("means", "along"), False),
+    "write deltas": ("write", "fp32", 1000, ("deltas",), False),
     "write float64": ("write", "fp64", 1000, (), False),
 }
 
@@ -58,43 +43,44 @@ SIZES = {"fp16": 2, "bf16": 2, "fp32": 4, "fp64": 8}
 FEW = ("forward float32", "accumulate", "measure", "write", "write small")
 
 
-def signature(name: str, dtype: str, present: tuple[str, ...]) -> str:
-    """The type of an argument of the kernels; constexpr where it is None."""
-    if name in OPTIONAL and name not in present:
+def type_of(name: str, kernel: str, dtype: str, present: tuple[str, ...]) -> str:
+    """The type of an argument of the kernels; constexpr if it is a constant or None."""
+    if name.isupper() or (name in OPTIONAL and name not in present):
         return "constexpr"
     if name in ("logits", "out"):
         return f"*{dtype}"
     if name in SCALARS:
         return "i32"
-    if name in POINTERS["i64"]:
+    if name in INTEGERS:
         return "*i64"
-    return "*fp64" if dtype == "fp64" else "*fp32"
+    return "*fp64" if dtype == "fp64" or (name == "to" and kernel == "tally") else "*fp32"
 
 
 def source(variant: str) -> Any:
-    """A kernel specialised, as a launch would."""
+    """A kernel specialised as by a launch."""
     from triton.compiler import ASTSource
 
     kernel_name, dtype, classes, present, smooth = VARIANTS[variant]
     kernel = getattr(lpg_triton._kernels(), kernel_name)
     block, height = lpg_triton.tile(classes, torch.float64 if dtype == "fp64" else torch.float32)
-    constants: dict[str, Any] = {"SMOOTH": smooth, "TALLY": True, "BLOCK": block, "HEIGHT": height}
-    constants["PACK"] = lpg_triton.pack(classes, classes, SIZES[dtype])
-    types = {}
-    for name in kernel.arg_names:
-        if name.isupper():
-            types[name] = "constexpr"
-        elif name == "to":
-            types[name] = "*fp64" if kernel_name == "tally" else "*fp32"
-        else:
-            types[name] = signature(name, dtype, present)
-        if types[name] == "constexpr":
-            constants.setdefault(name, None)
-    places = {(kernel.arg_names.index(n),): v for n, v in constants.items() if n in kernel.arg_names}
-    numbers = ("classes", "stride") if classes % 16 == 0 else ()
-    divided = [i for i, n in enumerate(kernel.arg_names) if types[n].startswith("*") or n in numbers]
-    aligned = {(i,): [["tt.divisibility", 16]] for i in divided}
-    return ASTSource(fn=kernel, signature=types, constexprs=places, attrs=aligned)
+    values: dict[str, Any] = {"SMOOTH": smooth, "BLOCK": block, "HEIGHT": height}
+    values["PACK"] = lpg_triton.pack(classes, classes, SIZES[dtype])
+    types: dict[str, Any] = {}
+    constants: dict[tuple[int, ...], Any] = {}
+    aligned: dict[tuple[int, ...], Any] = {}
+    divided = ("classes", "stride") if classes % 16 == 0 else ()
+    for i, argument in enumerate(kernel.arg_names):
+        bundle = BUNDLES.get(argument)
+        names = bundle._fields if bundle else (argument,)
+        found = [type_of(name, kernel_name, dtype, present) for name in names]
+        types[argument] = bundle(*found) if bundle else found[0]
+        for k, (name, kind) in enumerate(zip(names, found, strict=True)):
+            place = (i, k) if bundle else (i,)
+            if kind == "constexpr":
+                constants[place] = values.get(name)
+            elif kind.startswith("*") or name in divided:
+                aligned[place] = [["tt.divisibility", 16]]
+    return ASTSource(fn=kernel, signature=types, constexprs=constants, attrs=aligned)
 
 
 def check(variant: str, target: str) -> tuple[Report, list[str]]:

@@ -136,8 +136,8 @@ const Kernels& GRADFUSED_NAME(kernels_, GRADFUSED_ISA)() {
                                       trust,
                                       step,
                                       roof,
-                                      GRADFUSED_NAME(lpg_kernels_, GRADFUSED_ISA),
-                                      GRADFUSED_NAME(lpg_column_kernels_, GRADFUSED_ISA)};
+                                      lpg::GRADFUSED_NAME(row_kernels_, GRADFUSED_ISA),
+                                      lpg::GRADFUSED_NAME(column_kernels_, GRADFUSED_ISA)};
   return kernels;
 }
 

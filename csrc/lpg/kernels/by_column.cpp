@@ -1,80 +1,73 @@
-// LPG cross-entropy's kernels for few classes, and for dense predictions, whose neighbours in memory are samples: a lane is a row, and the
-// classes come one after another. Compiled like kernels.cpp.
+// LPG cross-entropy's kernels whose lanes are rows, compiled once for each instruction set: classes are walked one after another.
 #include "lpg/rows.h"
 
-namespace gradfused::cpu {
+namespace gradfused::lpg {
 namespace {
 
-// Up to sixteen rows that follow each other in memory at one distance.
-template <class S> class Rows {
+// Up to sixteen rows that follow each other in memory at one distance, one in each lane.
+template <class S> class RowLanes {
  public:
-  using T = typename WideOf<S>::Type;
+  using T = Wide<S>;
   const int64_t first;
   const int count;
 
-  Rows(const LpgProblem& p, int64_t at, int64_t end)
-      : first(at),
-        count(int(smaller(smaller<int64_t>(end - at, kAbreast), p.inner - at % p.inner))),
+  RowLanes(const Problem& p, int64_t begin, int64_t end)
+      : first(begin),
+        count(int(smaller(smaller<int64_t>(end - begin, kAbreast), p.inner - begin % p.inner))),
         p_(p),
-        offset_(at / p.inner * p.outer_stride + at % p.inner * p.inner_stride) {
-    T own[kAbreast];
-    for (int k = 0; k < kAbreast; ++k) own[k] = k < count && p.counts(at + k) ? T(p.target[at + k]) : T(-1);
-    own_ = Lanes<T>::of(own);
+        from_(reinterpret_cast<const S*>(p.logits) + begin / p.inner * p.outer_stride + begin % p.inner * p.inner_stride) {
+    T own_class[kAbreast];
+    for (int k = 0; k < kAbreast; ++k) own_class[k] = k < count && counts(k) ? T(own(k)) : T(-1);
+    own_class_ = Lanes<T>::of(own_class);
   }
 
-  static T wide() { return T(); }
-  // x in the lanes that count, y in the others.
-  GRADFUSED_MATH Lanes<T> kept(const Lanes<T>& x, const Lanes<T>& y) const { return own_.equal(T(-1), y, x); }
   bool counts(int k) const { return p_.counts(first + k); }
   int64_t own(int k) const { return p_.target[first + k]; }
 
-  // Class j's logits; 0 in lanes without a row.
-  GRADFUSED_MATH Lanes<T> logits(int64_t j) const {
-    const S* from = reinterpret_cast<const S*>(p_.logits) + offset_ + j * p_.class_stride;
-    if (p_.inner_stride == 1 && count == kAbreast) return load<T>(from);
+  // a in the lanes whose class is j, b in the others.
+  GRADFUSED_MATH Lanes<T> choose(int64_t j, const Lanes<T>& a, const Lanes<T>& b) const { return own_class_.equal(T(j), a, b); }
+
+  // value(k) in each lane with a row, 0 in the others.
+  template <class F> GRADFUSED_MATH Lanes<T> gather(F value) const {
     T some[kAbreast];
-    for (int k = 0; k < kAbreast; ++k) some[k] = k < count ? T(widen(from[k * p_.inner_stride])) : T(0);
+    for (int k = 0; k < kAbreast; ++k) some[k] = k < count ? value(k) : T(0);
     return Lanes<T>::of(some);
   }
 
-  // Class j's gradients, into memory laid out as the logits are, or densely so.
-  GRADFUSED_MATH void put_gradients(char* out, int64_t j, const Lanes<T>& x) const {
+  // The logits of class j; 0 in lanes without a row.
+  GRADFUSED_MATH Lanes<T> logits(int64_t j) const {
+    const S* from = from_ + j * p_.class_stride;
+    if (p_.inner_stride == 1 && count == kAbreast) return load<T>(from);
+    return gather([&](int k) { return T(widen(from[k * p_.inner_stride])); });
+  }
+  Lanes<T> own_logits() const {
+    return gather([&](int k) { return counts(k) ? T(widen(from_[k * p_.inner_stride + own(k) * p_.class_stride])) : T(0); });
+  }
+  GRADFUSED_MATH Lanes<T> greatest() const {
+    return gather([&](int k) { return saved_of<T>(p_, first + k).greatest; });
+  }
+
+  // Writes the gradients of class j, 0 for ignored rows, in the layout of the logits without gaps.
+  GRADFUSED_MATH void put_gradients(char* out, int64_t j, const Lanes<T>& gradients) const {
+    const Lanes<T> x = own_class_.equal(T(-1), Lanes<T>::all(0), gradients);
     const bool dense = p_.inner_stride == 1 && p_.inner > 1;
     const int64_t step = dense ? 1 : p_.classes;
-    const int64_t at = dense ? first / p_.inner * p_.classes * p_.inner + first % p_.inner + j * p_.inner : first * p_.classes + j;
-    S* to = reinterpret_cast<S*>(out) + at;
+    const int64_t place = dense ? first / p_.inner * p_.classes * p_.inner + first % p_.inner + j * p_.inner : first * p_.classes + j;
+    S* to = reinterpret_cast<S*>(out) + place;
     if (dense && count == kAbreast) return store(x, to);
     T some[kAbreast];
     x.spill(some);
     for (int k = 0; k < count; ++k) put(some[k], to[k * step]);
   }
 
-  // a in the lanes whose class is j, b in the others.
-  GRADFUSED_MATH Lanes<T> choose(int64_t j, const Lanes<T>& a, const Lanes<T>& b) const { return own_.equal(T(j), a, b); }
-
-  // What the forward saved, by name.
-  GRADFUSED_MATH Lanes<T> greatest() const {
-    T some[kAbreast];
-    for (int k = 0; k < kAbreast; ++k) some[k] = k < count ? saved_of<T>(p_, first + k).greatest : T(0);
-    return Lanes<T>::of(some);
-  }
-  Lanes<T> own_logits() const {
-    T some[kAbreast] = {};
-    const S* from = reinterpret_cast<const S*>(p_.logits) + offset_;
-    for (int k = 0; k < count; ++k) {
-      if (counts(k)) some[k] = T(widen(from[k * p_.inner_stride + own(k) * p_.class_stride]));
-    }
-    return Lanes<T>::of(some);
-  }
-
  private:
-  const LpgProblem& p_;
-  const int64_t offset_;
-  Lanes<T> own_;
+  const Problem& p_;
+  const S* const from_;
+  Lanes<T> own_class_;
 };
 
-template <class S> void measure_rows(const LpgProblem& p, const LpgRows& to, const Rows<S>& rows) {
-  using T = typename WideOf<S>::Type;
+template <class S> void measure_rows(const Problem& p, const RowResults& to, const RowLanes<S>& rows) {
+  using T = Wide<S>;
   const T* weight = static_cast<const T*>(p.weight);
   Lanes<T> most = Lanes<T>::all(lowest(T()));
   for (int64_t j = 0; j < p.classes; ++j) most = most.or_greater(rows.logits(j));
@@ -102,9 +95,9 @@ template <class S> void measure_rows(const LpgProblem& p, const LpgRows& to, con
   }
 }
 
-// Each lane's Own; those without a row that counts have sum 1.
-template <class S, class F> void for_own(const LpgProblem& p, const Rows<S>& rows, const Lanes<typename WideOf<S>::Type>& greatest, F use) {
-  using T = typename WideOf<S>::Type;
+// Calls use(lane, its Own) for each lane whose row counts.
+template <class S, class F> void for_own(const Problem& p, const RowLanes<S>& rows, const Lanes<Wide<S>>& greatest, F use) {
+  using T = Wide<S>;
   T e[kAbreast];
   (rows.own_logits() - greatest).exp().spill(e);
   for (int k = 0; k < rows.count; ++k) {
@@ -112,11 +105,11 @@ template <class S, class F> void for_own(const LpgProblem& p, const Rows<S>& row
   }
 }
 
-// Classes whose gradients are kept for sixteen rows until they are added up by row.
+// Classes whose gradients are kept, for sixteen rows, before they are added to the sums of the rows' classes.
 constexpr int64_t kKept = 64;
 
-template <class S> void add_rows(const LpgProblem& p, const Rows<S>& rows, typename WideOf<S>::Type* sums) {
-  using T = typename WideOf<S>::Type;
+template <class S> void add_rows(const Problem& p, const RowLanes<S>& rows, void* sums) {
+  using T = Wide<S>;
   const Lanes<T> greatest = rows.greatest();
   T scale[kAbreast] = {}, own[kAbreast] = {};
   for_own(p, rows, greatest, [&](int k, const Own& o) {
@@ -132,16 +125,15 @@ template <class S> void add_rows(const LpgProblem& p, const Rows<S>& rows, typen
     }
     for (int k = 0; k < rows.count; ++k) {
       if (!rows.counts(k)) continue;
-      T* __restrict to = sums + rows.own(k) * p.classes + begin;
+      T* __restrict to = static_cast<T*>(sums) + rows.own(k) * p.classes + begin;
       for (int64_t j = 0; j < n; ++j) to[j] += kept[j][k];
     }
   }
 }
 
-// The norm of each lane's gradient.
-template <class S>
-void norms_of(const LpgProblem& p, const Rows<S>& rows, const Lanes<typename WideOf<S>::Type>& greatest, double (&norm)[kAbreast]) {
-  using T = typename WideOf<S>::Type;
+// The norm of each row's logit gradient.
+template <class S> void norms_of(const Problem& p, const RowLanes<S>& rows, const Lanes<Wide<S>>& greatest, double (&norm)[kAbreast]) {
+  using T = Wide<S>;
   T scale[kAbreast] = {}, squares[kAbreast] = {};
   for_own(p, rows, greatest, [&](int k, const Own& o) {
     scale[k] = T(1 / o.sum);
@@ -159,8 +151,8 @@ void norms_of(const LpgProblem& p, const Rows<S>& rows, const Lanes<typename Wid
   for_own(p, rows, greatest, [&](int k, const Own& o) { norm[k] = sqrt(o.gradient * o.gradient + double(squares[k])); });
 }
 
-template <class S> void write_rows(const LpgProblem& p, const LpgGradient& gradient, const LpgColumns& how, const Rows<S>& rows) {
-  using T = typename WideOf<S>::Type;
+template <class S> void write_rows(const Problem& p, const GradientOut& gradient, const ColumnDeltas& how, const RowLanes<S>& rows) {
+  using T = Wide<S>;
   const Lanes<T> greatest = rows.greatest();
   double norm[kAbreast] = {};
   if (how.bound) norms_of(p, rows, greatest, norm);
@@ -182,7 +174,7 @@ template <class S> void write_rows(const LpgProblem& p, const LpgGradient& gradi
     of[k] = y;
   });
   const Lanes<T> slopes = Lanes<T>::of(slope), constants = Lanes<T>::of(constant), by = Lanes<T>::of(by_delta);
-  const Lanes<T> weights = Lanes<T>::of(by_weight), at_own = Lanes<T>::of(own), zero = Lanes<T>::all(0);
+  const Lanes<T> weights = Lanes<T>::of(by_weight), at_own = Lanes<T>::of(own);
   for (int64_t j = 0; j < p.classes; ++j) {
     Lanes<T> g = (rows.logits(j) - greatest).exp() * slopes + constants;
     if (weight) g = g + weights * Lanes<T>::all(weight[j]);
@@ -191,42 +183,39 @@ template <class S> void write_rows(const LpgProblem& p, const LpgGradient& gradi
       for (int k = 0; k < kAbreast; ++k) d[k] = deltas[j * p.classes + of[k]];
       g = g + by * Lanes<T>::of(d);
     }
-    rows.put_gradients(gradient.out, j, rows.kept(rows.choose(j, at_own, g), zero));
+    rows.put_gradients(gradient.out, j, rows.choose(j, at_own, g));
   }
 }
 
-template <class F> void for_rows(const LpgProblem& p, int64_t begin, int64_t end, F work) {
+template <class F> void for_rows(const Problem& p, int64_t begin, int64_t end, F work) {
   in_dtype(p, [&](auto s) {
     for (int64_t at = begin; at < end;) {
-      const Rows<decltype(s)> rows(p, at, end);
+      const RowLanes<decltype(s)> rows(p, at, end);
       work(rows);
       at += rows.count;
     }
   });
 }
 
-void measure(const LpgProblem& p, const LpgRows& to, int64_t begin, int64_t end) {
+void measure(const Problem& p, const RowResults& to, int64_t begin, int64_t end) {
   for_rows(p, begin, end, [&](const auto& rows) { measure_rows(p, to, rows); });
 }
 
-void add(const LpgProblem& p, int64_t begin, int64_t end, void* sums) {
+void add(const Problem& p, int64_t begin, int64_t end, void* sums) {
   const size_t item = p.dtype == DType::float64 ? sizeof(double) : sizeof(float);
   memset(sums, 0, size_t(p.classes * p.classes) * item);
-  for_rows(p, begin, end, [&](const auto& rows) { add_rows(p, rows, static_cast<decltype(rows.wide())*>(sums)); });
+  for_rows(p, begin, end, [&](const auto& rows) { add_rows(p, rows, sums); });
 }
 
-void write(const LpgProblem& p, const LpgGradient& gradient, const LpgColumns& how, int64_t begin, int64_t end) {
+void write(const Problem& p, const GradientOut& gradient, const ColumnDeltas& how, int64_t begin, int64_t end) {
   for_rows(p, begin, end, [&](const auto& rows) { write_rows(p, gradient, how, rows); });
 }
 
 }  // namespace
 
-#define GRADFUSED_PASTE(a, b) a##b
-#define GRADFUSED_NAME(a, b) GRADFUSED_PASTE(a, b)
-
-const LpgColumnKernels& GRADFUSED_NAME(lpg_column_kernels_, GRADFUSED_ISA)() {
-  static constexpr LpgColumnKernels kernels = {measure, add, write};
+const ColumnKernels& GRADFUSED_NAME(column_kernels_, GRADFUSED_ISA)() {
+  static constexpr ColumnKernels kernels = {measure, add, write};
   return kernels;
 }
 
-}  // namespace gradfused::cpu
+}  // namespace gradfused::lpg

@@ -1,47 +1,59 @@
-// LPG cross-entropy's kernels of one instruction set, compiled like kernels.cpp. No row's softmax is ever in memory: probabilities are made
-// from the logits where they are wanted.
+// LPG cross-entropy's kernels whose lanes are classes, compiled once for each instruction set. No softmax is ever in memory: probabilities
+// are computed from the logits wherever they are needed.
 #include "lpg/rows.h"
 
-namespace gradfused::cpu {
+namespace gradfused::lpg {
 namespace {
 
-// Columns whose greatest is found before their exponentials: they stay in the L1 cache in between. Sums are widened as often.
+// Columns that are read twice, for their greatest and for their exponentials: they stay in the L1 cache in between. Sums are kept in T for as
+// many columns, then added up in double.
 constexpr int64_t kColumns = 2048;
 
-template <class S> const S* row_of(const LpgProblem& p, int64_t row) { return reinterpret_cast<const S*>(p.logits) + row * p.inner_stride; }
+template <class S> const S* row_of(const Problem& p, int64_t row) { return reinterpret_cast<const S*>(p.logits) + row * p.inner_stride; }
+
+template <class S> Own own_of(const Problem& p, const S* x, int64_t row) {
+  using T = Wide<S>;
+  const Saved<T>& saved = saved_of<T>(p, row);
+  return Own(p, saved, exp_one(T(widen(x[p.target[row]])) - saved.greatest));
+}
+
+// Calls use(i, count) for each sixteen elements out of n, and for the count that is left.
+template <class F> GRADFUSED_MATH void by_sixteen(int64_t n, F use) {
+  int64_t i = 0;
+  for (; i + kAbreast <= n; i += kAbreast) use(i, All{});
+  if (i < n) use(i, n - i);
+}
 
 template <class T, class S> T greatest_of(const S* x, int64_t n, T than) {
   Lanes<T> most = Lanes<T>::all(than);
-  int64_t i = 0;
-  for (; i + kAbreast <= n; i += kAbreast) most = most.or_greater(load<T>(x + i));
-  if (i < n) most = most.or_greater(load_some<T>(x + i, n - i, than));
+  by_sixteen(n, [&](int64_t i, auto count) { most = most.or_greater(load_some<T>(x + i, count, than)); });
   return greatest(most);
 }
 
-// Calls with(lanes, their place) for x[0..n) sixteen at a time. What is beyond the end, and the element `but` if it is inside, is -inf.
-template <class T, class S, class F> GRADFUSED_MATH void for_others(const S* x, int64_t n, int64_t but, F with) {
+// Calls use(lanes) for x[0..n), sixteen at a time. Lanes beyond the end, and the element `but` if it is inside, are -inf.
+template <class T, class S, class F> GRADFUSED_MATH void for_others(const S* x, int64_t n, int64_t but, F use) {
   const int64_t full = n / kAbreast * kAbreast;
   const bool inside = but >= 0 && but < full;
   const int64_t hole = inside ? but / kAbreast * kAbreast : full;
-  for (int64_t i = 0; i < hole; i += kAbreast) with(load<T>(x + i), i);
+  for (int64_t i = 0; i < hole; i += kAbreast) use(load<T>(x + i));
   if (inside) {
     T some[kAbreast];
     load<T>(x + hole).spill(some);
     some[but - hole] = T(-INFINITY);
-    with(Lanes<T>::of(some), hole);
-    for (int64_t i = hole + kAbreast; i < full; i += kAbreast) with(load<T>(x + i), i);
+    use(Lanes<T>::of(some));
+    for (int64_t i = hole + kAbreast; i < full; i += kAbreast) use(load<T>(x + i));
   }
   if (full == n) return;
   T some[kAbreast];
   for (int k = 0; k < kAbreast; ++k) some[k] = full + k < n && full + k != but ? T(widen(x[full + k])) : T(-INFINITY);
-  with(Lanes<T>::of(some), full);
+  use(Lanes<T>::of(some));
 }
 
 // others, squares += the sums of e and e^2, e = exp(x - greatest), over all elements but one.
 template <class T, class S> void add_exponentials(const S* x, int64_t n, int64_t but, T greatest, double& others, double& squares) {
   const Lanes<T> shift = Lanes<T>::all(greatest);
   Lanes<T> sum = Lanes<T>::all(0), square = sum;
-  for_others<T>(x, n, but, [&](const Lanes<T>& v, int64_t) {
+  for_others<T>(x, n, but, [&](const Lanes<T>& v) {
     const Lanes<T> e = (v - shift).exp();
     sum = sum + e;
     square = square + e * e;
@@ -64,67 +76,53 @@ template <class T, class S> double weighted_sum(const S* x, const T* weight, int
   return total(sum) + rest;
 }
 
-template <class S> class Reader {
- public:
-  using T = typename WideOf<S>::Type;
-  explicit Reader(const LpgProblem& p) : p_(p), weight_(static_cast<const T*>(p.weight)) {}
-
-  void measure(const LpgRows& to, int64_t row) const {
-    Saved<T>& saved = saved_of<T>(p_, row);
-    if (!p_.counts(row)) {
-      saved = {};
-      return put_row<T>(to, row, 0, 0, 0);
-    }
-    const S* x = row_of<S>(p_, row);
-    const int64_t y = p_.target[row];
-    T most = lowest(T());
-    double others = 0, squares = 0, weighted = 0;
-    T origin = 0;
-    for (int64_t at = 0; at < p_.classes; at += kColumns) {
-      const int64_t n = smaller(kColumns, p_.classes - at);
-      const T greatest = greatest_of<T>(x + at, n, most);
-      if (at == 0) origin = greatest;
-      if (at && greatest > most) {
-        const double shrink = double(exp_one(most - greatest));
-        others *= shrink;
-        squares *= shrink * shrink;
-      }
-      most = greatest;
-      add_exponentials(x + at, n, y - at, most, others, squares);
-      if (p_.smoothing > 0) weighted += weighted_sum(x + at, weight_ ? weight_ + at : nullptr, n, origin);
-    }
-    saved = {most, T(others), T(squares)};
-    const T logit = T(widen(x[y]));
-    finish_row(p_, to, row, logit, own_of(p_, saved, logit), weighted, origin);
+template <class S> void measure_row(const Problem& p, const RowResults& to, int64_t row) {
+  using T = Wide<S>;
+  Saved<T>& saved = saved_of<T>(p, row);
+  if (!p.counts(row)) {
+    saved = {};
+    return put_row<T>(to, row, 0, 0, 0);
   }
-
- private:
-  const LpgProblem& p_;
-  const T* const weight_;
-};
-
-// sums <- or += a row's gradient, of classes that are not its own. Summed probabilities, from which the target distribution was taken
-// afterwards, would leave the rounding errors of large sums where gradients are small beside probabilities.
-template <bool kFirst, class T, class S> void add_gradients(const S* x, int64_t n, T greatest, T inverse, T share, T* __restrict sums) {
-  const Lanes<T> shift = Lanes<T>::all(greatest), scale = Lanes<T>::all(inverse), less = Lanes<T>::all(share);
-  int64_t i = 0;
-  for (; i + kAbreast <= n; i += kAbreast) {
-    const Lanes<T> g = (load<T>(x + i) - shift).exp() * scale - less;
-    store(kFirst ? g : load<T>(sums + i) + g, sums + i);
+  const S* x = row_of<S>(p, row);
+  const T* weight = static_cast<const T*>(p.weight);
+  const int64_t y = p.target[row];
+  T most = lowest(T()), origin = 0;
+  double others = 0, squares = 0, weighted = 0;
+  for (int64_t at = 0; at < p.classes; at += kColumns) {
+    const int64_t n = smaller(kColumns, p.classes - at);
+    const T greatest = greatest_of<T>(x + at, n, most);
+    if (at == 0) origin = greatest;
+    if (at && greatest > most) {
+      const double shrink = double(exp_one(most - greatest));
+      others *= shrink;
+      squares *= shrink * shrink;
+    }
+    most = greatest;
+    add_exponentials(x + at, n, y - at, most, others, squares);
+    if (p.smoothing > 0) weighted += weighted_sum(x + at, weight ? weight + at : nullptr, n, origin);
   }
-  if (i == n) return;
-  const Lanes<T> g = (load_some<T>(x + i, n - i, greatest) - shift).exp() * scale - less;
-  store_some(kFirst ? g : load_some<T>(sums + i, n - i, T(0)) + g, sums + i, n - i);
+  saved = {most, T(others), T(squares)};
+  finish_row(p, to, row, T(widen(x[y])), own_of(p, x, row), weighted, origin);
 }
 
-template <class S> double accumulate_rows(const LpgProblem& p, const int64_t* rows, int64_t count, typename WideOf<S>::Type* sums) {
-  using T = typename WideOf<S>::Type;
+// sums <- or += a row's gradient, right for all classes but its own. Gradients are summed, not probabilities: where gradients are much smaller,
+// subtracting the target distribution from summed probabilities would leave the rounding errors of large sums.
+template <bool kFirst, class T, class S> void add_gradients(const S* x, int64_t n, T greatest, T inverse, T share, T* __restrict sums) {
+  const Lanes<T> shift = Lanes<T>::all(greatest), scale = Lanes<T>::all(inverse), less = Lanes<T>::all(share);
+  by_sixteen(n, [&](int64_t i, auto count) {
+    const Lanes<T> g = (load_some<T>(x + i, count, greatest) - shift).exp() * scale - less;
+    store_some(kFirst ? g : load_some<T>(sums + i, count, T(0)) + g, sums + i, count);
+  });
+}
+
+template <class S> double accumulate_rows(const Problem& p, const int64_t* rows, int64_t count, Wide<S>* sums) {
+  using T = Wide<S>;
   const T share = T(p.share());
   double of_own = 0;
   for (int64_t k = 0; k < count; ++k) {
     const S* x = row_of<S>(p, rows[k]);
     const Saved<T>& saved = saved_of<T>(p, rows[k]);
-    const Own own = own_of(p, saved, T(widen(x[p.target[rows[k]]])));
+    const Own own = own_of(p, x, rows[k]);
     const T inverse = T(1 / own.sum);
     of_own += own.gradient;
     k ? add_gradients<false>(x, p.classes, saved.greatest, inverse, share, sums)
@@ -133,13 +131,13 @@ template <class S> double accumulate_rows(const LpgProblem& p, const int64_t* ro
   return of_own;
 }
 
-// The norm of a row's logit gradient. Without smoothing the forward has measured it.
-template <class S> double row_norm(const LpgProblem& p, int64_t row) {
-  using T = typename WideOf<S>::Type;
+// The norm of a row's logit gradient. Without label smoothing the forward has summed its squares.
+template <class S> double row_norm(const Problem& p, int64_t row) {
+  using T = Wide<S>;
   const S* x = row_of<S>(p, row);
   const int64_t y = p.target[row];
   const Saved<T>& saved = saved_of<T>(p, row);
-  const Own own = own_of(p, saved, T(widen(x[y])));
+  const Own own = own_of(p, x, row);
   double rest = double(saved.squares) / (own.sum * own.sum);
   if (p.smoothing > 0) {
     rest = 0;
@@ -178,24 +176,16 @@ void write_line(const S* __restrict x, int64_t n, const Line<T>& line, const T* 
                 S* __restrict to) {
   const Lanes<T> shift = Lanes<T>::all(line.greatest), slope = Lanes<T>::all(line.slope), constant = Lanes<T>::all(line.constant);
   const Lanes<T> by_weight = Lanes<T>::all(line.by_weight), by_mean = Lanes<T>::all(line.by_mean);
-  const auto value = [&](const Lanes<T>& v, const auto& operand) {
-    Lanes<T> g = (v - shift).exp() * slope + constant;
-    if constexpr (kWeight) g = g + by_weight * operand(weight);
-    if constexpr (kMean) g = g + by_mean * operand(mean);
-    return g;
-  };
-  int64_t i = 0;
-  for (; i + kAbreast <= n; i += kAbreast) {
-    store(value(load<T>(x + i), [i](const T* from) { return load<T>(from + i); }), to + i);
-  }
-  if (i == n) return;
-  const int64_t left = n - i;
-  const auto some = [i, left](const T* from) { return load_some<T>(from + i, left, T(0)); };
-  store_some(value(load_some<T>(x + i, left, line.greatest), some), to + i, left);
+  by_sixteen(n, [&](int64_t i, auto count) {
+    Lanes<T> g = (load_some<T>(x + i, count, line.greatest) - shift).exp() * slope + constant;
+    if constexpr (kWeight) g = g + by_weight * load_some<T>(weight + i, count, T(0));
+    if constexpr (kMean) g = g + by_mean * load_some<T>(mean + i, count, T(0));
+    store_some(g, to + i, count);
+  });
 }
 
-template <class S> void write_row(const LpgProblem& p, const LpgGradient& gradient, const LpgDelta& delta, int64_t row) {
-  using T = typename WideOf<S>::Type;
+template <class S> void write_row(const Problem& p, const GradientOut& gradient, const Delta& delta, int64_t row) {
+  using T = Wide<S>;
   S* to = reinterpret_cast<S*>(gradient.out) + row * p.classes;
   if (!p.counts(row)) {
     memset(static_cast<void*>(to), 0, size_t(p.classes) * sizeof(S));
@@ -204,7 +194,7 @@ template <class S> void write_row(const LpgProblem& p, const LpgGradient& gradie
   const S* x = row_of<S>(p, row);
   const int64_t y = p.target[row];
   const Saved<T>& saved = saved_of<T>(p, row);
-  const Own own = own_of(p, saved, T(widen(x[y])));
+  const Own own = own_of(p, x, row);
   const double f = gradient.factor[row * gradient.factor_stride], w = weight_of<T>(p, y);
   const double b = p.share(), along = w * delta.along;
   const double slope = slope_of(p, w) + (delta.mean ? 0 : along);
@@ -221,22 +211,20 @@ template <class S> void write_row(const LpgProblem& p, const LpgGradient& gradie
   put(T(f * (plain_of(p, own, w) + along * (mean ? delta.own_mean : own.gradient))), to[y]);
 }
 
-template <class F> auto in_wide(const LpgProblem& p, F run) { return p.dtype == DType::float64 ? run(double{}) : run(float{}); }
-
-void forward(const LpgProblem& p, const LpgRows& to, int64_t begin, int64_t end) {
+void forward(const Problem& p, const RowResults& to, int64_t begin, int64_t end) {
   in_dtype(p, [&](auto s) {
-    const Reader<decltype(s)> reader(p);
-    for (int64_t row = begin; row < end; ++row) reader.measure(to, row);
+    for (int64_t row = begin; row < end; ++row) measure_row<decltype(s)>(p, to, row);
   });
 }
 
-double accumulate(const LpgProblem& p, const int64_t* rows, int64_t count, void* sums) {
+double accumulate(const Problem& p, const int64_t* rows, int64_t count, void* sums) {
   return in_dtype(p, [&](auto s) {
     using S = decltype(s);
-    return accumulate_rows<S>(p, rows, count, static_cast<typename WideOf<S>::Type*>(sums));
+    return accumulate_rows<S>(p, rows, count, static_cast<Wide<S>*>(sums));
   });
 }
 
+// The sum of (scale * mean)^2.
 template <class T> double squares_of(const T* mean, int64_t n, T scale) {
   const Lanes<T> by = Lanes<T>::all(scale);
   double sum = 0;
@@ -254,42 +242,29 @@ template <class T> double squares_of(const T* mean, int64_t n, T scale) {
   return sum;
 }
 
-double squares(const LpgProblem& p, const void* mean, double scale, int64_t but) {
-  return in_wide(p, [&](auto t) {
-    using T = decltype(t);
-    const T* m = static_cast<const T*>(mean);
-    // Two runs: taking the one off again would lose what is small beside it.
-    return squares_of(m, but, T(scale)) + squares_of(m + but + 1, p.classes - but - 1, T(scale));
-  });
+// Two runs: adding the element `but` and subtracting it again would lose what is small beside it.
+template <class T> double squares_without(const T* mean, int64_t n, T scale, int64_t but) {
+  return squares_of(mean, but, scale) + squares_of(mean + but + 1, n - but - 1, scale);
 }
 
-double norm(const LpgProblem& p, int64_t row) {
+double squares(const Problem& p, const void* mean, double scale, int64_t but) {
+  return p.dtype == DType::float64 ? squares_without(static_cast<const double*>(mean), p.classes, scale, but)
+                                   : squares_without(static_cast<const float*>(mean), p.classes, float(scale), but);
+}
+
+double norm(const Problem& p, int64_t row) {
   return in_dtype(p, [&](auto s) { return row_norm<decltype(s)>(p, row); });
 }
 
-void write(const LpgProblem& p, const LpgGradient& gradient, const LpgDelta& delta, int64_t row) {
+void write(const Problem& p, const GradientOut& gradient, const Delta& delta, int64_t row) {
   in_dtype(p, [&](auto s) { write_row<decltype(s)>(p, gradient, delta, row); });
-}
-
-void combine(const LpgProblem& p, const void* parts, int64_t count, void* to, int64_t begin, int64_t end) {
-  in_wide(p, [&](auto t) {
-    using T = decltype(t);
-    for (int64_t j = begin; j < end; ++j) {
-      double sum = 0;
-      for (int64_t k = 0; k < count; ++k) sum += double(static_cast<const T*>(parts)[k * p.classes + j]);
-      static_cast<T*>(to)[j] = T(sum);
-    }
-  });
 }
 
 }  // namespace
 
-#define GRADFUSED_PASTE(a, b) a##b
-#define GRADFUSED_NAME(a, b) GRADFUSED_PASTE(a, b)
-
-const LpgKernels& GRADFUSED_NAME(lpg_kernels_, GRADFUSED_ISA)() {
-  static constexpr LpgKernels kernels = {forward, accumulate, squares, norm, write, combine};
+const RowKernels& GRADFUSED_NAME(row_kernels_, GRADFUSED_ISA)() {
+  static constexpr RowKernels kernels = {forward, accumulate, squares, norm, write};
   return kernels;
 }
 
-}  // namespace gradfused::cpu
+}  // namespace gradfused::lpg
