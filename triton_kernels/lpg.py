@@ -98,7 +98,7 @@ def forward(batch, loss, confidence, norm, SMOOTH: tl.constexpr, BLOCK: tl.const
         found = tl.where(s == 1, 0, (1 - s) * found)
         found += share * (tl.load(batch.numbers + 2) * (log_sum + (greatest - origin)) - weighted)
     tl.store(loss + row, tl.where(kept, found, 0))
-    saved = batch.saved + row * 3
+    saved = batch.saved + row * 4
     tl.store(saved, greatest)
     tl.store(saved + 1, 1 / total)
     tl.store(saved + 2, rest)
@@ -133,9 +133,9 @@ def tally(firsts, order, confidence, norm, to, classes, BLOCK: tl.constexpr):
 def probabilities(batch, rows, there, cols, T: tl.constexpr, PACK: tl.constexpr):
     """A tile: its probabilities, each row's probability of the classes that are not its own, and which elements exist."""
     mask = there[:, None] & (cols < in_packs(batch.classes, PACK))[None, :]
-    greatest = tl.load(batch.saved + rows * 3, mask=there, other=0)
-    scale = tl.load(batch.saved + rows * 3 + 1, mask=there, other=0)
-    rest = tl.load(batch.saved + rows * 3 + 2, mask=there, other=0)
+    greatest = tl.load(batch.saved + rows * 4, mask=there, other=0)
+    scale = tl.load(batch.saved + rows * 4 + 1, mask=there, other=0)
+    rest = tl.load(batch.saved + rows * 4 + 2, mask=there, other=0)
     where = rows[:, None] * in_packs(batch.stride, PACK) + cols[None, :]
     x = load(batch.logits, where, mask, float("-inf"), T)
     return tl.exp(x - greatest[:, None]) * scale[:, None], rest[:, None], mask

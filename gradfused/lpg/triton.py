@@ -28,8 +28,8 @@ class Batch(NamedTuple):
         weight: (C,), or None.
         numbers: The label smoothing, its share for one class, and the sum of the class weights: in memory, since Triton
             would pass float64 arguments as float32.
-        saved: (n, 3): the greatest logit, one over the sum of exponentials, and the probability of the classes that are
-            not the row's own.
+        saved: (n, 4): the greatest logit, one over the sum of exponentials, and the probability of the classes that are
+            not the row's own. The fourth is unused: with rows of three numbers ``write`` spilled registers.
         classes: C.
         stride: From row to row, in elements.
         ignore_index: The target of rows that are ignored.
@@ -171,7 +171,7 @@ def forward(problem: Problem, tally: bool) -> Measured:
     if n and device.type != "cpu":
         torch._assert_async(~stray.any())  # as torch does
     loss, saved, confidence, norm = (
-        torch.empty(shape, dtype=problem.wide, device=device) for shape in (n, (n, 3), n, n)
+        torch.empty(shape, dtype=problem.wide, device=device) for shape in (n, (n, 4), n, n)
     )
     batch = _batch(problem, saved)
     counts = torch.zeros(3, classes, dtype=torch.float64, device=device) if tally else None
