@@ -5,6 +5,8 @@ Addresses are int64 numbers from the table, cast to pointers here.
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
 import triton
 import triton.language as tl
 
@@ -14,6 +16,24 @@ from . import layout as at
 ANY = tl.constexpr(4)
 ANY_WIDE = tl.constexpr(5)
 ACCESSES = tl.constexpr(6)
+
+
+class Operand(NamedTuple):
+    """A tensor as a kernel walks it: the address of its description in the table, the address of its data, and its dtype."""
+
+    description: Any
+    data: Any
+    dtype: Any
+
+
+class Tile(NamedTuple):
+    """Elements ``start + local`` of a row where ``mask`` is true: from ``column`` on of neighbouring units of one length."""
+
+    start: Any
+    local: Any
+    mask: Any
+    length: Any
+    column: Any
 
 
 @triton.jit
@@ -27,6 +47,12 @@ def read_bool(address):
 
 
 @triton.jit
+def needs_of(row):
+    """The bits of what a row needs: see csrc/plan/needs.h."""
+    return read(row + at.row_needs, tl.int32)
+
+
+@triton.jit
 def rows_of(job):
     return read(job + at.job_rows, tl.int64)
 
@@ -35,6 +61,22 @@ def rows_of(job):
 def settings_of(job, row):
     group = read(row + at.row_group, tl.int32)
     return read(job + at.job_settings, tl.int64) + group.to(tl.int64) * at.DeviceSettings
+
+
+@triton.jit
+def operand_at(description):
+    return Operand(
+        description, read(description + at.operand_data, tl.int64), read(description + at.operand_dtype, tl.int8)
+    )
+
+
+@triton.jit
+def operand_if(WANTED: tl.constexpr, description):
+    """An operand that not every row has, without data unless it is wanted."""
+    if WANTED:
+        return operand_at(description)
+    else:
+        return Operand(description, tl.full([], 0, tl.int64), read(description + at.operand_dtype, tl.int8))
 
 
 @triton.jit
@@ -107,90 +149,88 @@ def rounded_as(S: tl.constexpr, x):
 
 
 @triton.jit
-def load(ACCESS: tl.constexpr, operand, data, start, local, mask, T: tl.constexpr):
-    """Elements ``start + local`` of the operand at ``data`` in memory.
+def load(ACCESS: tl.constexpr, x, tile, T: tl.constexpr):
+    """The operand's elements in ``tile``, as T.
 
-    The compiler sees nothing of the alignment of an address from a table, so it is told where the row's plan promised it. The
-    hint is put on the pointer: on an int64 it is lost in the cast.
+    The compiler does not know how an address from a table is aligned, so it is told where the row's plan promises it. The hint
+    is put on the pointer: on an int64 it is lost in the cast.
     """
     if ACCESS == at.DType_float32:
-        return load_as(tl.float32, data + start * 4, local, mask, T, 16)
+        return load_as(tl.float32, x.data + tile.start * 4, tile.local, tile.mask, T, 16)
     elif ACCESS == at.DType_float64:
-        return load_as(tl.float64, data + start * 8, local, mask, T, 16)
+        return load_as(tl.float64, x.data + tile.start * 8, tile.local, tile.mask, T, 16)
     elif ACCESS == at.DType_float16:
-        return load_as(tl.float16, data + start * 2, local, mask, T, 16)
+        return load_as(tl.float16, x.data + tile.start * 2, tile.local, tile.mask, T, 16)
     elif ACCESS == at.DType_bfloat16:
-        return load_as(tl.bfloat16, data + start * 2, local, mask, T, 16)
+        return load_as(tl.bfloat16, x.data + tile.start * 2, tile.local, tile.mask, T, 16)
     else:
-        return load_any(operand, data, start + local, mask, T)
+        return load_any(x, tile.start + tile.local, tile.mask, T)
 
 
 @triton.jit
-def load_any(operand, data, i, mask, T: tl.constexpr):
-    where = place(operand, i)
-    dtype = read(operand + at.operand_dtype, tl.int8)
-    x = tl.zeros(i.shape, T)
-    if dtype == at.DType_float32:
-        x = load_as(tl.float32, data, where, mask, T, 1)
-    elif dtype == at.DType_float64:
-        x = load_as(tl.float64, data, where, mask, T, 1)
-    elif dtype == at.DType_float16:
-        x = load_as(tl.float16, data, where, mask, T, 1)
+def load_any(x, i, mask, T: tl.constexpr):
+    where = place(x.description, i)
+    values = tl.zeros(i.shape, T)
+    if x.dtype == at.DType_float32:
+        values = load_as(tl.float32, x.data, where, mask, T, 1)
+    elif x.dtype == at.DType_float64:
+        values = load_as(tl.float64, x.data, where, mask, T, 1)
+    elif x.dtype == at.DType_float16:
+        values = load_as(tl.float16, x.data, where, mask, T, 1)
     else:
-        x = load_as(tl.bfloat16, data, where, mask, T, 1)
-    return x
+        values = load_as(tl.bfloat16, x.data, where, mask, T, 1)
+    return values
 
 
 @triton.jit
-def store(ACCESS: tl.constexpr, operand, data, start, local, x, mask):
+def store(ACCESS: tl.constexpr, x, tile, values):
     """The counterpart of ``load``."""
     if ACCESS == at.DType_float32:
-        store_as(tl.float32, data + start * 4, local, x, mask, 16)
+        store_as(tl.float32, x.data + tile.start * 4, tile.local, values, tile.mask, 16)
     elif ACCESS == at.DType_float64:
-        store_as(tl.float64, data + start * 8, local, x, mask, 16)
+        store_as(tl.float64, x.data + tile.start * 8, tile.local, values, tile.mask, 16)
     elif ACCESS == at.DType_float16:
-        store_as(tl.float16, data + start * 2, local, x, mask, 16)
+        store_as(tl.float16, x.data + tile.start * 2, tile.local, values, tile.mask, 16)
     elif ACCESS == at.DType_bfloat16:
-        store_as(tl.bfloat16, data + start * 2, local, x, mask, 16)
+        store_as(tl.bfloat16, x.data + tile.start * 2, tile.local, values, tile.mask, 16)
     else:
-        store_any(operand, data, start + local, x, mask)
+        store_any(x, tile.start + tile.local, values, tile.mask)
 
 
 @triton.jit
-def store_any(operand, data, i, x, mask):
-    where = place(operand, i)
-    dtype = read(operand + at.operand_dtype, tl.int8)
-    if dtype == at.DType_float32:
-        store_as(tl.float32, data, where, x, mask, 1)
-    elif dtype == at.DType_float64:
-        store_as(tl.float64, data, where, x, mask, 1)
-    elif dtype == at.DType_float16:
-        store_as(tl.float16, data, where, x, mask, 1)
+def store_any(x, i, values, mask):
+    where = place(x.description, i)
+    if x.dtype == at.DType_float32:
+        store_as(tl.float32, x.data, where, values, mask, 1)
+    elif x.dtype == at.DType_float64:
+        store_as(tl.float64, x.data, where, values, mask, 1)
+    elif x.dtype == at.DType_float16:
+        store_as(tl.float16, x.data, where, values, mask, 1)
     else:
-        store_as(tl.bfloat16, data, where, x, mask, 1)
+        store_as(tl.bfloat16, x.data, where, values, mask, 1)
 
 
 @triton.jit
-def load_mixed(ACCESS: tl.constexpr, MIXED: tl.constexpr, operand, data, dtype, start, local, mask, T: tl.constexpr):
-    """``load`` of an operand that may, if MIXED, be of float32 in a row of 16 bits."""
-    if MIXED and (ACCESS == at.DType_float16 or ACCESS == at.DType_bfloat16):
-        x = tl.zeros(mask.shape, T)
-        if dtype == at.DType_float32:
-            x = load(at.DType_float32, operand, data, start, local, mask, T)
-        else:
-            x = load(ACCESS, operand, data, start, local, mask, T)
-        return x
-    else:
-        return load(ACCESS, operand, data, start, local, mask, T)
-
-
-@triton.jit
-def store_mixed(ACCESS: tl.constexpr, operand, data, dtype, start, local, x, mask):
-    """The counterpart of ``load_mixed``, where MIXED."""
+def load_mixed(ACCESS: tl.constexpr, x, tile, T: tl.constexpr):
+    """``load`` of an operand that may be float32 in a row of 16 bits."""
     if ACCESS == at.DType_float16 or ACCESS == at.DType_bfloat16:
-        if dtype == at.DType_float32:
-            store(at.DType_float32, operand, data, start, local, x, mask)
+        values = tl.zeros(tile.mask.shape, T)
+        if x.dtype == at.DType_float32:
+            values = load(at.DType_float32, x, tile, T)
         else:
-            store(ACCESS, operand, data, start, local, x, mask)
+            values = load(ACCESS, x, tile, T)
+        return values
     else:
-        store(ACCESS, operand, data, start, local, x, mask)
+        return load(ACCESS, x, tile, T)
+
+
+@triton.jit
+def store_mixed(ACCESS: tl.constexpr, x, tile, values):
+    """The counterpart of ``load_mixed``."""
+    if ACCESS == at.DType_float16 or ACCESS == at.DType_bfloat16:
+        if x.dtype == at.DType_float32:
+            store(at.DType_float32, x, tile, values)
+        else:
+            store(ACCESS, x, tile, values)
+    else:
+        store(ACCESS, x, tile, values)

@@ -9,10 +9,11 @@ import triton
 import triton.language as tl
 
 from . import layout as at
-from .access import ACCESSES, read, read_bool, rows_of, settings_of
+from .access import ACCESSES, needs_of, read, read_bool, rows_of, settings_of
 from .chunk import (
     BLOCK,
     TILES,
+    ChunkTask,
     access_of,
     chunk_at,
     grad_of,
@@ -24,8 +25,8 @@ from .chunk import (
     unscale_of,
     write,
 )
-from .counts import count_empty_rows, count_step, finish_weighing
-from .step import REHEARSE, STEP, WEIGH, WEIGH_FIRST, step_chunk
+from .counts import count_empty_rows, count_step, finish_trust
+from .step import step_chunk
 from .transforms import perturb_factor
 
 # ---- what all chunks of a launch share
@@ -40,20 +41,17 @@ def sum_rows(job, first, end, OF: tl.constexpr):
     """The sum of squares over rows of global scope or over every row; or how many rows forbid the step."""
     total = tl.zeros([BLOCK], tl.float64)
     rows = rows_of(job)
-    all_settings = read(job + at.job_settings, tl.int64)
     squares = read(job + at.job_squares, tl.int64)
     for base in range(first, end, BLOCK):
         i = (base + tl.arange(0, BLOCK)).to(tl.int64)
         mask = i < end
         x = tl.load((squares + i * 8).to(tl.pointer_type(tl.float64)), mask=mask, other=0.0)
-        group = tl.load((rows + i * at.DeviceRow + at.row_group).to(tl.pointer_type(tl.int32)), mask=mask, other=0)
-        settings = all_settings + group.to(tl.int64) * at.DeviceSettings
+        needs = tl.load((rows + i * at.DeviceRow + at.row_needs).to(tl.pointer_type(tl.int32)), mask=mask, other=0)
         if OF == GLOBAL:
-            scope = tl.load((settings + at.settings_norm_scope).to(tl.pointer_type(tl.int8)), mask=mask, other=0)
-            x = tl.where(scope == at.NormScope_global, x, 0.0)
+            x = tl.where((needs & at.Need_global_norm) != 0, x, 0.0)
         if OF == SPOILT:
-            skips = tl.load((settings + at.settings_skip_nonfinite).to(tl.pointer_type(tl.int8)), mask=mask, other=0)
-            x = tl.where((skips != 0) & (x - x != 0.0), tl.full([], 1.0, tl.float64), 0.0)
+            spoils = ((needs & at.Need_skip) != 0) & (x - x != 0.0)
+            x = tl.where(spoils, tl.full([], 1.0, tl.float64), 0.0)
         total += x
     return tl.sum(total, axis=0)
 
@@ -70,15 +68,14 @@ def wide_factor(job, row, number, settings, global_squares):
     if scope == at.NormScope_param:
         squares = read(read(job + at.job_squares, tl.int64) + number.to(tl.int64) * 8, tl.float64)
     factor = perturb_factor(settings, tl.sqrt(squares))
-    wide = (scope == at.NormScope_global) | (scope == at.NormScope_group) | (scope == at.NormScope_param)
-    return tl.where(wide, factor, 1.0)
+    return tl.where((needs_of(row) & at.Need_wide_norm) != 0, factor, 1.0)
 
 
 # ---- a row whose last chunk is done
 
 
 @triton.jit
-def finish_rehearsal(job, row):
+def finish_late_means(job, row):
     """The means of what is centred late, where a unit takes several chunks."""
     chunk0 = read(row + at.row_chunk0, tl.int32)
     chunk1 = read(row + at.row_chunk1, tl.int32)
@@ -100,11 +97,10 @@ def finish_rehearsal(job, row):
 
 
 @triton.jit
-def finish(job, row, number, settings, UNIT_NORMS: tl.constexpr, PRODUCT: tl.constexpr):
-    count_step(row, settings, PRODUCT)
-    if UNIT_NORMS:
-        by_unit = read(settings + at.settings_norm_scope, tl.int8) == at.NormScope_unit
-        if by_unit & (read_bool(row + at.row_measured) == 0):
+def finish_step(job, row, number, settings, NEEDS: tl.constexpr):
+    count_step(row, settings, NEEDS)
+    if at.Need_unit_norms & NEEDS:
+        if (needs_of(row) & (at.Need_unit_norms | at.Need_measured)) == at.Need_unit_norms:
             squares = sum_row(job, row, at.sums_squares)
             write(read(job + at.job_squares, tl.int64) + number.to(tl.int64) * 8, squares, tl.float64)
 
@@ -113,28 +109,46 @@ def finish(job, row, number, settings, UNIT_NORMS: tl.constexpr, PRODUCT: tl.con
 
 
 @triton.jit
-def is_wanted(row, settings, PHASE: tl.constexpr):
-    """Whether a launch is for this row."""
-    if PHASE == REHEARSE:
-        late = read(settings + at.settings_centralize_at, tl.int8) != at.Centre_gradient
-        return read_bool(row + at.row_split) & read_bool(row + at.row_centre) & late
-    elif PHASE == WEIGH_FIRST:
-        return read_bool(row + at.row_weighed_first)
-    elif PHASE == WEIGH:
-        return read_bool(row + at.row_weighed)
+def is_taken(job, found_inf, NEEDS: tl.constexpr, PHASE: tl.constexpr):
+    """Whether GradScaler and the norms let the step be taken. The launch of the step counts those that a norm forbids."""
+    taken = tl.full([], 1, tl.int1)
+    if found_inf is not None:
+        taken = tl.load(found_inf) == 0.0
+    if at.Need_skip & NEEDS:
+        spoilt = taken & (sum_rows(job, 0, read(job + at.job_row_count, tl.int32), SPOILT) > 0.0)
+        taken = taken & (spoilt == 0)
+        if PHASE == at.Phase_step:
+            if spoilt & (tl.program_id(0) == 0):
+                skipped = read(job + at.job_skipped, tl.int64)
+                write(skipped, read(skipped, tl.float64) + 1.0, tl.float64)
+    return taken
+
+
+@triton.jit
+def kind_at(task):
+    """The kind of a chunk: see chunk.kind_of."""
+    tile = tile_of(read(task.row + at.row_unit_length, tl.int64))
+    tile = tl.where(read(task.chunk + at.chunk_lanes, tl.int16) == 0, 0, tile)
+    kind = access_of(task.row, task.grad, read_bool(task.chunk + at.chunk_plain)) * TILES + tile
+    return kind + read(task.row + at.row_rule, tl.int8).to(tl.int32) * (ACCESSES * TILES)
+
+
+@triton.jit
+def finish_row(task, number, NEEDS: tl.constexpr, PHASE: tl.constexpr):
+    if PHASE == at.Phase_step:
+        finish_step(task.job, task.row, number, task.settings, NEEDS)
+    elif PHASE == at.Phase_late_means:
+        finish_late_means(task.job, task.row)
     else:
-        return tl.full([], 1, tl.int1)
+        finish_trust(task.job, task.row)
 
 
 @triton.jit
 def apply(
-    job, grad_scale, found_inf,
-    KINDS: tl.constexpr, COUNT: tl.constexpr, STATES: tl.constexpr,
-    CENTRE: tl.constexpr, WIDE_NORMS: tl.constexpr, UNIT_NORMS: tl.constexpr, LATE: tl.constexpr, NOISE: tl.constexpr,
-    RIDERS: tl.constexpr, PRODUCT: tl.constexpr, SKIP: tl.constexpr, EMPTY: tl.constexpr, PHASE: tl.constexpr,
-    SIZE: tl.constexpr, LAYOUT: tl.constexpr,
+    job, grad_scale, found_inf, KINDS: tl.constexpr, COUNT: tl.constexpr,
+    NEEDS: tl.constexpr, PHASE: tl.constexpr, SIZE: tl.constexpr, LAYOUT: tl.constexpr,
 ):  # fmt: skip
-    """Takes the step, or finds out what must be known of whole rows before it.
+    """Take the step, or find out what must be known of whole rows before it.
 
     Args:
         job: Address of the table.
@@ -142,39 +156,18 @@ def apply(
         found_inf: float32 scalar or None: not zero, and no step is taken.
         KINDS: The kinds of chunks there are, of rule, access and tile: only their code is compiled. See chunk.kinds.
         COUNT: How many they are.
-        STATES: How many state tensors a rule has: 4 bits each.
-        CENTRE: Something is centred.
-        WIDE_NORMS: A norm is wider than a unit.
-        UNIT_NORMS: A norm is of units.
-        LATE: Something is centred after stage 6.
-        NOISE: There is noise.
-        RIDERS: Bits of what becomes of the weights besides: see weights.py.
-        PRODUCT: Rows keep the product of their momenta.
-        SKIP: A step that saw inf or nan is not taken.
-        EMPTY: There are parameters without elements.
-        PHASE: What the launch is for: see step.py.
+        NEEDS: Bits of what some row of the table needs, of csrc/plan/needs.h: only their code is compiled.
+        PHASE: What the launch is for, a Phase of csrc/plan/needs.h.
         SIZE: Elements of a tile.
         LAYOUT: Tells the compiler's cache one layout of tables from another.
     """
-    taken = tl.full([], 1, tl.int1)
-    if found_inf is not None:
-        taken = tl.load(found_inf) == 0.0
-    row_count = read(job + at.job_row_count, tl.int32)
-    if SKIP:
-        spoilt = taken & (sum_rows(job, 0, row_count, SPOILT) > 0.0)
-        taken = taken & (spoilt == 0)
-        if PHASE == STEP:
-            if spoilt & (tl.program_id(0) == 0):
-                skipped = read(job + at.job_skipped, tl.int64)
-                write(skipped, read(skipped, tl.float64) + 1.0, tl.float64)
-    if taken:
+    if is_taken(job, found_inf, NEEDS, PHASE):
         global_squares = tl.full([], 0.0, tl.float64)
-        if WIDE_NORMS:
-            if read_bool(job + at.job_any_global):
-                global_squares = sum_rows(job, 0, row_count, GLOBAL)
-        if EMPTY and PHASE == STEP:
+        if at.Need_global_norm & NEEDS:
+            global_squares = sum_rows(job, 0, read(job + at.job_row_count, tl.int32), GLOBAL)
+        if at.Need_empty & NEEDS and PHASE == at.Phase_step:
             if tl.program_id(0) == 0:
-                count_empty_rows(job, PRODUCT)
+                count_empty_rows(job, NEEDS)
         unscale = unscale_of(grad_scale)
         first, end = share(job)
         for i in range(end - first):
@@ -183,26 +176,14 @@ def apply(
             number = read(chunk + at.chunk_row, tl.int32)
             row = rows_of(job) + number.to(tl.int64) * at.DeviceRow
             settings = settings_of(job, row)
-            if is_wanted(row, settings, PHASE):
-                grad = grad_of(job, number)
+            if ((needs_of(row) >> PHASE) & 1) != 0:
+                task = ChunkTask(job, chunk, index, row, settings, grad_of(job, number))
                 factor = tl.full([], 1.0, tl.float64)
-                if WIDE_NORMS:
+                if at.Need_wide_norm & NEEDS:
                     factor = wide_factor(job, row, number, settings, global_squares)
-                tile = tile_of(read(row + at.row_unit_length, tl.int64))
-                tile = tl.where(read(chunk + at.chunk_lanes, tl.int16) == 0, 0, tile)
-                kind = access_of(row, grad, read_bool(chunk + at.chunk_plain)) * TILES + tile
-                kind += read(row + at.row_rule, tl.int8).to(tl.int32) * (ACCESSES * TILES)
+                kind = kind_at(task)
                 for known in tl.static_range(COUNT):
                     if kind == KINDS // 4096**known % 4096:
-                        step_chunk(
-                            job, chunk, index, row, settings, grad, unscale, factor,
-                            KINDS // 4096**known % 4096, STATES, SIZE,
-                            CENTRE, UNIT_NORMS, LATE, NOISE, RIDERS, PHASE,
-                        )  # fmt: skip
+                        step_chunk(task, unscale, factor, KINDS // 4096**known % 4096, NEEDS, PHASE, SIZE)
                 if is_last(job, row, number):
-                    if PHASE == STEP:
-                        finish(job, row, number, settings, UNIT_NORMS, PRODUCT)
-                    elif PHASE == REHEARSE:
-                        finish_rehearsal(job, row)
-                    else:
-                        finish_weighing(job, row)
+                    finish_row(task, number, NEEDS, PHASE)

@@ -15,12 +15,13 @@ Where elements are accessed one at a time a tile has a quarter of SIZE.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any, NamedTuple
 
 import triton
 import triton.language as tl
 
 from . import layout as at
-from .access import ACCESSES, ANY, ANY_WIDE, load, read, read_bool
+from .access import ACCESSES, ANY, ANY_WIDE, Tile, load, read
 from .transforms import anchor
 
 LONGEST = (16, 128, 1024)
@@ -51,18 +52,44 @@ def access_of(row, grad, plain):
     return tl.where(plain & (grad % 16 == 0), dtype, slow)
 
 
+class ChunkTask(NamedTuple):
+    """A chunk that a program works on: the addresses of it, of its row and so on, and its number."""
+
+    job: Any
+    chunk: Any
+    index: Any
+    row: Any
+    settings: Any
+    grad: Any
+
+
+class Walk(NamedTuple):
+    """A chunk as ``units`` of one length, from element ``begin`` of the row on, and the ranks and columns of a tile of them."""
+
+    begin: Any
+    units: Any
+    length: Any
+    ranks: Any
+    columns: Any
+
+
+class Span(NamedTuple):
+    """The units that a tile of a walk is high: their ranks in the chunk, and which of them there are, as (units, 1)."""
+
+    start: Any
+    offsets: Any
+    rank: Any
+    inside: Any
+    length: Any
+    columns: Any
+
+
 @triton.jit
-def tile_at(ACCESS: tl.constexpr, TILE: tl.constexpr, SIZE: tl.constexpr):
-    """(units, 1) and (1, elements of each), numbered from 0: their shapes are the tile's. See the top of this file."""
+def walk_of(ACCESS: tl.constexpr, TILE: tl.constexpr, SIZE: tl.constexpr, chunk, row):
+    """The walk of a chunk. Whole packs, and said so, so that the compiler sees that 16 bytes fit."""
     # One at a time there are addresses to hold for each element: smaller tiles keep the launch's registers few.
-    SPAN: tl.constexpr = SIZE if ACCESS < ANY else SIZE // 4
-    WIDTH: tl.constexpr = 8 if TILE == 1 else 32 if TILE == 2 else 256 if TILE == 3 else SPAN
-    return tl.arange(0, SPAN // WIDTH)[:, None], tl.arange(0, WIDTH)[None, :]
-
-
-@triton.jit
-def units_of(ACCESS: tl.constexpr, TILE: tl.constexpr, chunk, row):
-    """(first element, units, their length) of a chunk. Whole packs, and said so, so that the compiler sees that 16 bytes fit."""
+    AREA: tl.constexpr = SIZE if ACCESS < ANY else SIZE // 4
+    WIDTH: tl.constexpr = 8 if TILE == 1 else 32 if TILE == 2 else 256 if TILE == 3 else AREA
     PACK: tl.constexpr = (
         4 if ACCESS == at.DType_float32 else 2 if ACCESS == at.DType_float64 else 8 if ACCESS < ANY else 1
     )
@@ -71,7 +98,37 @@ def units_of(ACCESS: tl.constexpr, TILE: tl.constexpr, chunk, row):
     length = count // PACK * PACK
     if TILE > 0:
         length = read(row + at.row_unit_length, tl.int64).to(tl.int32) // PACK * PACK
-    return begin, count // length, length
+    return Walk(begin, count // length, length, tl.arange(0, AREA // WIDTH)[:, None], tl.arange(0, WIDTH)[None, :])
+
+
+@triton.jit
+def span_at(walk, unit):
+    """Units ``unit`` and following of a walk."""
+    rank = unit + walk.ranks
+    start = walk.begin + unit * walk.length.to(tl.int64)
+    return Span(start, walk.ranks * walk.length, rank, rank < walk.units, walk.length, walk.columns)
+
+
+@triton.jit
+def tile_at(span, column):
+    """Columns ``column`` and following of a span."""
+    columns = column + span.columns
+    return Tile(span.start, span.offsets + columns, span.inside & (columns < span.length), span.length, column)
+
+
+@triton.jit
+def elements_of(tile):
+    """The numbers in the row of a tile's elements."""
+    return tile.start + tile.local.to(tl.int64)
+
+
+@triton.jit
+def quads_of(tile):
+    """The numbers of a tile's groups of four neighbours, where units begin with one."""
+    HEIGHT: tl.constexpr = tile.mask.shape[0]
+    WIDTH: tl.constexpr = tile.mask.shape[1]
+    unit = tl.arange(0, HEIGHT)[:, None] * (tile.length // 4) + tl.arange(0, WIDTH // 4)[None, :]
+    return tile.start // 4 + tile.column // 4 + unit.to(tl.int64)
 
 
 @triton.jit
@@ -104,53 +161,37 @@ def unscale_of(grad_scale):
 
 
 @triton.jit
-def elements_of(start, length, k, HEIGHT: tl.constexpr, WIDTH: tl.constexpr):
-    """The numbers in the row of a tile's elements, column ``k`` of the units first."""
-    unit = tl.arange(0, HEIGHT)[:, None] * length + tl.arange(0, WIDTH)[None, :]
-    return start + k + unit.to(tl.int64)
-
-
-@triton.jit
-def quads_of(start, length, k, HEIGHT: tl.constexpr, WIDTH: tl.constexpr):
-    """The same of groups of four, where units begin with one."""
-    unit = tl.arange(0, HEIGHT)[:, None] * (length // 4) + tl.arange(0, WIDTH // 4)[None, :]
-    return start // 4 + k // 4 + unit.to(tl.int64)
-
-
-@triton.jit
 def first_of(x, column):
     """The first column of a tile, (units, 1)."""
     return tl.sum(tl.where(column == 0, x, 0.0), axis=1)[:, None].to(x.dtype)
 
 
 @triton.jit
-def mean_tiles(
-    ACCESS: tl.constexpr, operand, data, unscale, start, stride, inside, length, WIDTH: tl.constexpr, T: tl.constexpr
-):
-    """Each unit's mean, (units, 1) in float64."""
-    first = anchor(load(ACCESS, operand, data, start, stride, inside, T) * unscale)
-    total = tl.zeros([inside.shape[0], WIDTH], tl.float64)
-    for k in range(0, length, WIDTH):
-        column = k + tl.arange(0, WIDTH)[None, :]
-        mask = inside & (column < length)
-        x = load(ACCESS, operand, data, start, stride + column, mask, T)
-        total += tl.where(mask, x * unscale - first, 0.0).to(tl.float64)
-    return first.to(tl.float64) + tl.sum(total, axis=1)[:, None] / length
+def mean_tiles(ACCESS: tl.constexpr, x, unscale, span):
+    """The mean of each unit of a span, (units, 1) in float64."""
+    T: tl.constexpr = unscale.dtype
+    HEIGHT: tl.constexpr = span.inside.shape[0]
+    WIDTH: tl.constexpr = span.columns.shape[1]
+    first = anchor(load(ACCESS, x, Tile(span.start, span.offsets, span.inside, span.length, 0), T) * unscale)
+    total = tl.zeros([HEIGHT, WIDTH], tl.float64)
+    for k in range(0, span.length, WIDTH):
+        tile = tile_at(span, k)
+        values = load(ACCESS, x, tile, T)
+        total += tl.where(tile.mask, values * unscale - first, 0.0).to(tl.float64)
+    return first.to(tl.float64) + tl.sum(total, axis=1)[:, None] / span.length
 
 
 @triton.jit
-def square_tiles(
-    ACCESS: tl.constexpr, operand, data, unscale, mean,
-    start, stride, inside, length, WIDTH: tl.constexpr, T: tl.constexpr,
-):  # fmt: skip
+def square_tiles(ACCESS: tl.constexpr, x, unscale, mean, span):
     """Each unit's sum of squares around ``mean``, (units, 1) in float64: no gradient in float32 is too large for it."""
-    total = tl.zeros([inside.shape[0], WIDTH], tl.float64)
-    for k in range(0, length, WIDTH):
-        column = k + tl.arange(0, WIDTH)[None, :]
-        mask = inside & (column < length)
-        x = load(ACCESS, operand, data, start, stride + column, mask, T)
-        x = tl.where(mask, x * unscale - mean, 0.0).to(tl.float64)
-        total += x * x
+    HEIGHT: tl.constexpr = span.inside.shape[0]
+    WIDTH: tl.constexpr = span.columns.shape[1]
+    total = tl.zeros([HEIGHT, WIDTH], tl.float64)
+    for k in range(0, span.length, WIDTH):
+        tile = tile_at(span, k)
+        values = load(ACCESS, x, tile, unscale.dtype)
+        values = tl.where(tile.mask, values * unscale - mean, 0.0).to(tl.float64)
+        total += values * values
     return tl.sum(total, axis=1)[:, None]
 
 
@@ -230,9 +271,3 @@ def is_last(job, row, number):
 @triton.jit
 def write(address, value, T: tl.constexpr):
     tl.store(address.to(tl.pointer_type(T)), value.to(T))
-
-
-@triton.jit
-def centred_at_gradient(row, settings):
-    at_gradient = read(settings + at.settings_centralize_at, tl.int8) == at.Centre_gradient
-    return read_bool(row + at.row_centre) & at_gradient

@@ -8,7 +8,7 @@ import triton.language as tl
 from . import layout as at
 from .access import read, rows_of, settings_of
 from .chunk import sum_chunks, write
-from .rules import warmed_momentum
+from .rules import next_mu_product, ratio_of
 
 
 @triton.jit
@@ -44,61 +44,54 @@ def lr_of(settings):
 
 
 @triton.jit
-def next_mu_product(row, settings, step):
-    """What the product of NAdam's momenta becomes at ``step``, as the scalar that keeps it holds it."""
+def mu_product_of(row, settings, step):
+    """The product of the momenta up to ``step``; what the row keeps is that of the step before."""
     dtype = read(row + at.row_mu_product_dtype, tl.int8)
-    old = scalar_at(read(row + at.row_mu_product, tl.int64), dtype, tl.full([], 1.0, tl.float64))
-    product = old * warmed_momentum(settings, step)
-    return tl.where(dtype == at.DType_float64, product, product.to(tl.float32).to(tl.float64))
+    before = scalar_at(read(row + at.row_mu_product, tl.int64), dtype, tl.full([], 1.0, tl.float64))
+    return next_mu_product(settings, step, before, dtype)
 
 
 # ---- a step is counted
 
 
 @triton.jit
-def count_step(row, settings, PRODUCT: tl.constexpr):
+def count_step(row, settings, NEEDS: tl.constexpr):
     tl.store((row + at.row_first).to(tl.pointer_type(tl.int8)), 0)
-    if PRODUCT:
-        at_product = read(row + at.row_mu_product, tl.int64)
-        if at_product != 0:
-            product = next_mu_product(row, settings, steps_taken(row) + 1.0)
-            put_scalar(at_product, read(row + at.row_mu_product_dtype, tl.int8), product)
+    if at.Need_mu_product & NEEDS:
+        address = read(row + at.row_mu_product, tl.int64)
+        if address != 0:
+            mu_product = mu_product_of(row, settings, steps_taken(row) + 1.0)
+            put_scalar(address, read(row + at.row_mu_product_dtype, tl.int8), mu_product)
     at_step = read(row + at.row_step, tl.int64)
     if at_step != 0:
         put_scalar(at_step, read(row + at.row_step_dtype, tl.int8), steps_taken(row) + 1.0)
 
 
 @triton.jit
-def count_empty_rows(job, PRODUCT: tl.constexpr):
+def count_empty_rows(job, NEEDS: tl.constexpr):
     """Rows without elements have no last chunk, but take the step."""
     for number in range(read(job + at.job_row_count, tl.int32)):
         row = rows_of(job) + number * at.DeviceRow
         if read(row + at.row_chunk0, tl.int32) == read(row + at.row_chunk1, tl.int32):
-            count_step(row, settings_of(job, row), PRODUCT)
+            count_step(row, settings_of(job, row), NEEDS)
 
 
-# ---- trust ratios (You et al. 2017, 2020)
+# ---- trust ratios
 
 
 @triton.jit
-def trust_of(RULE: tl.constexpr, row, settings, weighed):
-    """The ratio by which a rule's step is scaled; 1 where either norm says nothing, or where the row was not weighed."""
+def trust_of(RULE: tl.constexpr, row, settings, known):
+    """The ratio by which a rule scales its step; 1 unless the norms of the row's trust ratio are ``known``."""
     ratio = tl.full([], 1.0, tl.float64)
-    weight_norm = read(row + at.row_weight_norm, tl.float64)
-    norm = read(row + at.row_norm, tl.float64)
-    over = norm
-    if (at.rules_trust_gradient >> RULE) & 1:
-        decay = read(settings + at.settings_weight_decay, tl.float64) * weight_norm
-        over = norm + decay + read(settings + at.settings_eps, tl.float64)
-        weight_norm = read(settings + at.settings_trust_coefficient, tl.float64) * weight_norm
-    if weighed & (weight_norm > 0.0) & (norm > 0.0):
-        ratio = weight_norm / over
+    if known:
+        weight_norm = read(row + at.row_weight_norm, tl.float64)
+        ratio = ratio_of(RULE, settings, weight_norm, read(row + at.row_norm, tl.float64))
     return ratio
 
 
 @triton.jit
-def finish_weighing(job, row):
-    """The norms of a row whose chunks are all weighed."""
+def finish_trust(job, row):
+    """Put the norms of a row's trust ratio together from its chunks."""
     chunk0 = read(row + at.row_chunk0, tl.int32)
     chunk1 = read(row + at.row_chunk1, tl.int32)
     write(row + at.row_norm, tl.sqrt(sum_chunks(job, chunk0, chunk1, at.sums_sum)), tl.float64)

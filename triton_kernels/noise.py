@@ -2,16 +2,26 @@
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
 import triton
 import triton.language as tl
 
 
+class Draws(NamedTuple):
+    """What the random words of a row's elements depend on besides their number: ``step`` is how many were taken before."""
+
+    seed: Any
+    param_number: Any
+    step: Any
+
+
 @triton.jit
-def philox(seed, quad, parameter, step, MARK: tl.constexpr):
+def philox(draws, quad, MARK: tl.constexpr):
     """Four words for each counter (quad low, quad high, parameter, step). MARK tells draws of one kind from another's."""
     c0 = quad.to(tl.uint32)
     c1 = (quad >> 32).to(tl.uint32) | MARK
-    return tl.philox(seed, c0, c1, c0 * 0 + parameter.to(tl.uint32), c0 * 0 + step.to(tl.uint32))
+    return tl.philox(draws.seed, c0, c1, c0 * 0 + draws.param_number.to(tl.uint32), c0 * 0 + draws.step.to(tl.uint32))
 
 
 @triton.jit
@@ -63,18 +73,18 @@ def box_muller(a, b):
 
 
 @triton.jit
-def draw_quads(seed, quad, parameter, step):
+def draw_quads(draws, quad):
     """The normal values of elements 4 quad to 4 quad + 3, neighbours along the last dim, which gets four times as long."""
-    w0, w1, w2, w3 = philox(seed, quad, parameter, step, 0)
+    w0, w1, w2, w3 = philox(draws, quad, 0)
     z0, z1 = box_muller(w0, w1)
     z2, z3 = box_muller(w2, w3)
     return tl.interleave(tl.interleave(z0, z2), tl.interleave(z1, z3))
 
 
 @triton.jit
-def draw(seed, i, parameter, step):
+def draw(draws, i):
     """The normal values of elements ``i``, wherever they begin: each draws the words of its quad."""
-    w0, w1, w2, w3 = philox(seed, i // 4, parameter, step, 0)
+    w0, w1, w2, w3 = philox(draws, i // 4, 0)
     late = (i & 2) != 0
     z0, z1 = box_muller(tl.where(late, w2, w0), tl.where(late, w3, w1))
     return tl.where((i & 1) != 0, z1, z0)

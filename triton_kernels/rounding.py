@@ -16,16 +16,16 @@ MARK = tl.constexpr(0x80000000)
 
 
 @triton.jit
-def words_of_quads(seed, quad, parameter, step):
+def words_of_quads(draws, quad):
     """The words of elements 4 quad to 4 quad + 3, neighbours along the last dim, which gets four times as long."""
-    w0, w1, w2, w3 = philox(seed, quad, parameter, step, MARK)
+    w0, w1, w2, w3 = philox(draws, quad, MARK)
     return tl.interleave(tl.interleave(w0, w2), tl.interleave(w1, w3))
 
 
 @triton.jit
-def words(seed, i, parameter, step):
+def words(draws, i):
     """The words of elements ``i``, wherever they begin."""
-    w0, w1, w2, w3 = philox(seed, i // 4, parameter, step, MARK)
+    w0, w1, w2, w3 = philox(draws, i // 4, MARK)
     late = (i & 2) != 0
     return tl.where((i & 1) != 0, tl.where(late, w3, w1), tl.where(late, w2, w0))
 

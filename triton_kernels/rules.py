@@ -1,8 +1,8 @@
 """The update rules, as torch.optim or their papers have them: for each, the numbers of a step and the direction it takes.
 
 ``coefficients`` and ``direction`` choose among them by the number that csrc/rules.def gives a rule. The numbers of a step are
-made of the group's ``settings`` and of what is passed, scalars in float64: ``lr``, the ``step``'s number from 1, whether
-it is the ``first`` that the state sees, the ``product`` of NAdam's momenta and the ``ratio`` by which a rule trusts its step.
+made of the settings of the row's group and of float64 scalars: ``lr``; ``step``, which counts from 1; ``first``, whether the
+state holds nothing yet; ``mu_product``, of NAdam's momenta; and ``ratio``, by which a rule with a trust ratio scales its step.
 """
 
 from __future__ import annotations
@@ -14,27 +14,6 @@ from . import layout as at
 from .access import read, read_bool
 from .mix import mix_of, mixed
 from .transforms import maximum, power
-
-# State tensors of a rule, by name.
-STATES = {
-    "sgd": 0,
-    "sgd_momentum": 1,
-    "adam": 2,
-    "adam_amsgrad": 3,
-    "adagrad": 1,
-    "rmsprop": 1,
-    "rmsprop_momentum": 2,
-    "rmsprop_centered": 2,
-    "rmsprop_centered_momentum": 3,
-    "nadam": 2,
-    "radam": 2,
-    "lion": 1,
-    "lamb": 2,
-    "lars": 0,
-    "lars_momentum": 1,
-    "adan": 4,
-    "ascend": 1,
-}
 
 
 @triton.jit
@@ -76,9 +55,17 @@ def shrunk(settings, lr, T: tl.constexpr):
 
 
 @triton.jit
-def moments(g, s0, s1, mix, beta2, fresh_sq):
-    """Adam's, moved. In torch's order, which keeps gradients of 1e20 finite."""
-    return mixed(s0, g, mix), s1 * beta2 + g * fresh_sq * g
+def moment_numbers(settings, T: tl.constexpr):
+    """The numbers of Adam's moments, the first of those of a rule that has them."""
+    beta2 = option(settings, at.settings_beta2)
+    mix = mix_of(1.0 - option(settings, at.settings_beta1), T)
+    return mix[0], mix[1], beta2.to(T), (1.0 - beta2).to(T)
+
+
+@triton.jit
+def moments(g, s0, s1, c):
+    """Adam's moments after a step. In torch's order, which keeps gradients of 1e20 finite."""
+    return mixed(s0, g, (c[0], c[1])), s1 * c[2] + g * c[3] * g
 
 
 @triton.jit
@@ -113,10 +100,12 @@ def adam_coefficients(settings, lr, step, T: tl.constexpr):
     beta2 = option(settings, at.settings_beta2)
     correction1 = 1.0 - power(beta1, step)
     correction2 = 1.0 - power(beta2, step)
+    weight, from_end, kept_sq, fresh_sq = moment_numbers(settings, T)
     numbers = (
-        mix_of(1.0 - beta1, T),
-        beta2.to(T),
-        (1.0 - beta2).to(T),
+        weight,
+        from_end,
+        kept_sq,
+        fresh_sq,
         (1.0 / tl.sqrt(correction2)).to(T),
         option(settings, at.settings_eps).to(T),
     )
@@ -126,16 +115,16 @@ def adam_coefficients(settings, lr, step, T: tl.constexpr):
 @triton.jit
 def adam(g, p, s0, s1, s2, s3, c):
     """torch.optim.Adam and AdamW (Kingma & Ba 2015; Loshchilov & Hutter 2019)."""
-    s0, s1 = moments(g, s0, s1, c[0], c[1], c[2])
-    return divide(s0, root(s1) * c[3] + c[4]), s0, s1, s2, s3
+    s0, s1 = moments(g, s0, s1, c)
+    return divide(s0, root(s1) * c[4] + c[5]), s0, s1, s2, s3
 
 
 @triton.jit
 def adam_amsgrad(g, p, s0, s1, s2, s3, c):
     """The same with amsgrad=True (Reddi et al. 2018)."""
-    s0, s1 = moments(g, s0, s1, c[0], c[1], c[2])
+    s0, s1 = moments(g, s0, s1, c)
     s2 = maximum(s2, s1)
-    return divide(s0, root(s2) * c[3] + c[4]), s0, s1, s2, s3
+    return divide(s0, root(s2) * c[4] + c[5]), s0, s1, s2, s3
 
 
 @triton.jit
@@ -156,6 +145,7 @@ def rmsprop_coefficients(settings, lr, T: tl.constexpr):
     alpha = option(settings, at.settings_beta2)
     eps = option(settings, at.settings_eps)
     momentum = option(settings, at.settings_momentum)
+    mix = mix_of(1.0 - alpha, T)
     return (
         tl.full([], 1.0, T),
         lr.to(T),
@@ -164,7 +154,8 @@ def rmsprop_coefficients(settings, lr, T: tl.constexpr):
             (1.0 - alpha).to(T),
             eps.to(T),
             momentum.to(T),
-            mix_of(1.0 - alpha, T),
+            mix[0],
+            mix[1],
         ),
     )
 
@@ -188,7 +179,7 @@ def rmsprop_momentum(g, p, s0, s1, s2, s3, c):
 def deviation(g, square, mean, c):
     """(direction, square, mean) of RMSprop with centered=True (Graves 2013)."""
     square = square * c[0] + g * c[1] * g
-    mean = mixed(mean, g, c[4])
+    mean = mixed(mean, g, (c[4], c[5]))
     # No further than the greatest finite number: where the average square is infinite, what is left of it is as well.
     of_mean = mean * mean
     of_mean = tl.where(of_mean > greatest(g.dtype), greatest(g.dtype), of_mean)
@@ -218,18 +209,27 @@ def warmed_momentum(settings, step):
 
 
 @triton.jit
-def nadam_coefficients(settings, lr, step, product, T: tl.constexpr):
+def next_mu_product(settings, step, mu_product, dtype):
+    """What the product of NAdam's momenta becomes at a step, as the scalar of ``dtype`` that keeps it holds it."""
+    following = mu_product * warmed_momentum(settings, step)
+    return tl.where(dtype == at.DType_float64, following, following.to(tl.float32).to(tl.float64))
+
+
+@triton.jit
+def nadam_coefficients(settings, lr, step, mu_product, T: tl.constexpr):
     beta2 = option(settings, at.settings_beta2)
     mu = warmed_momentum(settings, step)
     following = warmed_momentum(settings, step + 1.0)
+    weight, from_end, kept_sq, fresh_sq = moment_numbers(settings, T)
     numbers = (
-        mix_of(1.0 - option(settings, at.settings_beta1), T),
-        beta2.to(T),
-        (1.0 - beta2).to(T),
+        weight,
+        from_end,
+        kept_sq,
+        fresh_sq,
         (1.0 / (1.0 - power(beta2, step))).to(T),
         option(settings, at.settings_eps).to(T),
-        ((1.0 - mu) / (1.0 - product)).to(T),
-        (following / (1.0 - product * following)).to(T),
+        ((1.0 - mu) / (1.0 - mu_product)).to(T),
+        (following / (1.0 - mu_product * following)).to(T),
     )
     return shrunk(settings, lr, T), lr.to(T), numbers
 
@@ -237,8 +237,8 @@ def nadam_coefficients(settings, lr, step, product, T: tl.constexpr):
 @triton.jit
 def nadam(g, p, s0, s1, s2, s3, c):
     """torch.optim.NAdam (Dozat 2016)."""
-    s0, s1 = moments(g, s0, s1, c[0], c[1], c[2])
-    return divide(g * c[5] + s0 * c[6], root(s1 * c[3]) + c[4]), s0, s1, s2, s3
+    s0, s1 = moments(g, s0, s1, c)
+    return divide(g * c[6] + s0 * c[7], root(s1 * c[4]) + c[5]), s0, s1, s2, s3
 
 
 @triton.jit
@@ -254,10 +254,12 @@ def radam_coefficients(settings, lr, step, T: tl.constexpr):
     above = tl.where(rectified, (length - 4.0) * (length - 2.0) * most * correction2, 1.0)
     below = tl.where(rectified, (most - 4.0) * (most - 2.0) * length, 1.0)
     rate = lr / (1.0 - power(beta1, step)) * tl.sqrt(above / below)
+    weight, from_end, kept_sq, fresh_sq = moment_numbers(settings, T)
     numbers = (
-        mix_of(1.0 - beta1, T),
-        beta2.to(T),
-        (1.0 - beta2).to(T),
+        weight,
+        from_end,
+        kept_sq,
+        fresh_sq,
         option(settings, at.settings_eps).to(T),
         rectified,
     )
@@ -267,8 +269,8 @@ def radam_coefficients(settings, lr, step, T: tl.constexpr):
 @triton.jit
 def radam(g, p, s0, s1, s2, s3, c):
     """torch.optim.RAdam (Liu et al. 2020)."""
-    s0, s1 = moments(g, s0, s1, c[0], c[1], c[2])
-    return divide(s0, tl.where(c[4], root(s1) + c[3], 1.0)), s0, s1, s2, s3
+    s0, s1 = moments(g, s0, s1, c)
+    return divide(s0, tl.where(c[5], root(s1) + c[4], 1.0)), s0, s1, s2, s3
 
 
 @triton.jit
@@ -288,14 +290,25 @@ def lion(g, p, s0, s1, s2, s3, c):
 
 
 @triton.jit
+def trust_ratio(weight_norm, norm, over):
+    """The ratio of a trust ratio's norms (You et al. 2017, 2020); 1 where either says nothing."""
+    ratio = tl.full([], 1.0, tl.float64)
+    if (weight_norm > 0.0) & (norm > 0.0):
+        ratio = weight_norm / over
+    return ratio
+
+
+@triton.jit
 def lamb_coefficients(settings, lr, step, ratio, T: tl.constexpr):
     beta1 = option(settings, at.settings_beta1)
     beta2 = option(settings, at.settings_beta2)
     rate = lr * ratio
+    weight, from_end, kept_sq, fresh_sq = moment_numbers(settings, T)
     numbers = (
-        mix_of(1.0 - beta1, T),
-        beta2.to(T),
-        (1.0 - beta2).to(T),
+        weight,
+        from_end,
+        kept_sq,
+        fresh_sq,
         (1.0 / tl.sqrt(1.0 - power(beta2, step))).to(T),
         option(settings, at.settings_eps).to(T),
         (1.0 / (1.0 - power(beta1, step))).to(T),
@@ -306,8 +319,15 @@ def lamb_coefficients(settings, lr, step, ratio, T: tl.constexpr):
 @triton.jit
 def lamb(g, p, s0, s1, s2, s3, c):
     """LAMB (You et al. 2020)."""
-    s0, s1 = moments(g, s0, s1, c[0], c[1], c[2])
-    return divide(s0 * c[5], root(s1) * c[3] + c[4]), s0, s1, s2, s3
+    s0, s1 = moments(g, s0, s1, c)
+    return divide(s0 * c[6], root(s1) * c[4] + c[5]), s0, s1, s2, s3
+
+
+@triton.jit
+def lars_ratio(settings, weight_norm, norm):
+    """``norm`` is that of the gradient without decay."""
+    over = norm + option(settings, at.settings_weight_decay) * weight_norm + option(settings, at.settings_eps)
+    return trust_ratio(option(settings, at.settings_trust_coefficient) * weight_norm, norm, over)
 
 
 @triton.jit
@@ -385,7 +405,16 @@ def ascend(g, p, s0, s1, s2, s3, c):
 
 
 @triton.jit
-def coefficients(RULE: tl.constexpr, settings, lr, step, first, product, ratio, T: tl.constexpr):
+def ratio_of(RULE: tl.constexpr, settings, weight_norm, norm):
+    """The ratio by which a rule scales its step: by the norm of the gradient it is given, or of its direction."""
+    if (at.rules_trust_gradient >> RULE) & 1:
+        return lars_ratio(settings, weight_norm, norm)
+    else:
+        return trust_ratio(weight_norm, norm, norm)
+
+
+@triton.jit
+def coefficients(RULE: tl.constexpr, settings, lr, step, first, mu_product, ratio, T: tl.constexpr):
     """(shrink, step size, the rule's numbers): p becomes shrink * p - step size * direction."""
     if RULE == at.Rule_sgd:
         return sgd_coefficients(settings, lr, T)
@@ -400,7 +429,7 @@ def coefficients(RULE: tl.constexpr, settings, lr, step, first, product, ratio, 
     ):
         return rmsprop_coefficients(settings, lr, T)
     elif RULE == at.Rule_nadam:
-        return nadam_coefficients(settings, lr, step, product, T)
+        return nadam_coefficients(settings, lr, step, mu_product, T)
     elif RULE == at.Rule_radam:
         return radam_coefficients(settings, lr, step, T)
     elif RULE == at.Rule_lion:

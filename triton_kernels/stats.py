@@ -6,93 +6,84 @@ import triton
 import triton.language as tl
 
 from . import layout as at
-from .access import ANY_WIDE, load, read, read_bool, rows_of, settings_of
+from .access import ANY_WIDE, Operand, load, needs_of, read, read_bool, rows_of, settings_of
 from .chunk import (
     TILES,
+    ChunkTask,
     access_of,
-    centred_at_gradient,
     chunk_at,
     grad_of,
     is_last,
     mean_chunks,
     mean_tiles,
     share,
+    span_at,
     square_tiles,
     squares_around,
     sum_chunks,
     sum_row,
     tile_at,
     tile_of,
-    units_of,
     unscale_of,
+    walk_of,
     write,
 )
 from .rules import reach
-from .weights import kept_of, load_kept, square_kept
+from .weights import load_weights, square_weights, weights_of
 
 
 @triton.jit
-def square_reached(
-    ACCESS: tl.constexpr, RIDERS: tl.constexpr, row, settings, kept, grad, unscale,
-    start, stride, inside, length, WIDTH: tl.constexpr, T: tl.constexpr,
-):  # fmt: skip
+def square_reached(ACCESS: tl.constexpr, NEEDS: tl.constexpr, eta, weights, grad, unscale, span):
     """square_tiles of the gradient times what each weight may move by: adaptive SAM's."""
-    eta = read(settings + at.settings_eta, tl.float64).to(T)
-    total = tl.zeros([inside.shape[0], WIDTH], tl.float64)
-    for k in range(0, length, WIDTH):
-        column = k + tl.arange(0, WIDTH)[None, :]
-        mask = inside & (column < length)
-        g = load(ACCESS, row + at.row_grad, grad, start, stride + column, mask, T)
-        p = load_kept(ACCESS, RIDERS, row, kept, start, stride + column, mask, T)
-        x = tl.where(mask, g * reach(p, eta) * unscale, 0.0).to(tl.float64)
+    T: tl.constexpr = unscale.dtype
+    HEIGHT: tl.constexpr = span.inside.shape[0]
+    WIDTH: tl.constexpr = span.columns.shape[1]
+    total = tl.zeros([HEIGHT, WIDTH], tl.float64)
+    for k in range(0, span.length, WIDTH):
+        tile = tile_at(span, k)
+        g = load(ACCESS, grad, tile, T)
+        p = load_weights(ACCESS, NEEDS, weights, tile, T)
+        x = tl.where(tile.mask, g * reach(p, eta) * unscale, 0.0).to(tl.float64)
         total += x * x
     return tl.sum(total, axis=1)[:, None]
 
 
 @triton.jit
-def measure(
-    job, chunk, index, row, settings, grad, unscale64,
-    KIND: tl.constexpr, SIZE: tl.constexpr, AGC: tl.constexpr, ADAPTIVE: tl.constexpr, RIDERS: tl.constexpr,
-):  # fmt: skip
-    """Fill a chunk's slot."""
+def measure(task, unscale64, KIND: tl.constexpr, NEEDS: tl.constexpr, ADAPTIVE: tl.constexpr, SIZE: tl.constexpr):
+    """Leave a chunk's sums behind."""
     ACCESS: tl.constexpr = KIND // TILES
     TILE: tl.constexpr = KIND - KIND // TILES * TILES
     T: tl.constexpr = tl.float64 if ACCESS == at.DType_float64 or ACCESS == ANY_WIDE else tl.float32
-    ranks, columns = tile_at(ACCESS, TILE, SIZE)
-    HEIGHT: tl.constexpr = ranks.shape[0]
-    WIDTH: tl.constexpr = columns.shape[1]
-    begin, units, length = units_of(ACCESS, TILE, chunk, row)
+    walk = walk_of(ACCESS, TILE, SIZE, task.chunk, task.row)
+    HEIGHT: tl.constexpr = walk.ranks.shape[0]
     unscale = unscale64.to(T)
-    centre = centred_at_gradient(row, settings)
-    kept = kept_of(row, RIDERS)
-    stride = ranks * length
+    centre = (needs_of(task.row) & at.Need_centre_early) != 0
+    description = task.row + at.row_grad
+    grad = Operand(description, task.grad, read(description + at.operand_dtype, tl.int8))
+    weights = weights_of(NEEDS, task.row, task.settings, T)
     squares = tl.zeros([HEIGHT, 1], tl.float64)
     middle = tl.zeros([HEIGHT, 1], tl.float64)
-    weights = tl.zeros([HEIGHT, 1], tl.float64)
-    for unit in range(0, units, HEIGHT):
-        start = begin + unit * length.to(tl.int64)
-        inside = unit + ranks < units
+    weight_squares = tl.zeros([HEIGHT, 1], tl.float64)
+    for unit in range(0, walk.units, HEIGHT):
+        span = span_at(walk, unit)
         if centre:
-            middle = mean_tiles(ACCESS, row + at.row_grad, grad, unscale, start, stride, inside, length, WIDTH, T)
+            middle = mean_tiles(ACCESS, grad, unscale, span)
         mean = middle.to(T)
         adaptive = tl.full([], 0, tl.int1)
         if ADAPTIVE:
-            adaptive = read_bool(settings + at.settings_adaptive)
+            adaptive = read_bool(task.settings + at.settings_adaptive)
         if adaptive:
-            squares += square_reached(
-                ACCESS, RIDERS, row, settings, kept, grad, unscale, start, stride, inside, length, WIDTH, T
-            )
+            eta = read(task.settings + at.settings_eta, tl.float64).to(T)
+            squares += square_reached(ACCESS, NEEDS, eta, weights, grad, unscale, span)
         else:
-            squares += square_tiles(
-                ACCESS, row + at.row_grad, grad, unscale, mean, start, stride, inside, length, WIDTH, T
-            )
-        if AGC:
-            if read_bool(settings + at.settings_agc):
-                weights += square_kept(ACCESS, RIDERS, row, kept, start, stride, inside, length, WIDTH, T)
-    slot = read(job + at.job_sums, tl.int64) + index * at.Sums
+            squares += square_tiles(ACCESS, grad, unscale, mean, span)
+        if at.Need_agc & NEEDS:
+            if read_bool(task.settings + at.settings_agc):
+                weight_squares += square_weights(ACCESS, NEEDS, weights, span, T)
+    slot = read(task.job + at.job_sums, tl.int64) + task.index * at.Sums
     write(slot + at.sums_sum, tl.sum(tl.sum(middle, axis=1), axis=0), tl.float64)  # of the one unit, if it is a piece
     write(slot + at.sums_squares, tl.sum(tl.sum(squares, axis=1), axis=0), tl.float64)
-    write(slot + at.sums_weight_squares, tl.sum(tl.sum(weights, axis=1), axis=0), tl.float64)
+    write(slot + at.sums_weight_squares, tl.sum(tl.sum(weight_squares, axis=1), axis=0), tl.float64)
 
 
 @triton.jit
@@ -136,7 +127,7 @@ def finish_split(job, row, CENTRED: tl.constexpr):
 @triton.jit
 def finish(job, row, number, centre):
     squares = tl.full([], 0.0, tl.float64)
-    if read_bool(row + at.row_split):
+    if (needs_of(row) & at.Need_split) != 0:
         if centre:
             squares = finish_split(job, row, True)
         else:
@@ -149,29 +140,27 @@ def finish(job, row, number, centre):
 @triton.jit
 def stats(
     job, grad_scale, KINDS: tl.constexpr, COUNT: tl.constexpr,
-    AGC: tl.constexpr, ADAPTIVE: tl.constexpr, RIDERS: tl.constexpr, SIZE: tl.constexpr, LAYOUT: tl.constexpr,
+    NEEDS: tl.constexpr, ADAPTIVE: tl.constexpr, SIZE: tl.constexpr, LAYOUT: tl.constexpr,
 ):  # fmt: skip
-    """Fills ``squares`` of every measured row. The arguments are those of ``apply``; ADAPTIVE: a norm is adaptive SAM's."""
+    """Fill ``squares`` of every measured row. The arguments are those of ``apply``; ADAPTIVE: a norm is adaptive SAM's."""
     first, end = share(job)
     unscale = unscale_of(grad_scale)
     for index in range(first, end):
         chunk = chunk_at(job, index)
         number = read(chunk + at.chunk_row, tl.int32)
         row = rows_of(job) + number.to(tl.int64) * at.DeviceRow
-        if read_bool(row + at.row_measured):
-            settings = settings_of(job, row)
-            grad = grad_of(job, number)
-            centre = centred_at_gradient(row, settings)
-            by_units = centre & (read_bool(row + at.row_split) == 0)
-            tile = tl.where(by_units, tile_of(read(row + at.row_unit_length, tl.int64)), 0)
+        needs = needs_of(row)
+        if (needs & at.Need_measured) != 0:
+            task = ChunkTask(job, chunk, index, row, settings_of(job, row), grad_of(job, number))
+            centre = (needs & at.Need_centre_early) != 0
+            tile = tl.where(
+                centre & ((needs & at.Need_split) == 0), tile_of(read(row + at.row_unit_length, tl.int64)), 0
+            )
             # A piece, or a chunk of units that is measured as one.
             tile = tl.where(read(chunk + at.chunk_lanes, tl.int16) == 0, 0, tile)
-            kind = access_of(row, grad, read_bool(chunk + at.chunk_plain)) * TILES + tile
+            kind = access_of(row, task.grad, read_bool(chunk + at.chunk_plain)) * TILES + tile
             for known in tl.static_range(COUNT):
                 if kind == KINDS // 4096**known % 4096:
-                    measure(
-                        job, chunk, index, row, settings, grad, unscale,
-                        KINDS // 4096**known % 4096, SIZE, AGC, ADAPTIVE, RIDERS,
-                    )  # fmt: skip
+                    measure(task, unscale, KINDS // 4096**known % 4096, NEEDS, ADAPTIVE, SIZE)
             if is_last(job, row, number):
                 finish(job, row, number, centre)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
 import triton
 import triton.language as tl
 
 from . import layout as at
-from .access import read
+from .access import read, read_bool
 
 
 @triton.jit
@@ -65,10 +67,38 @@ def centred(g, unscale, mean):
     return g * unscale - mean
 
 
+class Stages(NamedTuple):
+    """The numbers of a row's stages 0 to 6, but for the mean and the factor of each unit."""
+
+    unscale: Any
+    clip_value: Any
+    sigma: Any
+    sign: Any
+    decay: Any
+
+
 @triton.jit
-def transformed(g, z, p, unscale, mean, factor, hi, sigma, sign, decay, NOISE: tl.constexpr):
-    x = clamp(centred(g, unscale, mean) * factor, -hi, hi)
-    if NOISE:
-        x = x + sigma * z
-    x = x * sign
-    return tl.where(decay != 0.0, x + decay * p, x)  # without decay an infinite weight leaves the gradient alone
+def stages_of(NEEDS: tl.constexpr, settings, unscale, taken, T: tl.constexpr):
+    decoupled = read_bool(settings + at.settings_decoupled)
+    sigma = tl.full([], 0.0, T)
+    if at.Need_noise & NEEDS:
+        noise = read(settings + at.settings_noise, tl.float64)
+        sigma = noise_sigma(noise, read(settings + at.settings_noise_decay, tl.float64), taken).to(T)
+    return Stages(
+        unscale.to(T),
+        read(settings + at.settings_clip_value, tl.float64).to(T),
+        sigma,
+        read(settings + at.settings_sign, tl.float64).to(T),
+        tl.where(decoupled, 0.0, read(settings + at.settings_weight_decay, tl.float64)).to(T),
+    )
+
+
+@triton.jit
+def transformed(NEEDS: tl.constexpr, stages, mean, factor, g, z, p):
+    """The gradient as the rule is given it, from what was read, the noise and the weights."""
+    x = clamp(centred(g, stages.unscale, mean) * factor, -stages.clip_value, stages.clip_value)
+    if at.Need_noise & NEEDS:
+        x = x + stages.sigma * z
+    x = x * stages.sign
+    # Without decay an infinite weight leaves the gradient alone.
+    return tl.where(stages.decay != 0.0, x + stages.decay * p, x)

@@ -1,66 +1,56 @@
-"""The weights of a tile: read from where they are kept, and written back in the way that is asked for, with what rides on that.
+"""The weights of a tile: read from where they are kept, written back in the row's precision, and what is written along with them.
 
-RIDERS says what of it a kernel is compiled for. The addresses and dtypes of a row's ``riders`` are looked up before its loops.
+Addresses and dtypes are looked up before a row's loops. Code for what no row of the table needs is left out by NEEDS.
 """
 
 from __future__ import annotations
+
+from typing import Any, NamedTuple
 
 import triton
 import triton.language as tl
 
 from . import layout as at
-from .access import ANY, load, load_mixed, read, read_bool, rounded_as, store, store_mixed
-from .chunk import elements_of, quads_of
+from .access import ANY, load, load_mixed, needs_of, operand_at, operand_if, read, rounded_as, store, store_mixed
+from .chunk import elements_of, quads_of, tile_at
 from .mix import mix_of, mixed
 from .rounding import rounded_randomly, words, words_of_quads
 
-# Bits of RIDERS: some row has its weights elsewhere, a remainder, random rounding, a copy in float32 or an average, or leaves its
-# gradient at zero. A constant stands left of an operator, where the interpreter needs it.
-SOURCE = tl.constexpr(1)
-KAHAN = tl.constexpr(2)
-STOCHASTIC = tl.constexpr(4)
-MASTER = tl.constexpr(8)
-EMA = tl.constexpr(16)
-ZERO = tl.constexpr(32)
-BITS = {"source": 1, "kahan": 2, "stochastic": 4, "master": 8, "ema": 16, "zero": 32}
+
+class Weights(NamedTuple):
+    """The operands of a row's weights, and what becomes of them.
+
+    ``source`` is where they are read: the parameter, or what SAM put aside. ``mix`` is how the average takes new weights.
+    """
+
+    param: Any
+    source: Any
+    master: Any
+    kahan_comp: Any
+    ema: Any
+    mix: Any
+    needs: Any
 
 
 @triton.jit
-def data_of(row, FIELD: tl.constexpr, WANTED: tl.constexpr):
-    """The address of an operand that a row may have, or 0."""
-    if WANTED:
-        return read(row + (FIELD + at.operand_data), tl.int64)
-    else:
-        return tl.full([], 0, tl.int64)
+def weights_of(NEEDS: tl.constexpr, row, settings, T: tl.constexpr):
+    needs = needs_of(row)
+    source = row + at.row_param
+    if at.Need_source & NEEDS:
+        source = tl.where((needs & at.Need_source) != 0, row + at.row_source, source)
+    return Weights(
+        operand_at(row + at.row_param),
+        operand_at(source),
+        operand_if((at.Need_copy | at.Need_master) & NEEDS, row + at.row_master),
+        operand_if(at.Need_kahan & NEEDS, row + at.row_kahan_comp),
+        operand_if(at.Need_ema & NEEDS, row + at.row_ema),
+        mix_of(1.0 - read(settings + at.settings_ema, tl.float64), T),
+        needs,
+    )
 
 
 @triton.jit
-def kept_of(row, RIDERS: tl.constexpr):
-    """What load_kept is to know of a row: operand and address of the weights; address and dtype of their copy and remainder."""
-    operand = row + at.row_param
-    if SOURCE & RIDERS:
-        has_source = data_of(row, at.row_source, True) != 0
-        operand = tl.where(has_source, row + at.row_source, operand)
-    copy = data_of(row, at.row_master, MASTER & RIDERS)
-    copy_dtype = read(row + (at.row_master + at.operand_dtype), tl.int8)
-    rest = data_of(row, at.row_kahan_comp, KAHAN & RIDERS)
-    rest_dtype = read(row + (at.row_kahan_comp + at.operand_dtype), tl.int8)
-    return operand, read(operand + at.operand_data, tl.int64), copy, copy_dtype, rest, rest_dtype
-
-
-@triton.jit
-def riders_of(row, settings, RIDERS: tl.constexpr, T: tl.constexpr):
-    """What store_weights is to know of a row besides."""
-    rounding = read(row + at.row_precision, tl.int8)
-    average = data_of(row, at.row_ema, EMA & RIDERS)
-    average_dtype = read(row + (at.row_ema + at.operand_dtype), tl.int8)
-    mix = mix_of(1.0 - read(settings + at.settings_ema, tl.float64), T)
-    zeroes = read_bool(settings + at.settings_zero_grad_in_step)
-    return rounding, average, average_dtype, mix, zeroes
-
-
-@triton.jit
-def held(ACCESS: tl.constexpr, row, x):
+def held(ACCESS: tl.constexpr, param, x):
     """``x`` as the 16-bit parameter will hold it."""
     if ACCESS == at.DType_bfloat16:
         return rounded_as(tl.bfloat16, x)
@@ -68,7 +58,7 @@ def held(ACCESS: tl.constexpr, row, x):
         return rounded_as(tl.float16, x)
     else:
         y = x
-        if read(row + (at.row_param + at.operand_dtype), tl.int8) == at.DType_bfloat16:
+        if param.dtype == at.DType_bfloat16:
             y = rounded_as(tl.bfloat16, x)
         else:
             y = rounded_as(tl.float16, x)
@@ -76,68 +66,61 @@ def held(ACCESS: tl.constexpr, row, x):
 
 
 @triton.jit
-def half_unit(ACCESS: tl.constexpr, row):
+def half_unit(ACCESS: tl.constexpr, param):
     """Half a unit in the last place of a weight of 1."""
     if ACCESS == at.DType_bfloat16:
         return 0.00390625  # 2^-8
     elif ACCESS == at.DType_float16:
         return 0.00048828125  # 2^-11
     else:
-        is_bfloat16 = read(row + (at.row_param + at.operand_dtype), tl.int8) == at.DType_bfloat16
-        return tl.where(is_bfloat16, 0.00390625, 0.00048828125)
+        return tl.where(param.dtype == at.DType_bfloat16, 0.00390625, 0.00048828125)
 
 
 @triton.jit
-def believed_rest(rest, weight, half):
+def believed_comp(comp, weight, half):
     """As in csrc/math/believed.h: what rounding took off, where it is within half a unit in the last place of the weight."""
     power = (weight.to(tl.uint32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)
-    return tl.where((tl.abs(rest) <= power * half) & (tl.abs(rest) < float("inf")), rest, 0.0)
+    return tl.where((tl.abs(comp) <= power * half) & (tl.abs(comp) < float("inf")), comp, 0.0)
 
 
 @triton.jit
-def load_kept(ACCESS: tl.constexpr, RIDERS: tl.constexpr, row, kept, start, local, mask, T: tl.constexpr):
+def load_weights(ACCESS: tl.constexpr, NEEDS: tl.constexpr, weights, tile, T: tl.constexpr):
     """The weights before the step, in all the digits that are kept and belong to them."""
-    operand, data, copy, copy_dtype, rest, rest_dtype = kept
     SHORT: tl.constexpr = (ACCESS == at.DType_float16 or ACCESS == at.DType_bfloat16) or ACCESS == ANY
-    p = load(ACCESS, operand, data, start, local, mask, T)
-    if SHORT and MASTER & RIDERS:
-        if copy != 0:
-            finer = load_mixed(ACCESS, True, row + at.row_master, copy, copy_dtype, start, local, mask, T)
-            p = tl.where(held(ACCESS, row, finer) == p, finer, p)
-    if SHORT and KAHAN & RIDERS:
-        if rest != 0:
-            taken_off = load_mixed(ACCESS, True, row + at.row_kahan_comp, rest, rest_dtype, start, local, mask, T)
-            p += believed_rest(taken_off, p, half_unit(ACCESS, row))
+    p = load(ACCESS, weights.source, tile, T)
+    if SHORT and at.Need_copy & NEEDS:
+        if (weights.needs & at.Need_copy) != 0:
+            finer = load_mixed(ACCESS, weights.master, tile, T)
+            p = tl.where(held(ACCESS, weights.param, finer) == p, finer, p)
+    if SHORT and at.Need_kahan & NEEDS:
+        if (weights.needs & at.Need_kahan) != 0:
+            comp = load_mixed(ACCESS, weights.kahan_comp, tile, T)
+            p += believed_comp(comp, p, half_unit(ACCESS, weights.param))
     return p
 
 
 @triton.jit
-def square_kept(
-    ACCESS: tl.constexpr, RIDERS: tl.constexpr, row, kept, start, stride, inside, length,
-    WIDTH: tl.constexpr, T: tl.constexpr,
-):  # fmt: skip
+def square_weights(ACCESS: tl.constexpr, NEEDS: tl.constexpr, weights, span, T: tl.constexpr):
     """Each unit's sum of squares of the weights, (units, 1) in float64."""
-    total = tl.zeros([inside.shape[0], WIDTH], tl.float64)
-    for k in range(0, length, WIDTH):
-        column = k + tl.arange(0, WIDTH)[None, :]
-        mask = inside & (column < length)
-        x = tl.where(mask, load_kept(ACCESS, RIDERS, row, kept, start, stride + column, mask, T), 0.0).to(tl.float64)
+    HEIGHT: tl.constexpr = span.inside.shape[0]
+    WIDTH: tl.constexpr = span.columns.shape[1]
+    total = tl.zeros([HEIGHT, WIDTH], tl.float64)
+    for k in range(0, span.length, WIDTH):
+        tile = tile_at(span, k)
+        x = tl.where(tile.mask, load_weights(ACCESS, NEEDS, weights, tile, T), 0.0).to(tl.float64)
         total += x * x
     return tl.sum(total, axis=1)[:, None]
 
 
 @triton.jit
-def rounded(
-    ACCESS: tl.constexpr, row, x, seed, parameter, step, start, length, k, HEIGHT: tl.constexpr, WIDTH: tl.constexpr
-):
+def rounded(ACCESS: tl.constexpr, param, x, draws, tile):
     """``x`` as one of its two neighbours in the parameter's 16-bit dtype, the nearer the likelier."""
     if ACCESS < ANY:
-        word = words_of_quads(seed, quads_of(start, length, k, HEIGHT, WIDTH), parameter, step)
-        return rounded_randomly(ACCESS, x, word)
+        return rounded_randomly(ACCESS, x, words_of_quads(draws, quads_of(tile)))
     else:
-        word = words(seed, elements_of(start, length, k, HEIGHT, WIDTH), parameter, step)
+        word = words(draws, elements_of(tile))
         y = x
-        if read(row + (at.row_param + at.operand_dtype), tl.int8) == at.DType_bfloat16:
+        if param.dtype == at.DType_bfloat16:
             y = rounded_randomly(at.DType_bfloat16, x, word)
         else:
             y = rounded_randomly(at.DType_float16, x, word)
@@ -145,29 +128,23 @@ def rounded(
 
 
 @triton.jit
-def store_weights(
-    ACCESS: tl.constexpr, RIDERS: tl.constexpr, row, param, grad, kept, riders, p, seed, parameter, step,
-    start, length, k, local, mask, HEIGHT: tl.constexpr, WIDTH: tl.constexpr, T: tl.constexpr,
-):  # fmt: skip
-    """Takes the step's weights ``p`` to where they are kept."""
-    rounding, average, average_dtype, mix, zeroes = riders
+def store_weights(ACCESS: tl.constexpr, NEEDS: tl.constexpr, weights, grad, draws, tile, p):
+    """Write the new weights ``p``, and what is kept along with them; leave the gradient at zero where that is asked for."""
     SHORT: tl.constexpr = (ACCESS == at.DType_float16 or ACCESS == at.DType_bfloat16) or ACCESS == ANY
-    if EMA & RIDERS:
-        if average != 0:
-            e = load_mixed(ACCESS, True, row + at.row_ema, average, average_dtype, start, local, mask, T)
-            e = mixed(e, p, mix)
-            store_mixed(ACCESS, row + at.row_ema, average, average_dtype, start, local, e, mask)
-    if SHORT and MASTER & RIDERS:
-        if rounding == at.Precision_master:
-            store_mixed(ACCESS, row + at.row_master, kept[2], kept[3], start, local, p, mask)
-    if SHORT and STOCHASTIC & RIDERS:
-        if rounding == at.Precision_stochastic:
-            p = rounded(ACCESS, row, p, seed, parameter, step, start, length, k, HEIGHT, WIDTH)
-    store(ACCESS, row + at.row_param, param, start, local, p, mask)
-    if SHORT and KAHAN & RIDERS:
-        if rounding == at.Precision_kahan:
-            taken_off = p - held(ACCESS, row, p)
-            store_mixed(ACCESS, row + at.row_kahan_comp, kept[4], kept[5], start, local, taken_off, mask)
-    if ZERO & RIDERS:
-        if zeroes:
-            store(ACCESS, row + at.row_grad, grad, start, local, tl.zeros_like(p), mask)
+    if at.Need_ema & NEEDS:
+        if (weights.needs & at.Need_ema) != 0:
+            average = mixed(load_mixed(ACCESS, weights.ema, tile, p.dtype), p, weights.mix)
+            store_mixed(ACCESS, weights.ema, tile, average)
+    if SHORT and at.Need_master & NEEDS:
+        if (weights.needs & at.Need_master) != 0:
+            store_mixed(ACCESS, weights.master, tile, p)
+    if SHORT and at.Need_stochastic & NEEDS:
+        if (weights.needs & at.Need_stochastic) != 0:
+            p = rounded(ACCESS, weights.param, p, draws, tile)
+    store(ACCESS, weights.param, tile, p)
+    if SHORT and at.Need_kahan & NEEDS:
+        if (weights.needs & at.Need_kahan) != 0:
+            store_mixed(ACCESS, weights.kahan_comp, tile, p - held(ACCESS, weights.param, p))
+    if at.Need_zero_grad_in_step & NEEDS:
+        if (weights.needs & at.Need_zero_grad_in_step) != 0:
+            store(ACCESS, grad, tile, tl.zeros_like(p))

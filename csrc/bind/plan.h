@@ -27,6 +27,12 @@ template <class P> void define_plan(py::class_<P, Rows>& of) {
           py::arg("to"), py::arg("base"), py::arg("squares"), py::arg("skipped"))
       .def("reconfigured", &P::reconfigured)
       .def("needs", &P::needs)
+      .def("phases",
+           [](P& p) {
+             std::vector<int> numbers;
+             for (const Phase phase : p.phases()) numbers.push_back(int(phase));
+             return numbers;
+           })
       .def("needs_stats", &P::needs_stats)
       .def("chunks", &P::chunks);
 }

@@ -84,9 +84,6 @@ PYBIND11_MODULE(_cpu, m) {
            })
       .def("count_taken", [](device::DevicePlan& p) { p.count_taken(); })
       .def("forget_patches", &device::DevicePlan::forget_patches)
-      .def("rehearses", &device::DevicePlan::rehearses)
-      .def("weighs_first", &device::DevicePlan::weighs_first)
-      .def("weighs", &device::DevicePlan::weighs)
       .def("variants", &device::DevicePlan::variants, py::arg("longest"));
   m.attr("LAYOUT") = bind::layout();
 }

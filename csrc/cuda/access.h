@@ -16,14 +16,14 @@ using math::Half;
 
 // What one access brings: it stays as it is stored, 4 registers of 16 bytes, until an element is computed with.
 template <class S> struct alignas(16) Vector {
-  S at[16 / sizeof(S)];
+  S item[16 / sizeof(S)];
 };
 template <class T> struct One {
-  T at[1];
+  T item[1];
 };
 // The same as words: what is loaded in some branch and used behind it would be split into 16-bit halves at once, and waited for.
 struct alignas(16) Words {
-  uint32_t at[4];
+  uint32_t item[4];
 };
 
 // Tells the compiler that an address found in a table is one of device memory: LDG in place of generic loads.
@@ -74,21 +74,21 @@ template <class S, class T> struct Plain {
   static __device__ __forceinline__ Raw raw(const Pack& v) { return math::bits<Raw>(v); }
   static __device__ __forceinline__ Pack pack(const Raw& v) { return math::bits<Pack>(v); }
   static __device__ __forceinline__ T get(const Raw& v, int k) {
-    if constexpr (sizeof(S) == 2) return T(math::widen(S{uint16_t(v.at[k / 2] >> (16 * (k % 2)))}));
-    if constexpr (sizeof(S) == 4) return math::bits<S>(v.at[k]);
-    if constexpr (sizeof(S) == 8) return math::bits<S>(uint64_t{v.at[(2 * k) % 4]} | uint64_t{v.at[(2 * k + 1) % 4]} << 32);
+    if constexpr (sizeof(S) == 2) return T(math::widen(S{uint16_t(v.item[k / 2] >> (16 * (k % 2)))}));
+    if constexpr (sizeof(S) == 4) return math::bits<S>(v.item[k]);
+    if constexpr (sizeof(S) == 8) return math::bits<S>(uint64_t{v.item[(2 * k) % 4]} | uint64_t{v.item[(2 * k + 1) % 4]} << 32);
   }
   static __device__ __forceinline__ void set(Raw& v, int k, T x) {
     S stored;
     math::put(x, stored);
     if constexpr (sizeof(S) == 2) {
       const uint32_t half = stored.bits;
-      v.at[k / 2] = k % 2 ? (v.at[k / 2] & 0xFFFFu) | half << 16 : (v.at[k / 2] & 0xFFFF0000u) | half;
+      v.item[k / 2] = k % 2 ? (v.item[k / 2] & 0xFFFFu) | half << 16 : (v.item[k / 2] & 0xFFFF0000u) | half;
     }
-    if constexpr (sizeof(S) == 4) v.at[k] = math::bits<uint32_t>(stored);
+    if constexpr (sizeof(S) == 4) v.item[k] = math::bits<uint32_t>(stored);
     if constexpr (sizeof(S) == 8) {
-      v.at[(2 * k) % 4] = uint32_t(math::bits<uint64_t>(stored));
-      v.at[(2 * k + 1) % 4] = uint32_t(math::bits<uint64_t>(stored) >> 32);
+      v.item[(2 * k) % 4] = uint32_t(math::bits<uint64_t>(stored));
+      v.item[(2 * k + 1) % 4] = uint32_t(math::bits<uint64_t>(stored) >> 32);
     }
   }
 
@@ -108,9 +108,9 @@ template <class S, class T> struct Plain {
   static __device__ __forceinline__ RiderRaw load_rider(const Rider& x, int i) {
     RiderRaw v{};
     if constexpr (may_widen) {
-      const char* const at = x.data + int64_t(i) * (x.wide ? 4 : 2);
-      v.part[0] = math::bits<Words>(load_16_bytes(at));
-      if (x.wide) v.part[1] = math::bits<Words>(load_16_bytes(at + 16));
+      const char* const from = x.data + int64_t(i) * (x.wide ? 4 : 2);
+      v.part[0] = math::bits<Words>(load_16_bytes(from));
+      if (x.wide) v.part[1] = math::bits<Words>(load_16_bytes(from + 16));
     } else {
       v.part[0] = math::bits<Words>(load_16_bytes(x.data + int64_t(i) * int64_t(sizeof(S))));
     }
@@ -120,7 +120,7 @@ template <class S, class T> struct Plain {
     if constexpr (may_widen) {
       if (x.wide) {
 #pragma unroll
-        for (int k = 0; k < width; ++k) to[k] = math::bits<float>(v.part[k / 4].at[k % 4]);
+        for (int k = 0; k < width; ++k) to[k] = math::bits<float>(v.part[k / 4].item[k % 4]);
         return;
       }
     }
@@ -134,7 +134,7 @@ template <class S, class T> struct Plain {
 #pragma unroll
         for (int n = 0; n < 2; ++n) {
 #pragma unroll
-          for (int k = 0; k < 4; ++k) v.at[k] = math::bits<uint32_t>(from[4 * n + k]);
+          for (int k = 0; k < 4; ++k) v.item[k] = math::bits<uint32_t>(from[4 * n + k]);
           store_16_bytes(x.data + int64_t(i) * 4 + 16 * n, math::bits<uint4>(v));
         }
         return;
@@ -181,14 +181,14 @@ template <class T> struct Any {
 
   static __device__ __forceinline__ int64_t place(const Operand& x, int64_t i) {
     if (x.dims == 0) return i;
-    int64_t at = 0;
+    int64_t offset = 0;
 #pragma unroll 1
     for (int d = x.dims - 1; d >= 0; --d) {
       const int64_t size = global(x.sizes)[d];
-      at += i % size * global(x.strides)[d];
+      offset += i % size * global(x.strides)[d];
       i /= size;
     }
-    return at;
+    return offset;
   }
   template <class S> static __device__ __forceinline__ S& element(const Handle& x, int i) {
     return global(reinterpret_cast<S*>(x.data))[place(*x.shape, x.begin + i)];
@@ -203,10 +203,10 @@ template <class T> struct Any {
   }
   static __device__ __forceinline__ void store(const Handle& x, int i, const Pack& v) {
     switch (x.shape->dtype) {
-      case DType::float32: return math::put(v.at[0], element<float>(x, i));
-      case DType::float64: return math::put(v.at[0], element<double>(x, i));
-      case DType::float16: return math::put(v.at[0], element<Half>(x, i));
-      default: return math::put(v.at[0], element<BFloat16>(x, i));
+      case DType::float32: return math::put(v.item[0], element<float>(x, i));
+      case DType::float64: return math::put(v.item[0], element<double>(x, i));
+      case DType::float16: return math::put(v.item[0], element<Half>(x, i));
+      default: return math::put(v.item[0], element<BFloat16>(x, i));
     }
   }
 
@@ -215,15 +215,15 @@ template <class T> struct Any {
   static __device__ __forceinline__ void store_raw(const Handle& x, int i, const Raw& v) { store(x, i, v); }
   static __device__ __forceinline__ Raw raw(const Pack& v) { return v; }
   static __device__ __forceinline__ Pack pack(const Raw& v) { return v; }
-  static __device__ __forceinline__ T get(const Raw& v, int) { return v.at[0]; }
-  static __device__ __forceinline__ void set(Raw& v, int, T x) { v.at[0] = x; }
+  static __device__ __forceinline__ T get(const Raw& v, int) { return v.item[0]; }
+  static __device__ __forceinline__ void set(Raw& v, int, T x) { v.item[0] = x; }
   static __device__ __forceinline__ Raw stored(const Handle& x, int i, const Raw&) { return load(x, i); }
 
   using Rider = Handle;
   using RiderRaw = Raw;
   static __device__ __forceinline__ Rider rider(const Operand& x, int64_t begin) { return {&x, x.data, begin}; }
   static __device__ __forceinline__ RiderRaw load_rider(const Rider& x, int i) { return load(x, i); }
-  static __device__ __forceinline__ void widen(const Rider&, const RiderRaw& v, T* to) { to[0] = v.at[0]; }
+  static __device__ __forceinline__ void widen(const Rider&, const RiderRaw& v, T* to) { to[0] = v.item[0]; }
   static __device__ __forceinline__ void store_rider(const Rider& x, int i, const T* from) { store(x, i, {from[0]}); }
 
   static __device__ __forceinline__ T rounded(const Handle& x, T v) {

@@ -36,11 +36,8 @@ void Table::apply(int device, void* stream, const float* grad_scale, const float
   upload(device, stream);
   job_.grad_scale = grad_scale;
   job_.found_inf = found_inf;
-  const Launch launch = launcher(rows_[0].rule, full());
-  if (job_.any_weighed_first) launch(job_, Doing::weigh_first, device, stream);
-  if (job_.any_rehearsed) launch(job_, Doing::rehearsal, device, stream);
-  if (job_.any_weighed) launch(job_, Doing::weigh, device, stream);
-  launch(job_, Doing::step, device, stream);
+  const Launch launch = launcher(rows_[0].rule, needs() & Need::full);
+  for (const Phase phase : phases()) launch(job_, phase, device, stream);
 }
 
 }  // namespace gradfused::cuda

@@ -40,55 +40,56 @@ constexpr int most_states() {
 // A rule that a body is compiled for alone.
 template <class R> struct OneRule {
   static constexpr int states = R::states;
-  const Now& now;  // in shared memory: fewer registers
+  const BlockRow& block;  // in shared memory: fewer registers
 
-  __device__ OneRule(const Now& row, Rule) : now(row) {}
+  __device__ OneRule(const BlockRow& row, Rule) : block(row) {}
   __device__ __forceinline__ bool reads(int) const { return R::reads_state; }
   __device__ __forceinline__ bool writes(int) const { return true; }
 
   // x <- the direction the rule takes at one element.
   template <class T> __device__ __forceinline__ void direct(T& x, T weight, T* state) const {
-    x = R::direction(x, weight, state, *reinterpret_cast<const typename R::template Coef<T>*>(now.coef));
+    x = R::direction(x, weight, state, *reinterpret_cast<const typename R::template Coef<T>*>(block.coef));
   }
 };
 
 template <class T> struct DirectOne {
-  const Now& now;
+  const BlockRow& block;
   T &x, weight, *state;
-  template <class R> __device__ __forceinline__ void operator()(R) const { OneRule<R>(now, Rule()).direct(x, weight, state); }
+  template <class R> __device__ __forceinline__ void operator()(R) const { OneRule<R>(block, Rule()).direct(x, weight, state); }
 };
 
 // Any rule of the family, told apart where it runs: one body in place of one a rule.
 struct AnyRule {
   static constexpr int states = most_states();
-  const Now& now;
+  const BlockRow& block;
   const Rule rule;
 
-  __device__ AnyRule(const Now& row, Rule which) : now(row), rule(which) {}
-  __device__ __forceinline__ bool reads(int n) const { return now.todo & (kReads << n); }
-  __device__ __forceinline__ bool writes(int n) const { return now.todo & (kWrites << n); }
+  __device__ AnyRule(const BlockRow& row, Rule which) : block(row), rule(which) {}
+  __device__ __forceinline__ bool reads(int n) const { return block.todo & (kReads << n); }
+  __device__ __forceinline__ bool writes(int n) const { return block.todo & (kWrites << n); }
 
   template <class T> __device__ __forceinline__ void direct(T& x, T weight, T* state) const {
-    with_rule(rule, DirectOne<T>{now, x, weight, state});
+    with_rule(rule, DirectOne<T>{block, x, weight, state});
   }
 };
 
-// Writes the rule's numbers for a row to now.coef, and what is in the numbers of all rules beside them.
+// Writes the rule's numbers for a row to block.coef, and what is in the numbers of all rules beside them.
 template <class T>
-__device__ void set_coef(Now& now, const Row& row, const Settings& settings, const Count& count, const DeviceRow* trusted) {
+__device__ void set_coef(BlockRow& block, const Row& row, const Settings& settings, const Count& count, const DeviceRow* trusted) {
   with_rule(row.rule, [&](auto rule) {
     using R = decltype(rule);
     using C = typename R::template Coef<T>;
-    static_assert(sizeof(C) <= sizeof(now.coef), "room for the coefficients");
+    static_assert(sizeof(C) <= sizeof(block.coef), "room for the coefficients");
     C c = R::template coef<T>(settings, count);
     if constexpr (R::trust != math::Trust::none) {
       if (trusted) R::template trusted<T>(c, settings, trusted->weight_norm, trusted->norm);
     }
-    *reinterpret_cast<C*>(now.coef) = c;
-    static_assert(sizeof(Move<T>) <= sizeof(now.move), "room for the numbers of all rules");
-    *reinterpret_cast<Move<T>*>(now.move) = {c.shrink, c.step, math::Mix<T>::of(1.0 - settings.ema), T(settings.weight_decay)};
-    now.todo |= (R::reads_state ? (1u << R::states) - 1 : 0) * kReads | ((1u << R::states) - 1) * kWrites;
-    if (R::trust == math::Trust::update) now.todo |= kTrustsUpdate;
+    *reinterpret_cast<C*>(block.coef) = c;
+    static_assert(sizeof(Move<T>) <= sizeof(block.move), "room for the numbers of all rules");
+    *reinterpret_cast<Move<T>*>(block.move) = {c.shrink, c.step, math::Mix<T>::of(1.0 - settings.ema), T(settings.weight_decay)};
+    constexpr uint32_t states = (1u << R::states) - 1;
+    block.todo |= (R::reads_state ? states : 0) * kReads | states * kWrites;
+    if (R::trust == math::Trust::update) block.todo |= kTrustsUpdate;
   });
 }
 

@@ -6,27 +6,13 @@
 namespace gradfused::cuda {
 namespace {
 
-__device__ bool is_rehearsed(const Job& job, const DeviceRow& r) {
-  return r.split && r.row.centre && job.settings[r.row.group].settings.centralize_at != Centre::gradient;
-}
-
-// Whether a launch has anything to do with a row.
-__device__ bool concerns(const Job& job, const DeviceRow& r, Doing doing) {
-  switch (doing) {
-    case Doing::weigh_first: return r.weighed_first;
-    case Doing::rehearsal: return is_rehearsed(job, r);
-    case Doing::weigh: return r.weighed;
-    default: return true;
-  }
-}
-
-// The step was taken: counts go on.
+// The step was taken: the counts of the rows go up by one.
 __device__ void finish_step(const Job& job) {
   for (int i = int(threadIdx.x) / kLanes; i < job.row_count; i += kWarps) {
     DeviceRow& r = job.rows[i];
     Row& row = r.row;
     const Settings& settings = job.settings[row.group].settings;
-    if (settings.norm_scope == NormScope::unit && !r.measured) {
+    if ((r.needs & Need::unit_norms) && !(r.needs & Need::measured)) {
       const double squares = sum_chunks(r.chunk0, r.chunk1, [&](int c) { return job.sums[c].squares; });
       if (threadIdx.x % kLanes == 0) job.squares[i] = squares;
     }
@@ -38,11 +24,11 @@ __device__ void finish_step(const Job& job) {
   }
 }
 
-// The rehearsed means.
-__device__ void finish_rehearsal(const Job& job) {
+// The means of what is centred late.
+__device__ void finish_late_means(const Job& job) {
   for (int i = int(threadIdx.x) / kLanes; i < job.row_count; i += kWarps) {
     const DeviceRow& r = job.rows[i];
-    if (!is_rehearsed(job, r) || !r.row.numel) continue;
+    if (!(r.needs & Need::late_means) || !r.row.numel) continue;
     const int64_t units = r.row.numel / r.row.unit_length;
     const int pieces = int((r.row.unit_length + kChunk - 1) / kChunk);
     double mean = 0;
@@ -56,10 +42,10 @@ __device__ void finish_rehearsal(const Job& job) {
 }
 
 // The norms of a trust ratio.
-__device__ void finish_weighing(const Job& job, Doing doing) {
+__device__ void finish_trust(const Job& job, Phase phase) {
   for (int i = int(threadIdx.x) / kLanes; i < job.row_count; i += kWarps) {
     DeviceRow& r = job.rows[i];
-    if (!concerns(job, r, doing)) continue;
+    if (!takes_part(r, phase)) continue;
     const double squares = sum_chunks(r.chunk0, r.chunk1, [&](int c) { return job.sums[c].sum; });
     const double weights = sum_chunks(r.chunk0, r.chunk1, [&](int c) { return job.sums[c].weight_squares; });
     if (threadIdx.x % kLanes) continue;
@@ -68,11 +54,11 @@ __device__ void finish_weighing(const Job& job, Doing doing) {
   }
 }
 
-__device__ void finish(const Job& job, Doing doing) {
-  switch (doing) {
-    case Doing::step: return finish_step(job);
-    case Doing::rehearsal: return finish_rehearsal(job);
-    default: return finish_weighing(job, doing);
+__device__ void finish(const Job& job, Phase phase) {
+  switch (phase) {
+    case Phase::step: return finish_step(job);
+    case Phase::late_means: return finish_late_means(job);
+    default: return finish_trust(job, phase);
   }
 }
 

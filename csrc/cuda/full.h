@@ -16,12 +16,12 @@ template <class A> struct States {
 // x <- the directions the rule takes: told apart once a pack.
 template <class A> struct DirectPack {
   using T = typename A::Compute;
-  const Now& now;
+  const BlockRow& block;
   T *x, *weights;
   States<A>& s;
 
   template <class R> __device__ __forceinline__ void operator()(R) const {
-    const OneRule<R> rule(now, Rule());
+    const OneRule<R> rule(block, Rule());
 #pragma unroll
     for (int k = 0; k < A::width; ++k) {
       T one[kMaxStates];
@@ -38,31 +38,31 @@ template <class A> class FullStepper {
   using T = typename A::Compute;
   static constexpr int width = A::width, states = AnyRule::states;
   struct Held {
-    T at[width];
+    T item[width];
   };
 
  public:
-  __device__ __forceinline__ explicit FullStepper(const Place& at)
-      : at_(at),
-        row_(at.r.row),
-        h_(at.job.settings[at.r.row.group].settings),
-        rule_(at.r.row.rule),
-        t_(*reinterpret_cast<const math::Transform<T>*>(at.now.transform)),
-        move_(*reinterpret_cast<const Move<T>*>(at.now.move)),
-        weights_(at.now),
-        g_(at.r.row.grad, at.job.grads[at.c.row], at.c.lanes ? int(at.c.lanes) : kThreads, at.tile, at.now.unscale) {}
+  __device__ __forceinline__ explicit FullStepper(const ChunkTask& task)
+      : task_(task),
+        row_(task.r.row),
+        settings_(task.job.settings[task.r.row.group].settings),
+        rule_(task.r.row.rule),
+        t_(*reinterpret_cast<const math::Transform<T>*>(task.block.transform)),
+        move_(*reinterpret_cast<const Move<T>*>(task.block.move)),
+        weights_(task.block),
+        g_(task.r.row.grad, task.job.grads[task.c.row], task.c.lanes ? int(task.c.lanes) : kThreads, task.tile, task.block.unscale) {}
 
   __device__ __forceinline__ void run() {
-    const Chunk& c = at_.c;
+    const Chunk& c = task_.c;
     const int length = c.lanes ? int(row_.unit_length) : c.count, units = c.count / length, groups = kThreads / g_.lanes;
 #pragma unroll 1
     for (int first = 0; first < units; first += groups) {
       const int unit = first + int(threadIdx.x) / g_.lanes;
       open(c.begin + int64_t(unit) * length, unit < units ? length : 0);
-      const Unit* known = at_.r.split && g_.count ? &at_.job.units[at_.r.unit0 + weights_.begin / row_.unit_length] : nullptr;
+      const Unit* known = needs(Need::split) && g_.count ? &task_.job.units[task_.r.unit0 + weights_.begin / row_.unit_length] : nullptr;
       const double squares = measure(known);
       walk_unit(known);
-      if (at_.doing == Doing::step && g_.lane == 0) total_ += squares;
+      if (task_.phase == Phase::step && g_.lane == 0) total_ += squares;
     }
     leave_sums();
   }
@@ -75,42 +75,42 @@ template <class A> class FullStepper {
     for (int n = 0; n < states; ++n) state_[n] = A::handle(row_.state[n], row_.state[n].data, begin);
   }
 
-  __device__ __forceinline__ bool by_unit() const { return h_.norm_scope == NormScope::unit; }
-  __device__ __forceinline__ bool late() const { return row_.centre && h_.centralize_at != Centre::gradient; }
+  __device__ __forceinline__ bool needs(Needs any_of) const { return task_.r.needs & any_of; }
 
   // Sets the unit's mean and factor. Returns its sum of squares if norms are by unit.
   __device__ __forceinline__ double measure(const Unit* known) {
-    if (row_.centre && !late()) {
-      if (at_.r.split) {
+    if (needs(Need::centre_early)) {
+      if (needs(Need::split)) {
         mean_ = known ? T(known->mean) : T(0);
       } else {
         mean_ = T(g_.mean(double(row_.unit_length)));
       }
     }
-    if (!by_unit()) {
+    if (!needs(Need::unit_norms)) {
       factor_ = t_.factor;
       return 0;
     }
     double squares, weights = 0;
-    if (at_.r.split && row_.unit_length > kBlockUnit) {
+    if (needs(Need::long_units)) {
       squares = known ? known->squares : 0;
       weights = known ? known->weight_squares : 0;
     } else {
       squares = sum_group(g_.own_squares(mean_), g_.lanes);
-      if (h_.agc) weights = sum_group(g_.own_squares_of(static_cast<const Kept<A>&>(weights_), at_.now.todo), g_.lanes);
+      if (settings_.agc) weights = sum_group(g_.own_squares_of(static_cast<const Kept<A>&>(weights_), task_.block.todo), g_.lanes);
     }
-    factor_ = T(h_.agc ? math::agc_factor(h_.radius, sqrt(weights), sqrt(squares)) : math::perturb_factor(h_.perturb, sqrt(squares)));
+    factor_ = T(settings_.agc ? math::agc_factor(settings_.radius, sqrt(weights), sqrt(squares))
+                              : math::perturb_factor(settings_.perturb, sqrt(squares)));
     return squares;
   }
 
   // What this launch does with each element in the end.
   __device__ __forceinline__ uint32_t last_walk(bool decayed, bool directed) const {
-    switch (at_.doing) {
-      case Doing::step: return kDirect | kMove | kStep | (decayed ? kCentreBefore : 0) | (directed ? kCentreAfter : 0);
-      case Doing::rehearsal: return kSum | (directed ? kDirect : 0);
-      case Doing::weigh_first: return kWeigh;
+    switch (task_.phase) {
+      case Phase::step: return kDirect | kMove | kStep | (decayed ? kCentreBefore : 0) | (directed ? kCentreAfter : 0);
+      case Phase::late_means: return kSum | (directed ? kDirect : 0);
+      case Phase::early_trust: return kWeigh;
       default: {
-        const bool updates = at_.now.todo & kTrustsUpdate;
+        const bool updates = task_.block.todo & kTrustsUpdate;
         return kWeigh | (updates ? kDirect : 0) | (decayed ? kCentreBefore : 0) | (directed && updates ? kCentreAfter : 0);
       }
     }
@@ -119,23 +119,23 @@ template <class A> class FullStepper {
   // Where something is centred late whose mean is not known, a walk for that mean comes first. What fits in the tile stays there, and the
   // states then move in that walk.
   __device__ __forceinline__ void walk_unit(const Unit* known) {
-    const bool decayed = late() && h_.centralize_at == Centre::decayed, directed = late() && !decayed;
-    uint32_t last = last_walk(decayed, directed), now = last;
+    const bool decayed = needs(Need::centre_decayed), directed = needs(Need::centre_update);
+    uint32_t last = last_walk(decayed, directed), todo = last;
     bool final = true;
-    T mean = known && late() ? T(known->direction) : T(0);
-    if (!at_.r.split && (last & (kCentreBefore | kCentreAfter))) {
+    T mean = known && needs(Need::centre_late) ? T(known->direction) : T(0);
+    if (!needs(Need::split) && (last & (kCentreBefore | kCentreAfter))) {
       final = false;
-      now = kSum | (directed ? kDirect : 0);
+      todo = kSum | (directed ? kDirect : 0);
       if (g_.fits()) {
-        now |= kHold | (directed ? last & kMove : 0);
+        todo |= kHold | (directed ? last & kMove : 0);
         last |= kHeld;
         if (directed) last &= ~uint32_t(kDirect | kMove);
       }
     }
 #pragma unroll 1
-    for (;; now = last) {
+    for (;; todo = last) {
       if (!final) seen_ = {};
-      walk(now | at_.now.todo, mean);
+      walk(todo | task_.block.todo, mean);
       if (final) return;
       final = true;
       mean = T(seen_.of_group(g_.lanes, double(row_.unit_length)));
@@ -148,7 +148,7 @@ template <class A> class FullStepper {
     t.mean = mean_;
     t.factor = factor_;
     x = math::perturbed(x, t);
-    if (todo & kNoise) x = x + t_.sigma * T(z);
+    if (todo & Need::noise) x = x + t_.sigma * T(z);
     x = x * t_.sign;
     return todo & kDecay ? x + t_.decay * weight : x;
   }
@@ -167,18 +167,18 @@ template <class A> class FullStepper {
       if (todo & kHeld) {
         const Held held = g_.template slot<Held>(i);
 #pragma unroll
-        for (int k = 0; k < width; ++k) x[k] = held.at[k];
+        for (int k = 0; k < width; ++k) x[k] = held.item[k];
         weights_.widen(loaded, todo, weights);
       } else {
         const typename A::Raw g = g_.read_raw(i);
         float z[width] = {};
-        if (todo & kNoise) draw_noise<width>(at_.now, weights_.begin + i, z);
+        if (todo & Need::noise) draw_noise<width>(task_.block, weights_.begin + i, z);
         weights_.widen(loaded, todo, weights);
 #pragma unroll
         for (int k = 0; k < width; ++k) x[k] = transformed(A::get(g, k), z[k], weights[k], todo);
       }
       if (todo & kCentreBefore) take_off(mean, x);
-      if (todo & kDirect) with_rule(rule_, DirectPack<A>{at_.now, x, weights, s});
+      if (todo & kDirect) with_rule(rule_, DirectPack<A>{task_.block, x, weights, s});
       if (todo & kCentreAfter) take_off(mean, x);
       if (todo & kMove) {
 #pragma unroll
@@ -192,7 +192,7 @@ template <class A> class FullStepper {
 #pragma unroll
         for (int k = 0; k < width; ++k) weights[k] = weights[k] * move_.shrink - move_.step * x[k];
         weights_.store(i, todo, loaded, move_.average, weights);
-        if (todo & kZeroGrad) A::store_raw(g_.from, i, typename A::Raw{});
+        if (todo & Need::zero_grad_in_step) A::store_raw(g_.from, i, typename A::Raw{});
       }
     });
   }
@@ -207,7 +207,7 @@ template <class A> class FullStepper {
     seen_.template add<width>(x);
     Held held;
 #pragma unroll
-    for (int k = 0; k < width; ++k) held.at[k] = x[k];
+    for (int k = 0; k < width; ++k) held.item[k] = x[k];
     if (todo & kHold) g_.template slot<Held>(i) = held;
   }
 
@@ -222,18 +222,18 @@ template <class A> class FullStepper {
   }
 
   __device__ __forceinline__ void leave_sums() {
-    if (at_.doing == Doing::step && (!by_unit() || at_.r.measured)) return;  // nobody asks for the squares, or they are known
-    Sums& to = at_.job.sums[at_.index];
-    const double total = at_.doing == Doing::rehearsal ? seen_.of_group(kThreads, double(at_.c.count)) : sum_block(total_);
-    if (threadIdx.x == 0) (at_.doing == Doing::step ? to.squares : to.sum) = total;
-    if (at_.doing == Doing::step || at_.doing == Doing::rehearsal) return;
+    if (task_.phase == Phase::step && (!needs(Need::unit_norms) || needs(Need::measured))) return;  // the squares are not needed, or known
+    Sums& to = task_.job.sums[task_.index];
+    const double total = task_.phase == Phase::late_means ? seen_.of_group(kThreads, double(task_.c.count)) : sum_block(total_);
+    if (threadIdx.x == 0) (task_.phase == Phase::step ? to.squares : to.sum) = total;
+    if (task_.phase == Phase::step || task_.phase == Phase::late_means) return;
     const double weights = sum_block(weight_squares_);
     if (threadIdx.x == 0) to.weight_squares = weights;
   }
 
-  const Place& at_;
+  const ChunkTask& task_;
   const Row& row_;
-  const Settings& h_;
+  const Settings& settings_;
   const Rule rule_;
   // In shared memory: fewer registers.
   const math::Transform<T>& t_;
@@ -247,11 +247,13 @@ template <class A> class FullStepper {
 };
 
 struct FullChunk {
-  const Place& at;
-  template <class A> __device__ __forceinline__ void operator()(A) const { FullStepper<A>(at).run(); }
+  const ChunkTask& task;
+  template <class A> __device__ __forceinline__ void operator()(A) const { FullStepper<A>(task).run(); }
 };
 
-__device__ __forceinline__ void step_full(const Place& at) { with_access(at.r.row, at.job.grads[at.c.row], at.c.plain, FullChunk{at}); }
+__device__ __forceinline__ void step_full(const ChunkTask& task) {
+  with_access(task.r.row, task.job.grads[task.c.row], task.c.plain, FullChunk{task});
+}
 
 }  // namespace
 }  // namespace gradfused::cuda

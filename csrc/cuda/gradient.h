@@ -68,8 +68,8 @@ template <class A> struct Gradient {
         tile(block_tile + int(threadIdx.x) / sharing * sharing * (kTileBytes / kThreads)),
         unscale(T(scale)) {}
 
-  __device__ __forceinline__ void open(int64_t at, int elements) {
-    from = A::handle(operand, data, at);
+  __device__ __forceinline__ void open(int64_t begin, int elements) {
+    from = A::handle(operand, data, begin);
     count = elements;
     held = false;
   }
@@ -111,7 +111,7 @@ template <class A> struct Gradient {
       if (fitting) slot<Raw>(i) = A::raw(g);
       T x[width];
 #pragma unroll
-      for (int k = 0; k < width; ++k) x[k] = T(math::widen(g.at[k])) * unscale;
+      for (int k = 0; k < width; ++k) x[k] = T(math::widen(g.item[k])) * unscale;
       seen.template add<width>(x);
     };
     for_each_loaded([&](int i) { return A::load(from, i); }, add);
@@ -125,7 +125,7 @@ template <class A> struct Gradient {
     const auto add = [&](int, const Pack& g) {
       T x[width];
 #pragma unroll
-      for (int k = 0; k < width; ++k) x[k] = math::centred(T(math::widen(g.at[k])), unscale, mean);
+      for (int k = 0; k < width; ++k) x[k] = math::centred(T(math::widen(g.item[k])), unscale, mean);
       total += sum_squares<width>(x);
     };
     if (held) {
@@ -140,19 +140,19 @@ template <class A> struct Gradient {
   static constexpr int kRidersAhead = sizeof(typename A::RiderRaw) > 16 ? 1 : 4;
 
   // This thread's part of the sum of squares of the weights of the same elements, and what those are kept in.
-  template <class W> __device__ __forceinline__ double own_squares_of(const W& weights, uint32_t kept_in) const {
+  template <class W> __device__ __forceinline__ double own_squares_of(const W& weights, Needs needs) const {
     double total = 0;
     const auto add = [&](int, const typename W::Loaded& v) {
       T x[width];
-      weights.widen(v, kept_in, x);
+      weights.widen(v, needs, x);
       total += sum_squares<width>(x);
     };
-    for_each_loaded<kRidersAhead>([&](int i) { return weights.load(i, kept_in); }, add);
+    for_each_loaded<kRidersAhead>([&](int i) { return weights.load(i, needs); }, add);
     return total;
   }
 
   // This thread's part of the sum of squares of the gradient times what each weight may move by.
-  template <class W> __device__ __forceinline__ double own_squares_reached(const W& weights, uint32_t kept_in, T eta) const {
+  template <class W> __device__ __forceinline__ double own_squares_reached(const W& weights, Needs needs, T eta) const {
     struct Both {
       Pack g;
       typename W::Loaded w;
@@ -160,12 +160,12 @@ template <class A> struct Gradient {
     double total = 0;
     const auto add = [&](int, const Both& v) {
       T x[width];
-      weights.widen(v.w, kept_in, x);
+      weights.widen(v.w, needs, x);
 #pragma unroll
-      for (int k = 0; k < width; ++k) x[k] = math::centred(T(math::widen(v.g.at[k])), unscale, T(0)) * math::reach(x[k], eta);
+      for (int k = 0; k < width; ++k) x[k] = math::centred(T(math::widen(v.g.item[k])), unscale, T(0)) * math::reach(x[k], eta);
       total += sum_squares<width>(x);
     };
-    for_each_loaded<(kRidersAhead + 1) / 2>([&](int i) { return Both{A::load(from, i), weights.load(i, kept_in)}; }, add);
+    for_each_loaded<(kRidersAhead + 1) / 2>([&](int i) { return Both{A::load(from, i), weights.load(i, needs)}; }, add);
     return total;
   }
 };

@@ -7,16 +7,11 @@ namespace gradfused::cuda {
 
 using namespace device;
 
-// What a launch of a step's kernel does, in the order of the launches. The first three write nothing but sums: of the rows that take a trust
-// ratio before anything is rehearsed, of what is to be centred late, and of the other rows that take one. The step counts and `first` of the
-// rows are written when all blocks of the step are done.
-enum class Doing { weigh_first, rehearsal, weigh, step };
-
-// The launches. A stream is a cudaStream_t, of the device.
-using Launch = void (*)(const Job&, Doing, int device, void* stream);
+// The launches of a step after that of the statistics, one a phase. A stream is a cudaStream_t of the device.
+using Launch = void (*)(const Job&, Phase, int device, void* stream);
 #define GRADFUSED_RULE(name, type, family)                                 \
-  void apply_##family##_lean(const Job&, Doing, int device, void* stream); \
-  void apply_##family##_full(const Job&, Doing, int device, void* stream);
+  void apply_##family##_lean(const Job&, Phase, int device, void* stream); \
+  void apply_##family##_full(const Job&, Phase, int device, void* stream);
 #include "rules.def"
 #undef GRADFUSED_RULE
 void launch_stats(const Job& job, int device, void* stream);

@@ -14,15 +14,15 @@ template <class R, class A> class LeanStepper {
   static constexpr int width = A::width;
 
  public:
-  __device__ __forceinline__ explicit LeanStepper(const Place& at)
-      : job_(at.job),
-        r_(at.r),
-        row_(at.r.row),
-        c_(at.c),
-        rule_(at.now, at.r.row.rule),
-        t_(*reinterpret_cast<const math::Transform<T>*>(at.now.transform)),
-        move_(*reinterpret_cast<const Move<T>*>(at.now.move)),
-        g_(at.r.row.grad, at.job.grads[at.c.row], at.c.lanes ? int(at.c.lanes) : kThreads, at.tile, at.now.unscale) {}
+  __device__ __forceinline__ explicit LeanStepper(const ChunkTask& task)
+      : job_(task.job),
+        r_(task.r),
+        row_(task.r.row),
+        c_(task.c),
+        rule_(task.block, task.r.row.rule),
+        t_(*reinterpret_cast<const math::Transform<T>*>(task.block.transform)),
+        move_(*reinterpret_cast<const Move<T>*>(task.block.move)),
+        g_(task.r.row.grad, task.job.grads[task.c.row], task.c.lanes ? int(task.c.lanes) : kThreads, task.tile, task.block.unscale) {}
 
   __device__ __forceinline__ void run() {
     const int length = c_.lanes ? int(row_.unit_length) : c_.count, units = c_.count / length, groups = kThreads / g_.lanes;
@@ -30,7 +30,7 @@ template <class R, class A> class LeanStepper {
     for (int first = 0; first < units; first += groups) {
       const int unit = first + int(threadIdx.x) / g_.lanes;
       open(c_.begin + int64_t(unit) * length, unit < units ? length : 0);
-      if (row_.centre) centre();
+      if (r_.needs & Need::centre_early) centre();
       step();
     }
   }
@@ -45,14 +45,14 @@ template <class R, class A> class LeanStepper {
   }
 
   __device__ __forceinline__ void centre() {
-    if (r_.split) {
+    if (r_.needs & Need::split) {
       mean_ = g_.count ? T(job_.units[r_.unit0 + begin_ / row_.unit_length].mean) : T(0);
     } else {
       mean_ = T(g_.mean(double(row_.unit_length)));
     }
   }
 
-  static __device__ __forceinline__ T get(const Pack& v, int k) { return T(math::widen(v.at[k])); }
+  static __device__ __forceinline__ T get(const Pack& v, int k) { return T(math::widen(v.item[k])); }
 
   // Stages 0 to 6.
   __device__ __forceinline__ T transformed(T x, T weight) const {
@@ -79,8 +79,8 @@ template <class R, class A> class LeanStepper {
         T x = transformed(get(g, k), weight);
         rule_.direct(x, weight, one);
 #pragma unroll
-        for (int n = 0; n < R::states; ++n) math::put(one[n], s[n].at[k]);
-        math::put(weight * move_.shrink - move_.step * x, p.at[k]);
+        for (int n = 0; n < R::states; ++n) math::put(one[n], s[n].item[k]);
+        math::put(weight * move_.shrink - move_.step * x, p.item[k]);
       }
 #pragma unroll
       for (int n = 0; n < R::states; ++n) {
@@ -105,27 +105,27 @@ template <class R, class A> class LeanStepper {
 };
 
 template <class A> struct LeanRule {
-  const Place& at;
+  const ChunkTask& task;
   template <class R> __device__ __forceinline__ void operator()(R) const {
     // The others' rows are never lean.
-    if constexpr (R::trust == math::Trust::none && R::states <= kLeanStates) LeanStepper<OneRule<R>, A>(at).run();
+    if constexpr (R::trust == math::Trust::none && R::states <= kLeanStates) LeanStepper<OneRule<R>, A>(task).run();
   }
 };
 
 // A body a rule where accesses are wide, one for all where they are not.
 struct LeanChunk {
-  const Place& at;
+  const ChunkTask& task;
   template <class A> __device__ __forceinline__ void operator()(A) const {
     if constexpr (A::width > 1) {
-      with_rule(at.r.row.rule, LeanRule<A>{at});
+      with_rule(task.r.row.rule, LeanRule<A>{task});
     } else {
-      LeanStepper<AnyRule, A>(at).run();
+      LeanStepper<AnyRule, A>(task).run();
     }
   }
 };
 
-__device__ __forceinline__ void step_lean(const Place& at) {
-  with_access<false>(at.r.row, at.job.grads[at.c.row], at.c.plain, LeanChunk{at});
+__device__ __forceinline__ void step_lean(const ChunkTask& task) {
+  with_access<false>(task.r.row, task.job.grads[task.c.row], task.c.plain, LeanChunk{task});
 }
 
 }  // namespace

@@ -7,29 +7,29 @@
 namespace gradfused::cuda {
 namespace {
 
-// What there is to do with each element: first what depends on the row, then what depends on the walk. Bits 2 and 3 are those of
-// cuda/kept.h.
+// What there is to do with each element: bits of the row's needs, and beside them those of its rule and of a walk over a unit.
+constexpr Needs kElementNeeds =
+    Need::noise | Need::copy | Need::kahan | Need::stochastic | Need::master | Need::ema | Need::zero_grad_in_step;
 enum Todo : uint32_t {
-  kNoise = 1u << 0,
-  kDecay = 1u << 1,   // coupled
-  kMaster = 1u << 4,  // the copy in float32 is written
-  kStochastic = 1u << 5,
-  kEma = 1u << 6,
-  kZeroGrad = 1u << 7,
-  kTrustsUpdate = 1u << 8,
-  kReads = 1u << 9,  // of the first state; the others' follow
-  kWrites = 1u << (9 + kMaxStates),
-  kHeld = 1u << 17,          // the tile has what the last walk left there
-  kCentreBefore = 1u << 18,  // the mean is taken off what the rule is given
-  kDirect = 1u << 19,
-  kCentreAfter = 1u << 20,  // the mean is taken off what the rule makes of it
-  kMove = 1u << 21,         // states are written
-  kSum = 1u << 22,          // of what has come about so far
-  kHold = 1u << 23,         // and it is put into the tile
-  kWeigh = 1u << 24,        // sums of squares for a trust ratio
-  kStep = 1u << 25,         // weights are written, and what rides on that
+  kDecay = 1u << 0,   // weight decay is added to the gradient
+  kReads = 1u << 1,   // the first state; the others' bits follow
+  kWrites = 1u << 5,  // likewise
+  kTrustsUpdate = 1u << 9,
+  kHeld = 1u << 10,          // the tile holds what the last walk left there
+  kCentreBefore = 1u << 11,  // the late mean is subtracted before the rule
+  kDirect = 1u << 12,        // the rule is applied
+  kCentreAfter = 1u << 13,   // the late mean is subtracted from the rule's direction
+  kMove = 1u << 14,          // states are written
+  kSum = 1u << 15,           // the result so far is summed for a late mean
+  kHold = 1u << 24,          // and put into the tile
+  kWeigh = 1u << 25,         // and squared for a trust ratio
+  kStep = 1u << 26,          // weights are written, and what is kept along with them
 };
-static_assert(9 + 2 * kMaxStates == 17, "the states' bits have room");
+constexpr uint32_t kStateBits = (1u << kMaxStates) - 1, kRuleBits = kTrustsUpdate | kStateBits * (kReads | kWrites);
+static_assert(kMaxStates == 4, "the states' bits lie side by side");
+static_assert(!(kElementNeeds &
+                (kDecay | kRuleBits | kHeld | kCentreBefore | kDirect | kCentreAfter | kMove | kSum | kHold | kWeigh | kStep)),
+              "a bit has one meaning");
 
 template <class T> struct Move {
   T shrink, step;        // of the weights, of the direction
@@ -37,39 +37,41 @@ template <class T> struct Move {
   T decay;               // what LAMB adds to a direction before it takes its norm
 };
 
-// Worked out by one thread when the row changes.
-struct Now {
+// The row that a block works on: computed by one thread when the row changes.
+struct BlockRow {
   alignas(16) char coef[96];       // the rule's Coef<T>
-  alignas(16) char transform[64];  // Transform<T>, but for what is of a unit
+  alignas(16) char transform[64];  // Transform<T> without what depends on the unit
   alignas(16) char move[48];       // Move<T>
   double unscale, step, mu_product;
   uint64_t seed;
-  uint32_t param_number, taken;  // with the seed, what draws are a function of: the parameter's number, steps taken before this one
+  uint32_t param_number, taken;  // with the seed, what random draws depend on; `taken` steps were taken before this one
   uint32_t todo;
-  int row;
-  int group;  // with step, product, `first` and `wide`: what coef was made for; -1: for no other row
+  int group;  // with step, mu_product, first and wide, what coef was made for; -1: for this row only
   bool first, wide;
 };
 
-// Where the block is.
-struct Place {
+// The chunk that a block works on.
+struct ChunkTask {
   const Job& job;
   const DeviceRow& r;
   const Chunk& c;
-  const Now& now;
+  const BlockRow& block;
   char* tile;
   int index;
-  Doing doing;
+  Phase phase;
 };
 
-__device__ double scalar_at(const char* at, DType dtype) {
-  return dtype == DType::float64 ? *reinterpret_cast<const double*>(at) : double(*reinterpret_cast<const float*>(at));
+// The first bits of a row's needs are the phases that it takes part in, in their order.
+__device__ __forceinline__ bool takes_part(const DeviceRow& r, Phase phase) { return r.needs & (1u << int(phase)); }
+
+__device__ double scalar_at(const char* address, DType dtype) {
+  return dtype == DType::float64 ? *reinterpret_cast<const double*>(address) : double(*reinterpret_cast<const float*>(address));
 }
-__device__ void put_scalar(char* at, DType dtype, double value) {
+__device__ void put_scalar(char* address, DType dtype, double value) {
   if (dtype == DType::float64) {
-    *reinterpret_cast<double*>(at) = value;
+    *reinterpret_cast<double*>(address) = value;
   } else {
-    *reinterpret_cast<float*>(at) = float(value);
+    *reinterpret_cast<float*>(address) = float(value);
   }
 }
 
@@ -89,44 +91,29 @@ template <class F> __device__ __forceinline__ double sum_rows(int begin, int end
 }
 
 __device__ double global_squares(const Job& job) {
-  if (!job.any_global) return 0;
-  return sum_rows(0, job.row_count, [&](int i) {
-    return job.settings[job.rows[i].row.group].settings.norm_scope == NormScope::global ? job.squares[i] : 0.0;
-  });
+  if (!(job.needs & Need::global_norm)) return 0;
+  return sum_rows(0, job.row_count, [&](int i) { return job.rows[i].needs & Need::global_norm ? job.squares[i] : 0.0; });
 }
 
-// Whether what the norms saw forbids the step.
+// Whether a norm that is not finite forbids the step.
 __device__ bool is_spoilt(const Job& job) {
-  if (!job.any_skip) return false;
+  if (!(job.needs & Need::skip)) return false;
   return sum_rows(0, job.row_count, [&](int i) {
            const bool finite = job.squares[i] - job.squares[i] == 0.0;
-           return job.settings[job.rows[i].row.group].settings.skip_nonfinite && !finite ? 1.0 : 0.0;
+           return (job.rows[i].needs & Need::skip) && !finite ? 1.0 : 0.0;
          }) > 0;
 }
 
-template <class T> __device__ void set_transform(Now& now, const Settings& settings, double factor) {
-  static_assert(sizeof(math::Transform<T>) <= sizeof(now.transform), "room for the transform");
-  const double sigma = settings.noise > 0 ? math::noise_sigma(settings.noise, settings.noise_decay, now.step - 1) : 0.0;
-  *reinterpret_cast<math::Transform<T>*>(now.transform) = {T(now.unscale),
-                                                           T(0),
-                                                           T(factor),
-                                                           T(settings.clip_value),
-                                                           T(sigma),
-                                                           T(settings.sign),
-                                                           settings.decoupled ? T(0) : T(settings.weight_decay)};
-}
-
-// What a row's options and weights ask of each element.
-__device__ uint32_t todo_of(const Row& row, const Settings& settings) {
-  uint32_t todo = kept_in(row);
-  const auto ask = [&](bool asked, uint32_t what) { todo |= asked ? what : 0; };
-  ask(settings.noise > 0, kNoise);
-  ask(!settings.decoupled && settings.weight_decay != 0, kDecay);
-  ask(row.precision == Precision::master, kMaster);
-  ask(row.precision == Precision::stochastic, kStochastic);
-  ask(row.ema.data, kEma);
-  ask(settings.zero_grad_in_step, kZeroGrad);
-  return todo;
+template <class T> __device__ void set_transform(BlockRow& block, const Settings& settings, double factor) {
+  static_assert(sizeof(math::Transform<T>) <= sizeof(block.transform), "room for the transform");
+  const double sigma = settings.noise > 0 ? math::noise_sigma(settings.noise, settings.noise_decay, block.step - 1) : 0.0;
+  *reinterpret_cast<math::Transform<T>*>(block.transform) = {T(block.unscale),
+                                                             T(0),
+                                                             T(factor),
+                                                             T(settings.clip_value),
+                                                             T(sigma),
+                                                             T(settings.sign),
+                                                             settings.decoupled ? T(0) : T(settings.weight_decay)};
 }
 
 }  // namespace

@@ -14,12 +14,11 @@ template <class A> __device__ __forceinline__ void measure_piece(const Job& job,
   g.open(c.begin, c.count);
   const Settings& settings = job.settings[r.row.group].settings;
   const double mean = centre ? g.mean(double(c.count)) : 0.0;
-  const bool weighed = r.split && settings.agc;
+  const bool weighed = (r.needs & Need::split) && settings.agc;
   Kept<A> weights;
   if (settings.adaptive || weighed) weights.open(r.row, c.begin);
-  const uint32_t in = kept_in(r.row);
-  const double squares = sum_block(settings.adaptive ? g.own_squares_reached(weights, in, T(settings.eta)) : g.own_squares(T(mean)));
-  const double weight_squares = weighed ? sum_block(g.own_squares_of(weights, in)) : 0.0;
+  const double squares = sum_block(settings.adaptive ? g.own_squares_reached(weights, r.needs, T(settings.eta)) : g.own_squares(T(mean)));
+  const double weight_squares = weighed ? sum_block(g.own_squares_of(weights, r.needs)) : 0.0;
   if (threadIdx.x == 0) job.sums[index] = {mean, squares, weight_squares};
 }
 
@@ -67,17 +66,14 @@ __device__ double finish_split_row(const Job& job, const DeviceRow& r, bool cent
   return total;
 }
 
-__device__ bool centred_at_gradient(const Job& job, const Row& row) {
-  return row.centre && job.settings[row.group].settings.centralize_at == Centre::gradient;
-}
-
 // By the last block: a warp a row, in a fixed order.
 __device__ void finish(const Job& job) {
   for (int i = int(threadIdx.x) / kLanes; i < job.row_count; i += kWarps) {
     const DeviceRow& r = job.rows[i];
-    if (!r.measured) continue;
-    const double squares = r.split && r.row.numel ? finish_split_row(job, r, centred_at_gradient(job, r.row))
-                                                  : sum_chunks(r.chunk0, r.chunk1, [&](int c) { return job.sums[c].squares; });
+    if (!(r.needs & Need::measured)) continue;
+    const double squares = (r.needs & Need::split) && r.row.numel
+                               ? finish_split_row(job, r, r.needs & Need::centre_early)
+                               : sum_chunks(r.chunk0, r.chunk1, [&](int c) { return job.sums[c].squares; });
     if (threadIdx.x % kLanes == 0) job.squares[i] = squares;
   }
 }
@@ -88,11 +84,11 @@ __global__ void __launch_bounds__(kThreads, 4) stats(const __grid_constant__ Job
   for (int index = share.first; index < share.end; ++index) {
     const Chunk& c = job.chunks[index];
     const DeviceRow& r = job.rows[c.row];
-    if (!r.measured) continue;
-    const bool centre = centred_at_gradient(job, r.row);
+    if (!(r.needs & Need::measured)) continue;
+    const bool centre = r.needs & Need::centre_early;
     with_access(r.row, job.grads[c.row], c.plain, [&](auto access) {
       using A = decltype(access);
-      centre && !r.split ? measure_units<A>(job, r, index, tile) : measure_piece<A>(job, r, index, centre, tile);
+      centre && !(r.needs & Need::split) ? measure_units<A>(job, r, index, tile) : measure_piece<A>(job, r, index, centre, tile);
     });
   }
   if (last_block(job.tickets)) finish(job);

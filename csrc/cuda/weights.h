@@ -8,9 +8,9 @@ namespace gradfused::cuda {
 namespace {
 
 // Four random words, a function of the row, the step and the place of four elements. `mark` tells draws of one kind from another's.
-__device__ __forceinline__ void draw_words(const Now& now, uint64_t quad, uint32_t mark, uint32_t* four) {
-  uint64_t c0 = uint32_t(quad), c1 = uint32_t(quad >> 32) | mark, c2 = now.param_number, c3 = now.taken;
-  math::philox(now.seed, c0, c1, c2, c3);
+__device__ __forceinline__ void draw_words(const BlockRow& block, uint64_t quad, uint32_t mark, uint32_t* four) {
+  uint64_t c0 = uint32_t(quad), c1 = uint32_t(quad >> 32) | mark, c2 = block.param_number, c3 = block.taken;
+  math::philox(block.seed, c0, c1, c2, c3);
   four[0] = uint32_t(c0), four[1] = uint32_t(c1), four[2] = uint32_t(c2), four[3] = uint32_t(c3);
 }
 
@@ -24,11 +24,11 @@ template <int kCount, class V> __device__ __forceinline__ void pick(const V* fou
 }
 
 // The normal values of element i and its neighbours.
-template <int kCount> __device__ __forceinline__ void draw_noise(const Now& now, int64_t i, float* to) {
+template <int kCount> __device__ __forceinline__ void draw_noise(const BlockRow& block, int64_t i, float* to) {
 #pragma unroll
   for (int q = 0; q < (kCount + 3) / 4; ++q) {
     uint32_t words[4];
-    draw_words(now, uint64_t(i) / 4 + uint64_t(q), 0, words);
+    draw_words(block, uint64_t(i) / 4 + uint64_t(q), 0, words);
     float four[4];
     math::box_muller(words[0], words[1], four[0], four[1]);
     math::box_muller(words[2], words[3], four[2], four[3]);
@@ -37,11 +37,11 @@ template <int kCount> __device__ __forceinline__ void draw_noise(const Now& now,
 }
 
 // 32 random bits for each of element i and its neighbours, other than the noise's.
-template <int kCount> __device__ __forceinline__ void draw_bits(const Now& now, int64_t i, uint32_t* to) {
+template <int kCount> __device__ __forceinline__ void draw_bits(const BlockRow& block, int64_t i, uint32_t* to) {
 #pragma unroll
   for (int q = 0; q < (kCount + 3) / 4; ++q) {
     uint32_t four[4];
-    draw_words(now, uint64_t(i) / 4 + uint64_t(q), math::kRoundingCounter, four);
+    draw_words(block, uint64_t(i) / 4 + uint64_t(q), math::kRoundingCounter, four);
     pick<kCount>(four, i, q, to);
   }
 }
@@ -56,29 +56,29 @@ template <class A> struct Weights : Kept<A> {
     typename A::RiderRaw ema;
   };
 
-  const Now& now;
+  const BlockRow& block;
   int64_t begin = 0;
   typename A::Handle param{};
   typename A::Rider ema{};
 
-  __device__ __forceinline__ explicit Weights(const Now& row) : now(row) {}
+  __device__ __forceinline__ explicit Weights(const BlockRow& row) : block(row) {}
 
-  __device__ __forceinline__ void open(const Row& row, int64_t at) {
-    begin = at;
-    Kept<A>::open(row, at);
-    param = A::handle(row.param, row.param.data, at);
-    ema = A::rider(row.ema, at);
+  __device__ __forceinline__ void open(const Row& row, int64_t from) {
+    begin = from;
+    Kept<A>::open(row, from);
+    param = A::handle(row.param, row.param.data, from);
+    ema = A::rider(row.ema, from);
   }
 
   __device__ __forceinline__ Loaded load(int i, uint32_t todo) const {
     Loaded v{Kept<A>::load(i, todo), {}};
-    if ((todo & (kEma | kStep)) == (kEma | kStep)) v.ema = A::load_rider(ema, i);
+    if ((todo & (Need::ema | kStep)) == (Need::ema | kStep)) v.ema = A::load_rider(ema, i);
     return v;
   }
 
   // Takes the step's weights `w` to where they are kept.
   __device__ __forceinline__ void store(int i, uint32_t todo, const Loaded& v, const math::Mix<T>& mix, T* w) const {
-    if (todo & kEma) {
+    if (todo & Need::ema) {
       T average[width];
       A::widen(ema, v.ema, average);
 #pragma unroll
@@ -86,15 +86,15 @@ template <class A> struct Weights : Kept<A> {
       A::store_rider(ema, i, average);
     }
     if constexpr (A::may_be_short) {
-      if (todo & kMaster) A::store_rider(more, i, w);
-      if (todo & kStochastic) round_randomly(i, w);
+      if (todo & Need::master) A::store_rider(more, i, w);
+      if (todo & Need::stochastic) round_randomly(i, w);
     }
     Raw p{};
 #pragma unroll
     for (int k = 0; k < width; ++k) A::set(p, k, w[k]);
     A::store_raw(param, i, p);
     if constexpr (A::may_be_short) {
-      if (!(todo & kKahan)) return;
+      if (!(todo & Need::kahan)) return;
       p = A::stored(param, i, p);
 #pragma unroll
       for (int k = 0; k < width; ++k) w[k] = w[k] - A::get(p, k);
@@ -104,7 +104,7 @@ template <class A> struct Weights : Kept<A> {
 
   __device__ __forceinline__ void round_randomly(int i, T* w) const {
     uint32_t random[width];
-    draw_bits<width>(now, begin + i, random);
+    draw_bits<width>(block, begin + i, random);
 #pragma unroll
     for (int k = 0; k < width; ++k) w[k] = A::rounded_randomly(param, w[k], random[k]);
   }

@@ -58,10 +58,6 @@ void DevicePlan::plan_row(size_t index) {
   r = {};
   r.row = row;
   r.needs = needs_of(row, settings_[size_t(row.group)], kBlockUnit);
-  r.split = r.needs & Need::split;
-  r.measured = r.needs & Need::measured;
-  r.weighed_first = r.needs & Need::early_trust;
-  r.weighed = r.needs & Need::late_trust;
   r.unit0 = units_;
   r.chunk0 = int32_t(chunks_.size());
   if (row.numel) {
@@ -182,13 +178,17 @@ void DevicePlan::pack(char* to, char* base, double* squares, double* skipped) {
   job_.skipped = skipped;
   job_.row_count = int32_t(rows_.size());
   job_.chunk_count = int32_t(chunks_.size());
-  job_.any_global = job_.needs & Need::global_norm;
-  job_.any_skip = job_.needs & Need::skip;
-  job_.any_rehearsed = job_.needs & Need::late_means;
-  job_.any_weighed_first = job_.needs & Need::early_trust;
-  job_.any_weighed = job_.needs & Need::late_trust;
   std::memcpy(to, &job_, sizeof job_);
   moved_ = stale_ = false;
+}
+
+std::vector<Phase> DevicePlan::phases() {
+  std::vector<Phase> due;
+  for (int i = 0; i < int(Phase::count); ++i) {
+    const Phase phase = Phase(i);
+    if (needs() & need_of(phase) & ~Need::measured) due.push_back(phase);
+  }
+  return due;
 }
 
 std::vector<DevicePlan::DevicePatch> DevicePlan::patches() {

@@ -45,10 +45,8 @@ class DevicePlan : public Rows {
   // The patches that are due: after this none are.
   std::vector<DevicePatch> patches();
 
-  bool rehearses() const { return job_.any_rehearsed; }
-  bool weighs_first() const { return job_.any_weighed_first; }
-  bool weighs() const { return job_.any_weighed; }
-  bool full() { return needs() & Need::full; }
+  // The launches of a step after that of the statistics, in their order: one for each phase that some row takes part in.
+  std::vector<Phase> phases();
   size_t chunks() { return plan(), chunks_.size(); }
 
   // How elements are accessed: plainly, by dtype, or one at a time, computed in float32 or float64.

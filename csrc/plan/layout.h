@@ -44,12 +44,9 @@ struct Unit {
 struct DeviceRow {
   Row row;
   Needs needs;
-  int64_t unit0;                // its first place among the units, if `split`
-  int32_t chunk0, chunk1;       // its chunks
-  bool split;                   // a mean or a norm of its units takes several chunks
-  bool measured;                // by the stats kernel
-  bool weighed_first, weighed;  // its rule takes a trust ratio, before what is rehearsed or after it
-  double norm, weight_norm;     // of the whole row: what the ratio is made of, once weighed
+  int64_t unit0;             // its first place among the units, if `split`
+  int32_t chunk0, chunk1;    // its chunks
+  double norm, weight_norm;  // of the whole row, for its trust ratio: known after its phase
 };
 
 struct DeviceSettings {
@@ -64,7 +61,7 @@ struct Job {
   DeviceRow* rows;
   const DeviceSettings* settings;
   const Chunk* chunks;
-  const char* const* grads;  // the gradients' addresses; those in the rows are of no account
+  const char* const* grads;  // the gradients' addresses; those in the rows are ignored
   Sums* sums;                // of each chunk
   Unit* units;
   double* squares;          // of each row: what norms are made of
@@ -74,7 +71,6 @@ struct Job {
   double* skipped;          // counts steps that were not taken for what the norms saw
   int32_t row_count, chunk_count;
   Needs needs;  // of any row
-  bool any_global, any_skip, any_rehearsed, any_weighed_first, any_weighed;
 };
 
 }  // namespace gradfused::device

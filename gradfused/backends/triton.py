@@ -6,7 +6,7 @@ Triton is imported when it is first asked for, so that importing gradfused stays
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
@@ -21,7 +21,7 @@ from torch import Tensor
 from .. import gpu
 from . import cpu
 from . import native as natives
-from .base import WIDE_SCOPES, Availability, Row, Scaling, Settings
+from .base import Availability, Row, Scaling, Settings
 from .device import DeviceBackend, DevicePart, checked
 
 OLDEST = (3, 3)
@@ -50,14 +50,6 @@ class Kernels:
     kind_of: Callable[..., int]
     kinds: Callable[[Iterable[int]], dict[str, int]]
     longest: list[int]
-    states: dict[str, int]
-    phases: dict[str, int]
-    riders: dict[str, int]
-
-    @property
-    def all_states(self) -> int:
-        """How many state tensors each rule has, 4 bits each."""
-        return sum(self.states[name] << (4 * i) for i, name in enumerate(cpu.native().rules()))
 
 
 #: Contraction is off, as in the other backends.
@@ -97,9 +89,8 @@ def uninterpretable() -> str | None:
 @cache
 def kernels() -> Kernels:
     """The kernels, imported. Whether they are interpreted is decided now, by TRITON_INTERPRET."""
-    layout, chunk, rules, stats, apply, step, weights = (
-        import_module(f"gradfused.triton_kernels.{name}")
-        for name in ("layout", "chunk", "rules", "stats", "apply", "step", "weights")
+    layout, chunk, stats, apply = (
+        import_module(f"gradfused.triton_kernels.{name}") for name in ("layout", "chunk", "stats", "apply")
     )
     return Kernels(
         stats=stats.stats,
@@ -109,9 +100,6 @@ def kernels() -> Kernels:
         kind_of=chunk.kind_of,
         kinds=chunk.kinds,
         longest=list(chunk.LONGEST),
-        states=rules.STATES,
-        phases=step.PHASES,
-        riders=weights.BITS,
     )
 
 
@@ -140,75 +128,6 @@ def refusal(tensor: Tensor) -> str | None:
         known = gpu.properties(tensor.device)
         reason = None if known.has_fp64 else f"sums norms in float64, which {known.name} cannot"
     return reason
-
-
-@dataclass(frozen=True)
-class Options:
-    """What the kernels are compiled for, of rows and settings."""
-
-    centre: bool
-    wide: bool
-    by_unit: bool
-    late: bool
-    noise: bool
-    skip: bool
-    empty: bool
-    agc: bool
-    product: bool
-    many_states: bool
-    source: bool
-    kahan: bool
-    stochastic: bool
-    master: bool
-    ema: bool
-    zero: bool
-
-    @classmethod
-    def of(cls, rows: Sequence[Row], own: Sequence[bool], settings: Sequence[Settings]) -> Options:
-        """Of a table's."""
-        where = [(row, settings[row.group]) for row in rows]
-        return cls(
-            centre=any(row.centre and s.centralize_at == "gradient" for row, s in where),
-            wide=any(s.norm_scope in WIDE_SCOPES for _, s in where),
-            by_unit=any(s.norm_scope == "unit" for _, s in where),
-            late=any(row.centre and s.centralize_at != "gradient" for row, s in where),
-            noise=any(s.noise > 0 for _, s in where),
-            skip=any(s.skip_nonfinite for _, s in where),
-            empty=any(not mine or row.param.numel() == 0 for row, mine in zip(rows, own, strict=True)),
-            agc=any(s.agc for _, s in where),
-            product=any(row.mu_product is not None for row in rows),
-            many_states=any(len(row.state) > 3 for row in rows),
-            source=any(row.source is not None for row in rows),
-            **{name: any(row.precision == name for row in rows) for name in ("kahan", "stochastic")},
-            master=any(row.master is not None for row in rows),
-            ema=any(row.ema is not None for row in rows),
-            zero=any(s.zero_grad_in_step for _, s in where),
-        )
-
-    @property
-    def full(self) -> bool:
-        """Whether the kernel is one of those that take the most registers."""
-        return self.noise or self.by_unit or self.late or self.riders != 0 or self.many_states
-
-    @property
-    def riders(self) -> int:
-        """What becomes of the weights besides, in the kernels' bits."""
-        return sum(bit for name, bit in kernels().riders.items() if getattr(self, name))
-
-    @property
-    def keywords(self) -> dict[str, bool | int]:
-        """As the apply kernel names them."""
-        return {
-            "CENTRE": self.centre,
-            "WIDE_NORMS": self.wide,
-            "UNIT_NORMS": self.by_unit,
-            "LATE": self.late,
-            "NOISE": self.noise,
-            "RIDERS": self.riders,
-            "PRODUCT": self.product,
-            "SKIP": self.skip,
-            "EMPTY": self.empty,
-        }
 
 
 def warps(amd: bool) -> int:
@@ -240,22 +159,24 @@ class TritonPart(DevicePart):
     ) -> None:
         self._kernels = kernels()
         super().__init__(device, rows, own, settings)
-        self._options = Options.of(rows, own, settings)
+        self._needs: int = self.native.needs()
+        self._phases: list[int] = self.native.phases()
+        full = bool(self._needs & cpu.native().LAYOUT["Need_full"])
+        self._grid = (max(1, min(self.native.chunks(), _programs(device, full))),)
         # What a captured graph copies from at each replay: pinned memory may not be allocated during a capture.
         size, pinned = self.native.packed_bytes(), device.type != "cpu"
         self._staged = torch.empty(size, dtype=torch.uint8, device="cpu", pin_memory=pinned)
-        self._chosen = self._choose()
+        self._kinds = self._choose_kinds()
 
     @staticmethod
     def make(groups: int) -> Any:
         return cpu.native().DevicePlan(groups)
 
-    def _choose(self) -> tuple[dict[str, int], dict[str, int]]:
+    def _choose_kinds(self) -> tuple[dict[str, int], dict[str, int]]:
         """The kinds of chunks that the stats kernel and the apply kernel are compiled for."""
         known, found = self._kernels, self.native.variants(self._kernels.longest)
         stats = known.kinds(known.kind_of(access, t) for _, access, tile in found for t in (0, tile))
-        steps = known.kinds(known.kind_of(access, tile, rule) for rule, access, tile in found)
-        return stats, steps | {"STATES": known.all_states}
+        return stats, known.kinds(known.kind_of(access, tile, rule) for rule, access, tile in found)
 
     def _upload(self) -> None:
         """Copy what changed since the last launch: addresses of gradients, options."""
@@ -264,7 +185,7 @@ class TritonPart(DevicePart):
             for at, data in patches:
                 self._copy(at, data)
             if patches:
-                self._chosen = self._choose()
+                self._kinds = self._choose_kinds()
         except BaseException:
             self.native.forget_patches()
             raise
@@ -281,11 +202,9 @@ class TritonPart(DevicePart):
         self.image[place].copy_(host, non_blocking=True)
 
     def _launch(self, kernel: Any, *arguments: Any, **constants: Any) -> None:
-        full = self._options.full or self.native.weighs() or self.native.weighs_first()
-        grid = (max(1, min(self.native.chunks(), _programs(self.device, full))),)
-        constants |= {"SIZE": TILE, "LAYOUT": self._kernels.layout}
+        constants |= {"NEEDS": self._needs, "SIZE": TILE, "LAYOUT": self._kernels.layout}
         with gpu.selected(self.device):
-            kernel[grid](
+            kernel[self._grid](
                 self.image.data_ptr(), *arguments, **constants, **launch_options(torch.version.hip is not None)
             )
 
@@ -294,27 +213,15 @@ class TritonPart(DevicePart):
         self._upload()
         scale = checked(scaling.grad_scale, self.device)
         adaptive = any(s is not None and s.adaptive for s in self._known)  # a table may outlive SAM's choice of it
-        options = {"AGC": self._options.agc, "ADAPTIVE": adaptive, "RIDERS": self._options.riders}
-        self._launch(self._kernels.stats, scale, **self._chosen[0], **options)
+        self._launch(self._kernels.stats, scale, ADAPTIVE=adaptive, **self._kinds[0])
 
     def apply(self, scaling: Scaling) -> None:
         self.stream()
         self._upload()
         scalars = checked(scaling.grad_scale, self.device), checked(scaling.found_inf, self.device)
-        constants = self._chosen[1] | self._options.keywords
-        for phase in self._phases():
-            self._launch(self._kernels.apply, *scalars, PHASE=self._kernels.phases[phase], **constants)
+        for phase in self._phases:
+            self._launch(self._kernels.apply, *scalars, PHASE=phase, **self._kinds[1])
         self.native.count_taken()
-
-    def _phases(self) -> Iterator[str]:
-        """The launches of a step, in order."""
-        if self.native.weighs_first():
-            yield "weigh_first"
-        if self.native.rehearses():
-            yield "rehearse"
-        if self.native.weighs():
-            yield "weigh"
-        yield "step"
 
 
 class TritonBackend(DeviceBackend):

@@ -20,35 +20,46 @@ from gradfused.backends import triton as backend
 
 DTYPES = {"float32": 4, "float64": 8, "float16": 2, "bfloat16": 2}
 RULES = tuple(_cpu.rules())
+LAYOUT = _cpu.LAYOUT
 NARROW = ("any", "any-wide")
 ACCESSES = (*DTYPES, *NARROW)
-LEAN: dict[str, dict[str, Any]] = {
-    "plain": {},
-    "centre": {"CENTRE": True},
-    "clip": {"WIDE_NORMS": True, "SKIP": True},
-    "centre-clip": {"CENTRE": True, "WIDE_NORMS": True},
+# What the tables that kernels are compiled for need, by the names of csrc/plan/needs.h.
+LEAN: dict[str, tuple[str, ...]] = {
+    "plain": (),
+    "centre": ("centre_early",),
+    "clip": ("global_norm", "wide_norm", "skip"),
+    "centre-clip": ("centre_early", "global_norm", "wide_norm"),
 }
-FULL: dict[str, dict[str, Any]] = {
-    "noise": {"NOISE": True},
-    "unit-norms": {"CENTRE": True, "UNIT_NORMS": True},
-    "late": {"LATE": True, "EMPTY": True},
-    "everything": dict.fromkeys(("CENTRE", "WIDE_NORMS", "UNIT_NORMS", "LATE", "NOISE", "SKIP", "EMPTY"), True),
-    "rehearsal": {"LATE": True, "PHASE": "rehearse"},
-    "weighing": {"PHASE": "weigh"},
+FULL: dict[str, tuple[str, ...]] = {
+    "noise": ("noise",),
+    "unit-norms": ("centre_early", "unit_norms"),
+    "late": ("centre_late", "empty"),
+    "everything": ("centre_early", "global_norm", "wide_norm", "unit_norms", "centre_late", "noise", "skip", "empty"),
+    "rehearsal": ("centre_late",),
+    "weighing": (),
 }
-# What rides on the weights, and how many tensors more it has a kernel read and write.
+# The phases of those that are not launches of the step: they do not write what a step writes.
+PHASES = {"rehearsal": "late_means", "weighing": "late_trust"}
+# What is kept along with the weights, and how many tensors more it has a kernel read and write.
 RIDING: dict[str, tuple[tuple[str, ...], int, int]] = {
     "backup": (("source",), 0, 0),
     "kahan": (("kahan",), 1, 1),
     "stochastic": (("stochastic",), 0, 0),
-    "master": (("source", "master"), 0, 1),
+    "master": (("source", "copy", "master"), 0, 1),
     "ema": (("ema",), 1, 1),
-    "zero": (("zero",), 0, 1),
-    "master-ema-zero": (("source", "master", "ema", "zero"), 1, 3),
+    "zero": (("zero_grad_in_step",), 0, 1),
+    "master-ema-zero": (("source", "copy", "master", "ema", "zero_grad_in_step"), 1, 3),
 }
-# Stages that do not write what a step writes.
-PARTIAL = ("rehearsal", "weighing")
-TRUSTING = ("lamb", "lars", "lars_momentum")
+
+
+def has(rule_set: str, rule: str) -> bool:
+    """Whether a rule is in one of the sets that csrc/math declares."""
+    return rule in RULES and bool(LAYOUT[f"rules_{rule_set}"] >> RULES.index(rule) & 1)
+
+
+def states(rule: str) -> int:
+    """State tensors of a rule."""
+    return LAYOUT["rules_states"] >> 3 * RULES.index(rule) & 7 if rule in RULES else 0
 
 
 @dataclass(frozen=True)
@@ -74,12 +85,13 @@ class Variant:
 
     @property
     def options(self) -> dict[str, Any]:
-        """What its stages and riders have the kernel compiled for."""
-        known = backend.kernels()
-        options = LEAN.get(self.stages) or FULL.get(self.stages) or {}
-        names, _, _ = RIDING.get(self.stages, ((), 0, 0))
-        riders = sum(known.riders[name] for name in names)
-        return options | {"PHASE": known.phases[options.get("PHASE", "step")], "RIDERS": riders}
+        """What the kernel is compiled for."""
+        names = LEAN.get(self.stages) or FULL.get(self.stages) or RIDING.get(self.stages, ((), 0, 0))[0]
+        needs = sum(LAYOUT[f"Need_{name}"] for name in names)
+        if self.kernel == "stats":
+            return {"NEEDS": needs, "ADAPTIVE": self.stages == "adaptive"}
+        needs |= LAYOUT["Need_mu_product"] * has("mu_product", self.rule)
+        return {"NEEDS": needs, "PHASE": LAYOUT[f"Phase_{PHASES.get(self.stages, 'step')}"]}
 
     @property
     def aligned(self) -> bool:
@@ -107,20 +119,21 @@ def every() -> Iterator[Variant]:
     """Every rule, dtype, tile and stage, alone and as they meet."""
     yield from few("sm_90")
     for access, stages in itertools.product(ACCESSES, (*LEAN, *FULL)):
-        units = any(LEAN.get(stages, FULL.get(stages, {})).get(key) for key in ("CENTRE", "UNIT_NORMS", "LATE"))
+        units = {"centre_early", "unit_norms", "centre_late"} & set(LEAN.get(stages) or FULL.get(stages) or ())
         for tiles in ((0,), (1,), (2,), (3,), (4,)) if units else ((0,),):
             yield Variant("apply", stages, "adam", (access,), tiles)
     for rule, access in itertools.product(RULES, ACCESSES):
         yield Variant("apply", "plain", rule, (access,), (0,))
         yield Variant("apply", "everything", rule, (access,), (0, 3))
-    for rule, access in itertools.product(TRUSTING, ACCESSES):
+    trusting = [rule for rule in RULES if has("trust_gradient", rule) or has("trust_update", rule)]
+    for rule, access in itertools.product(trusting, ACCESSES):
         yield Variant("apply", "weighing", rule, (access,), (0, 3))
     for access, riders in itertools.product(ACCESSES, RIDING):
         if access not in ("float32", "float64", "any-wide") or riders in ("backup", "ema", "zero"):
             yield Variant("apply", riders, "adam", (access,), (0,))
     for access, tile in itertools.product(ACCESSES, range(5)):
         yield Variant("stats", "stats", "", (access,), (tile,))
-        yield Variant("stats", "by-weight", "", (access,), (tile,))
+        yield Variant("stats", "adaptive", "", (access,), (tile,))
 
 
 def source(variant: Variant) -> Any:
@@ -134,12 +147,7 @@ def source(variant: Variant) -> Any:
         known.kind_of(ACCESSES.index(access), tile, rule)
         for access, tile in itertools.product(variant.accesses, variant.tiles)
     ]
-    constants: dict[str, Any] = known.kinds(kinds) | {"SIZE": backend.TILE, "LAYOUT": known.layout}
-    if variant.kernel == "apply":
-        constants |= dict.fromkeys(("CENTRE", "WIDE_NORMS", "UNIT_NORMS", "LATE", "NOISE", "SKIP", "EMPTY"), False)
-        constants |= {"STATES": known.all_states, "PRODUCT": variant.rule == "nadam"} | variant.options
-    else:
-        constants |= {"AGC": False, "BY_WEIGHT": variant.stages == "by-weight", "RIDERS": 0}
+    constants: dict[str, Any] = known.kinds(kinds) | {"SIZE": backend.TILE, "LAYOUT": known.layout} | variant.options
     signature = dict.fromkeys(kernel.arg_names, "constexpr") | {"job": "i64"}
     for name in ("grad_scale", "found_inf"):
         if name in kernel.arg_names:
@@ -156,7 +164,7 @@ def faults(variant: Variant, target: str, report: Report) -> list[str]:
     found = []
     if variant.lean and report.inside:
         found.append(f"{report.inside} accesses of local memory in hot loops")
-    if not variant.aligned or variant.stages in PARTIAL:
+    if not variant.aligned or variant.stages in PHASES:
         return found
     if variant.lean and report.narrow:
         found.append("narrow in hot loops: " + ", ".join(f"{n} {name}" for name, n in report.narrow.items()))
@@ -165,10 +173,10 @@ def faults(variant: Variant, target: str, report: Report) -> list[str]:
     a_tile = sum(-(-backend.TILE * DTYPES[access] // (16 * threads)) for access in variant.accesses) * len(
         variant.tiles
     )
-    states = backend.kernels().states.get(variant.rule, 0)
+    written = states(variant.rule)
     _, more_loads, more_stores = RIDING.get(variant.stages, ((), 0, 0))
-    unread = states if variant.rule == "ascend" else 0
-    loads, stores = a_tile * (2 + states - unread + more_loads), a_tile * (1 + states + more_stores)
+    read = 0 if has("unread", variant.rule) else written
+    loads, stores = a_tile * (2 + read + more_loads), a_tile * (1 + written + more_stores)
     if variant.kernel == "stats":
         loads, stores = a_tile, 0
     if report.wide_loads < loads:
