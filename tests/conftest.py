@@ -1,4 +1,4 @@
-"""Shared by all tests: nothing that one of them sets outlives it."""
+"""Fixtures that choose where kernels run and restore what a test sets, and the choice of tests that are too slow."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from types import ModuleType
 import hypothesis
 import pytest
 import torch
-import triton_interpreter  # before anything else imports Triton
+import triton_interpreter  # has to come before anything else imports Triton
 from cases import FEW_RECIPES, device_of
 from cuda_emulator import build
 
@@ -23,7 +23,7 @@ hypothesis.settings.load_profile("suite")
 
 @cache
 def emulated() -> ModuleType:
-    """The CUDA kernels compiled for the CPU."""
+    """The native module of the CUDA backend, compiled for the CPU."""
     return build.load(sanitize=bool(os.environ.get("GRADFUSED_SANITIZE_INSIDE")))
 
 
@@ -100,9 +100,9 @@ def _kernels_of_triton(request: pytest.FixtureRequest, monkeypatch: pytest.Monke
 
 @pytest.fixture(autouse=True)
 def _restore(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Threads and instruction set are the process's; the environment may not choose a backend for the tests.
+    """Restore the process's threads and instruction set, and keep the environment from choosing a backend.
 
-    One thread, unless a test says otherwise: on shared cores waking a second takes longer than most tests.
+    A test gets one thread unless it sets more: on shared cores waking a second takes longer than most tests.
     """
     monkeypatch.delenv("GRADFUSED_BACKEND", raising=False)
     threads = torch.get_num_threads()
@@ -116,7 +116,7 @@ def _restore(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 @pytest.fixture
 def _fresh_log() -> Iterator[None]:
-    """What auto falls back to is logged once a process: here, once a test."""
+    """Make ``backend="auto"`` log its fallback once in this test, not once in the process."""
     backends._log_fallback.cache_clear()
     yield
     backends._log_fallback.cache_clear()

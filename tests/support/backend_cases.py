@@ -1,4 +1,4 @@
-"""Shared by the tests of the choice among backends: tensors to choose for, and code in a process of its own."""
+"""What the tests of the backends share: parameters on several devices, and a way to run code in a new process."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ def cpu_params() -> list[nn.Parameter]:
 
 
 def meta_params() -> list[nn.Parameter]:
-    """Stand-ins for tensors on another device, wherever no GPU is."""
+    """Parameters on the meta device, which stands in for a GPU where there is none."""
     return [nn.Parameter(torch.ones(2, 3, device="meta"))]
 
 
 def run(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    """``code`` in a new process with more in its environment."""
+    """Run ``code`` in a new process with ``environment`` added to this one's."""
     return subprocess.run(
         [sys.executable, "-c", code],
         env=os.environ | {"OMP_NUM_THREADS": "1"} | environment,

@@ -1,4 +1,4 @@
-"""What the tests run, declared as data: optimizers, recipes, layouts and dtypes, and the one class that runs them."""
+"""What the tests run, declared as data: optimizers, recipes, shapes, layouts and dtypes, and the class that runs them."""
 
 from __future__ import annotations
 
@@ -145,14 +145,14 @@ RECIPES: dict[str, Options] = {
     },
 }
 
-# One of every way through the kernels, for tests that multiply recipes with something else.
+# One recipe for every way through the kernels, for tests that multiply recipes by something else.
 FEW_RECIPES = ("plain", "centralize-clip", "centralize-agc", "tensor-decayed-clip-unit", "full", "full-update")
 FEW_CASES = ("sgd-momentum", "adam", "adamw-amsgrad")
 
 
 # ---- shapes
 
-# Units of one element, of a few, and one tensor longer than a block of the kernels.
+# Units of one element and of a few, and one tensor longer than a block of the kernels.
 SHAPES: tuple[Shape, ...] = ((6, 5), (), (7,), (4, 3, 2, 2), (0, 3), (9, 130), (5, 1))
 SHAPE_SETS: dict[str, tuple[Shape, ...]] = {
     "one": ((9, 4),),
@@ -165,7 +165,7 @@ SHAPE_SETS: dict[str, tuple[Shape, ...]] = {
 }
 
 
-# ---- layouts: a tensor of NaN, to be filled; its storage may hold NaN around it
+# ---- layouts: each makes a tensor of NaN to be filled, in whose storage there may be more NaN around the elements
 
 Place = Callable[[Shape, torch.dtype], Tensor]
 
@@ -180,35 +180,35 @@ def channels_last(shape: Shape, dtype: torch.dtype) -> Tensor:
 
 
 def transposed(shape: Shape, dtype: torch.dtype) -> Tensor:
-    """Dense, dim 0 innermost."""
+    """Dense, with dim 0 innermost."""
     return contiguous(shape[::-1], dtype).permute(tuple(reversed(range(len(shape)))))
 
 
 def view(shape: Shape, dtype: torch.dtype) -> Tensor:
-    """Every second element along each dim."""
+    """A view of every second element along each dim."""
     if not shape:
         return contiguous((3,), dtype)[1]
     return contiguous(tuple(2 * n + 1 for n in shape), dtype)[(slice(1, None, 2),) * len(shape)]
 
 
 def padded_rows(shape: Shape, dtype: torch.dtype) -> Tensor:
-    """Rows of a wider matrix."""
+    """A view of the rows of a wider matrix."""
     if not shape:
         return view(shape, dtype)
     return contiguous((*shape[:-1], shape[-1] + 3), dtype)[..., 1 : shape[-1] + 1]
 
 
 def misaligned(shape: Shape, dtype: torch.dtype) -> Tensor:
-    """Contiguous, one element past where the allocator aligned it."""
+    """Contiguous, and beginning one element past the allocator's alignment."""
     return contiguous((math.prod(shape) + 2,), dtype)[1:-1].view(shape)
 
 
 def expanded(shape: Shape, dtype: torch.dtype) -> Tensor:
-    """Stride 0 along dim 0: every row is the same memory."""
+    """Stride 0 along dim 0, so that all rows share their memory."""
     return contiguous((min(1, shape[0]), *shape[1:]), dtype).expand(shape) if shape else contiguous(shape, dtype)
 
 
-# Of the parameter, of the gradient.
+# name: (layout of the parameter, layout of the gradient)
 LAYOUTS: dict[str, tuple[Place, Place]] = {
     "contiguous": (contiguous, contiguous),
     "channels-last": (channels_last, channels_last),
@@ -228,12 +228,12 @@ LAYOUTS: dict[str, tuple[Place, Place]] = {
 
 
 def layout_parameters(names: Iterable[str]) -> list[Any]:
-    """Layouts as parameters of a test; those that are misaligned are tried under sanitizers on emulated CUDA too."""
+    """Parameters of a test, one for each layout. Misaligned ones are run under sanitizers on emulated CUDA too."""
     return [pytest.param(name, marks=[pytest.mark.sanitized_cuda] * ("misaligned" in name)) for name in names]
 
 
 def guards_intact(t: Tensor) -> bool:
-    """Whether whatever lies around the elements of ``t`` in its storage is NaN still."""
+    """Whether everything around the elements of ``t`` in its storage is still NaN."""
     storage = torch.empty(0, dtype=t.dtype, device=t.device).set_(t.untyped_storage())
     inside = torch.zeros(storage.numel(), dtype=torch.bool, device=t.device)
     inside.as_strided(t.shape, t.stride(), t.storage_offset()).fill_(True)
@@ -254,7 +254,7 @@ def _values(shape: Shape, index: int, step: int) -> Tensor:
 
 
 def values(shape: Shape, index: int, step: int) -> Tensor:
-    """Gradient of parameter ``index`` at ``step``; step -1 is the parameter itself. Every caller must copy it."""
+    """The gradient of parameter ``index`` at ``step``; step -1 gives the parameter. Callers must copy it, as it is cached."""
     return (_small_values if math.prod(shape) < 4096 else _values)(shape, index, step)
 
 
@@ -270,16 +270,16 @@ def can_mix_dtypes() -> bool:
 
 
 def device_of(backend: str) -> str:
-    """Where a backend's tests put their tensors: the GPU, where its kernels run there and not only emulated or interpreted."""
+    """The device for a backend's tests: the GPU if its kernels run there, the CPU if they are emulated or interpreted."""
     on_gpu = backend == "cuda" and cuda.availability().usable and not cuda.native().EMULATED
     on_gpu |= backend == "triton" and triton.availability().usable and not triton.kernels().interpreted
     return "cuda" if on_gpu else "cpu"
 
 
 _can_emulate = pytest.mark.skipif(build.compiler() is None, reason="no C++ compiler: the emulator cannot be built")
-#: CUDA's kernels on the GPU or else under the emulator, for tests that put their tensors on ``device_of(backend)``.
+#: The CUDA backend on the GPU or else under the emulator, for tests that put their tensors on ``device_of(backend)``.
 CUDA = pytest.param("cuda", marks=[_can_emulate] if device_of("cuda") == "cpu" else [])
-#: Under the emulator alone, for tests that make CPU tensors of their own.
+#: The CUDA backend under the emulator only, for tests that make CPU tensors.
 EMULATED_CUDA = pytest.param(
     "cuda",
     marks=[_can_emulate, pytest.mark.skipif(device_of("cuda") != "cpu", reason="the emulator is for CPU tensors")],
@@ -290,14 +290,14 @@ class Run:
     """An optimizer over parameters with known values, and known gradients for each step.
 
     Args:
-        case: The optimizer.
-        recipe: Its keywords.
-        shapes: One parameter each; the second half is a group of its own with half the learning rate.
-        backend: Which backend.
-        dtype: Of the parameters.
-        grad_dtype: Of the gradients, if another.
-        layout: Key of LAYOUTS.
-        exact: Compute in float64, on values that ``dtype`` and ``grad_dtype`` can hold.
+        case: The optimizer with its options.
+        recipe: The keywords of the recipe.
+        shapes: The shapes of the parameters. The second half forms a group with half the learning rate.
+        backend: The backend's name.
+        dtype: The dtype of the parameters.
+        grad_dtype: The dtype of the gradients, if it differs.
+        layout: A key of LAYOUTS.
+        exact: Compute in float64, on values that ``dtype`` and ``grad_dtype`` can represent.
     """
 
     def __init__(
@@ -345,7 +345,7 @@ class Run:
                 g.copy_(new)
 
     def step(self, count: int = 1) -> Run:
-        """Take steps, each on gradients of its own."""
+        """Take ``count`` steps, each with new gradients."""
         for _ in range(count):
             self.fill()
             self.optimizer.step()
@@ -353,7 +353,7 @@ class Run:
         return self
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """(name, tensor) of each parameter and each of its state tensors."""
+        """The parameters and their state tensors, each with a name."""
         for i, p in enumerate(self.params):
             yield f"parameter {i}", p.detach()
             for key, value in self.optimizer.state.get(p, {}).items():
@@ -379,7 +379,7 @@ def oracle(
     layout: str = "contiguous",
     steps: int = STEPS,
 ) -> dict[str, Tensor]:
-    """The float64 oracle's outcome. Of the layouts only an expanded gradient changes it: kept apart by ``layout``."""
+    """The outcome of the reference backend in float64. Of all layouts only an expanded gradient changes it."""
     run = Run(
         CASES[case],
         RECIPES[recipe],
@@ -397,7 +397,7 @@ def oracle(
 
 
 def errors(outcome: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Absolute error of each tensor; the same names must be there."""
+    """The absolute error of each tensor; both sides must have the same names."""
     assert outcome.keys() == expected.keys()
     return {name: (outcome[name] - expected[name]).abs() for name in expected}
 
@@ -409,8 +409,8 @@ def assert_close(
     atol: float,
     yardstick: Callable[[], Mapping[str, Tensor]] | None = None,
 ) -> None:
-    """Each tensor within the tolerance, or within twice the largest error that ``yardstick``'s outcome has in it."""
-    measured: Mapping[str, Tensor] | None = None  # a run of its own: only where it is needed
+    """Each tensor is within the tolerance, or within twice the largest error of the outcome that ``yardstick`` returns."""
+    measured: Mapping[str, Tensor] | None = None  # computed only where it is needed, since it takes a run
     for name, error in errors(outcome, expected).items():
         excess = error - (atol + rtol * expected[name].abs())
         if error.numel() == 0 or bool((excess <= 0).all()):
@@ -423,7 +423,7 @@ def assert_close(
 
 
 def assert_same_bits(left: Mapping[str, Tensor], right: Mapping[str, Tensor]) -> None:
-    """Equal to the last bit, NaN and the sign of zero included."""
+    """All tensors are equal to the last bit, NaN and the sign of zero included."""
     assert left.keys() == right.keys()
     for name in left:
         same = torch.equal(left[name].double().view(torch.int64), right[name].double().view(torch.int64))
@@ -433,7 +433,7 @@ def assert_same_bits(left: Mapping[str, Tensor], right: Mapping[str, Tensor]) ->
 def assert_devices_share_norms(
     table: type, recipe: str, backend: str, steps: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Rows dealt out to three parts of a ``table``, as if on three devices, step as on one."""
+    """Rows that are dealt out to three parts of a table, as if they were on three devices, step as they do on one."""
     together = Run(CASES["adam"], RECIPES[recipe], SHAPES, backend=backend).step(steps)
     monkeypatch.setattr(table, "_owners", staticmethod(lambda rows: [i % 3 for i, _ in enumerate(rows)]))
     apart = Run(CASES["adam"], RECIPES[recipe], SHAPES, backend=backend).step(steps)

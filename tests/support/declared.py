@@ -1,4 +1,4 @@
-"""Every optimizer and every option with its kind, read from their declarations, so that tests of them all cover new ones."""
+"""Every optimizer and every option with its kind, read from their declarations, so that new ones are tested at once."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ OPTIMIZERS: dict[str, type[Any]] = {
     for name, cls in vars(gradfused).items()
     if isinstance(cls, type) and issubclass(cls, gradfused.optim.base.Optimizer)
 }
-#: Taken from torch's signatures and not looked at.
+#: Options that are accepted for torch's sake and have no effect.
 IGNORED = ("foreach", "fused", "capturable")
 
 
@@ -25,8 +25,8 @@ class Option:
 
     Attributes:
         kind: ``"number"``, ``"integer"``, ``"flag"``, ``"choice"`` or ``"numbers"``.
-        count: Of numbers, how many.
-        optional: May be None.
+        count: How many numbers there are, if the kind is ``"numbers"``.
+        optional: Whether the option may be None.
     """
 
     name: str
@@ -36,7 +36,7 @@ class Option:
 
     @classmethod
     def declared(cls, name: str, annotation: Any) -> Option:
-        """What an annotation says."""
+        """An option of the kind that its annotation tells."""
         if typing.get_origin(annotation) is tuple:
             return cls(name, "numbers", len(typing.get_args(annotation)))
         types = typing.get_args(annotation) or (annotation,)
@@ -51,13 +51,13 @@ RECIPE = [Option.declared(*item) for item in typing.get_type_hints(options.Recip
 
 
 def own_options(optimizer: str) -> Iterator[Option]:
-    """The options of the optimizer's rule, and torch's."""
+    """The options in an optimizer's signature, without the recipe."""
     for name, annotation in typing.get_type_hints(OPTIMIZERS[optimizer].__init__).items():
         if name not in ("params", "recipe", "return", *IGNORED):
             yield Option.declared(name, annotation)
 
 
 def every_option() -> list[tuple[str, Option]]:
-    """(optimizer, option): each optimizer with its own options, and one of them with the recipe, which all share."""
+    """(optimizer, option) for each optimizer's own options, and for one optimizer with the recipe, which all share."""
     own = [(optimizer, option) for optimizer in OPTIMIZERS for option in own_options(optimizer)]
     return own + [("AdamW", option) for option in RECIPE]

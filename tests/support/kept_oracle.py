@@ -1,4 +1,4 @@
-"""What 16-bit weights are after SGD steps, element by element: the rules of ``precision`` and ``ema`` written down once more."""
+"""The rules of ``precision`` and ``ema`` for 16-bit weights, written down a second time for steps of SGD."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import gradfused
 
 
 def half_unit(weights: Tensor) -> Tensor:
-    """Half a unit in the last place of each weight, in float64; 0 below the normal numbers of float32."""
+    """Half a unit in the last place of each weight, in float64; 0 for weights below float32's normal numbers."""
     wide = weights.double()
     exponent = torch.frexp(wide)[1].double() - 1
     unit = torch.exp2(exponent) * torch.finfo(weights.dtype).eps
@@ -18,12 +18,12 @@ def half_unit(weights: Tensor) -> Tensor:
 
 
 class Oracle:
-    """A parameter and what is kept beside it. Steps are ``weights - lr * gradient`` in float32.
+    """A parameter and the state that is kept with it. A step computes ``weights - lr * gradient`` in float32.
 
     Args:
-        weights: Of 16 bits.
+        weights: The weights, in a dtype of 16 bits.
         precision: None, ``"kahan"`` or ``"master"``.
-        ema: What an average of the weights keeps of itself in a step, if there is one.
+        ema: The decay of the average of the weights, or None where no average is kept.
     """
 
     def __init__(self, weights: Tensor, precision: str | None, ema: float | None = None) -> None:
@@ -32,15 +32,15 @@ class Oracle:
         self.choose(precision, ema)
 
     def choose(self, precision: str | None, ema: float | None) -> None:
-        """Other options from the next step on."""
+        """Set the options of the next steps."""
         self.precision, self.ema = precision, ema
 
     def write(self, weights: Tensor) -> None:
-        """Somebody else writes the weights."""
+        """Overwrite the weights from outside."""
         self.param = weights.clone()
 
     def weights(self) -> Tensor:
-        """What the next step begins with, in float32."""
+        """The weights that the next step begins with, in float32."""
         own = self.param.float()
         if self.precision == "master" and "master" in self.kept:
             copy = self.kept["master"]
@@ -56,7 +56,7 @@ class Oracle:
         p = self.weights() - lr * gradient.float()
         self.param = p.to(self.param.dtype)
         average = self.kept.get("ema", before)
-        self.kept = {}  # what no option asks for is forgotten
+        self.kept = {}  # state that no option asks for is dropped
         if self.precision == "master":
             self.kept["master"] = p
         if self.precision == "kahan":

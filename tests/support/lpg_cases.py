@@ -1,4 +1,4 @@
-"""LPG cross-entropy written out sample by sample in float64, and cases for every backend to meet it."""
+"""LPG cross-entropy written out sample by sample in float64, and inputs to compare the backends with it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from gradfused.backends import availability
 
-#: Largest error allowed per element, in units of the row's largest gradient, where torch's own is smaller.
+#: The largest error allowed per element, relative to the row's largest gradient.
 TOLERANCE = {torch.float32: 3e-6, torch.float64: 1e-11, torch.float16: 2**-11, torch.bfloat16: 2**-8}
 
 _cpu = availability()["cpu"]
@@ -31,7 +31,7 @@ def device_of(backend: str) -> str:
 def batch(
     n: int, classes: int, dtype: torch.dtype = torch.float32, *, scale: float = 3.0, seed: int = 0, ignored: int = 0
 ) -> tuple[Tensor, Tensor]:
-    """Logits and targets, the first ``ignored`` of them -100. Classes repeat, and the first is a large one."""
+    """Logits and targets. Classes repeat, class 0 has many samples, and the first ``ignored`` targets are -100."""
     generator = torch.Generator().manual_seed(seed)
     logits = (torch.randn(n, classes, generator=generator) * scale).to(dtype)
     target = torch.randint(0, min(classes, max(2, n // 3)), (n,), generator=generator)
@@ -41,7 +41,7 @@ def batch(
 
 
 def delta(gradient: Tensor, sign: float, eps: float) -> Tensor:
-    """What lengthens or shortens one gradient most within a ball."""
+    """The change within a ball that lengthens or shortens one gradient most."""
     norm = float(gradient.norm())
     if norm == 0 or sign == 0:
         return torch.zeros_like(gradient)
@@ -92,7 +92,7 @@ def expected(
 
 
 def assert_near(found: Tensor, wanted: Tensor, dtype: torch.dtype, times: float = 1.0) -> None:
-    """Each row within a few units in the last place of its largest gradient, or of 1e-4 where less is left."""
+    """Each row is within a few units in the last place of its largest gradient, or of 1e-4 if that is larger."""
     scale = wanted.abs().amax(1, keepdim=True).clamp_min(1e-4)
     error = ((found.double() - wanted) / scale).abs().max() if len(wanted) else torch.tensor(0.0)
     assert error <= times * TOLERANCE[dtype], f"off by {error:.3g} of the row's largest, allowed {TOLERANCE[dtype]:.3g}"

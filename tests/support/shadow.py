@@ -1,7 +1,7 @@
-"""What an optimizer should have done: steps taken by a fresh one on the reference backend, which remembers nothing.
+"""What a step should have done, computed by a fresh optimizer on the reference backend, which remembers nothing.
 
-A shadow keeps a parameter's value and state as plain data. A step gives them to an optimizer that has never been used, in float64
-where the parameter is not of 16 bits, so that no cached table, version counter or older copy can have a part in the result.
+A parameter's value and state are kept as plain data. For each step they are given to an optimizer that has never been used, in
+float64 unless the parameter has 16 bits, so that no cached table, version counter or older copy can affect the result.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ Options = dict[str, Any]
 
 @dataclass
 class Kept:
-    """A parameter and what it and its state should hold.
+    """A parameter with the value and the state that it should have.
 
     Attributes:
         p: The parameter.
-        value: Its values.
-        state: Its state.
-        unsure: State that the optimizer may leave for the next step to bring up to date: not compared until then.
-        loose: What rounding took off the weights may be lost in the next step.
-        frozen: It gets no gradients.
+        value: The value that it should have.
+        state: The state that it should have.
+        unsure: Keys of state that the optimizer may bring up to date in the next step only; not compared until then.
+        loose: Whether the next step may lose the part of the weights that rounding cut off.
+        frozen: Whether it gets no gradients.
     """
 
     p: nn.Parameter
@@ -44,7 +44,7 @@ class Kept:
         return cls(p, p.detach().clone(), **more)
 
     def wrote(self) -> None:
-        """The weights are the user's by now: older copies of them are worth nothing."""
+        """Note that the user has written the weights, so that older copies of them no longer count."""
         self.value = self.p.detach().clone()
         self.doubt()
 
@@ -56,7 +56,7 @@ class Kept:
         return Kept(p, self.value.clone(), copied(self.state), set(self.unsure), self.loose, self.frozen)
 
     def follow(self, state: dict[str, Any], options: Options) -> None:
-        """After a step that was as it should be: what the optimizer holds is where the next one starts."""
+        """After a correct step, take over what the optimizer holds as the start of the next step."""
         self.value, self.state = self.p.detach().clone(), copied(state)
         self.unsure, self.loose = RIDERS - riders_on(options, self.p.dtype), False
 
@@ -72,7 +72,7 @@ def half_unit(x: Tensor) -> Tensor:
 
 
 def starting_state(kept: Kept, options: Options, narrow: bool) -> dict[str, Tensor]:
-    """The state that a step starts from: copies that the weights have left are not theirs any more."""
+    """The state that a step starts from, without copies that no longer belong to the weights."""
     state, value, short = copied(kept.state), kept.value, kept.value.dtype in SHORT
     for key, precision in (("master", "master"), ("kahan_comp", "kahan")):
         if not short or options["precision"] != precision:
@@ -91,13 +91,13 @@ def starting_state(kept: Kept, options: Options, narrow: bool) -> dict[str, Tens
 
 
 def exact(x: Tensor, short: bool) -> Tensor:
-    """In float64, but for numbers of 16 bits and all state of weights of 16 bits, whose rounding is part of the result."""
+    """The tensor in float64, unless it or its weights have 16 bits, where rounding is part of the result."""
     return x.contiguous() if short or x.dtype in SHORT else x.double().contiguous()
 
 
 @dataclass
 class Outcome:
-    """What a step should come to: weights and state of each parameter, in order."""
+    """What a step should result in: the weights and the state of each parameter, in order."""
 
     states: list[dict[str, Tensor]]
     norm: Tensor | None
@@ -110,7 +110,7 @@ def step(
     grads: Mapping[Tensor, Tensor],
     narrow: bool = False,
 ) -> Outcome:
-    """The step that the parameters in ``grads`` should take; ``narrow`` in their own dtype, as a yardstick of its rounding."""
+    """The step that the parameters in ``grads`` should take. If ``narrow``, it is in their dtype, to show how that rounds."""
     made: list[Options] = []
     state: dict[Tensor, dict[str, Tensor]] = {}
     for options, members in groups:
@@ -146,9 +146,9 @@ def assert_follows(
     computed: torch.dtype | None = None,
     yardstick: Callable[[], Tensor] | None = None,
 ) -> None:
-    """Within a rounding of its own dtype, or of float32's kernels, or within twice the yardstick's error.
+    """The tensor is within a rounding of its dtype or of float32, or within twice the error of the narrow step.
 
-    ``computed`` is the dtype of the weights.
+    ``computed`` is the dtype of the weights, in which the step computes.
     """
     if ours.dtype in SHORT:
         tolerance = {"rtol": torch.finfo(ours.dtype).eps, "atol": max(atol, 1e-6)}
@@ -165,7 +165,7 @@ def assert_follows(
 
 
 def riders_on(options: Options, dtype: torch.dtype) -> set[str]:
-    """The state that the present options ask for beside the rule's."""
+    """The keys of state that the present options ask for besides the rule's."""
     copies = {"master": "master", "kahan": "kahan_comp"}.get(str(options["precision"])) if dtype in SHORT else None
     return {copies} - {None} | ({"ema"} if options["ema"] is not None else set())
 
@@ -177,7 +177,7 @@ def assert_step(
     expected: dict[str, Tensor],
     yardstick: Callable[[], dict[str, Tensor]],
 ) -> None:
-    """One parameter after a step: its value, and its state's keys, counts and values."""
+    """A parameter's value after a step is right, and so are its state's keys, counts and values."""
     on = riders_on(options, kept.p.dtype)
     p, ours = kept.p.detach(), copied(state)
     off = RIDERS - on
@@ -199,11 +199,11 @@ def assert_step(
 
 
 def assert_kept(kept: Kept, state: dict[str, Any]) -> None:
-    """Nothing happened: to the bit, but for what the optimizer may bring up to date in its own time."""
+    """Nothing has changed, to the bit, except state that the optimizer may bring up to date later."""
     assert kept.value.dtype == kept.p.dtype
     assert torch.equal(kept.p.detach(), kept.value) or bool(kept.value.isnan().any()), "weights changed"
     ours = copied(state)
     assert ours.keys() - RIDERS == kept.state.keys() - RIDERS, "state's keys changed"
     for key in (ours.keys() & kept.state.keys()) - kept.unsure:
-        kept.state[key] = kept.state[key].to(ours[key].dtype)  # loading may give it the weights' dtype, as in torch
+        kept.state[key] = kept.state[key].to(ours[key].dtype)  # loading may cast it to the weights' dtype, as in torch
         assert torch.equal(ours[key], kept.state[key]), f"{key} changed"

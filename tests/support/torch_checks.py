@@ -1,6 +1,6 @@
-"""The checks that torch makes of its optimizers, written anew: ours is to do what its twin does, parameters and state alike.
+"""The checks that torch makes of its optimizers, written as comparisons: ours has to agree with torch's in parameters and state.
 
-Each takes a Subject and raises where ours differs. ``CHECKS`` holds them by name.
+Each check takes a Subject and raises where the two differ. ``CHECKS`` holds them by name.
 """
 
 from __future__ import annotations
@@ -22,34 +22,34 @@ TOLERANCES = {torch.float32: {"rtol": 1.3e-6, "atol": 1e-5}, torch.float64: {"rt
 STEPS = 7
 
 CHECKS: dict[str, Check] = {}
-ONCE: set[str] = set()  # of an optimizer as such: one set of options is enough
+ONCE: set[str] = set()  # checks for which one set of options is enough
 
 
 def check(function: Check) -> Check:
-    """Registers a check that every set of options goes through."""
+    """Registers a check that is made with every set of options."""
     CHECKS[function.__name__] = function
     return function
 
 
 def check_once(function: Check) -> Check:
-    """Registers a check that needs one set of options."""
+    """Registers a check that is made with one set of options."""
     ONCE.add(function.__name__)
     return check(function)
 
 
 def twins(subject: Subject, make: Callable[[], Any] = parameters, **more: Any) -> tuple[Optimizer, Optimizer]:
-    """Ours and torch's, over parameters of the same values."""
+    """Our optimizer and torch's, over parameters with the same values."""
     return subject.ours(make(), **more), subject.theirs(make(), **more)
 
 
 def tolerance(group: dict[str, Any]) -> dict[str, float]:
-    """The dtype's, or that of the learning rate, in which torch computes where it is a tensor."""
+    """The tolerance of the dtype, or of the learning rate's dtype if it is a tensor, since torch then computes in that."""
     lr, p = group["lr"], group["params"][0]
     return TOLERANCES[torch.float32 if isinstance(lr, Tensor) and lr.dtype == torch.float32 else p.dtype]
 
 
 def assert_same_steps(ours: Optimizer, theirs: Optimizer, count: int = STEPS, start: int = 0) -> None:
-    """Weights, state, and the state's dtypes agree after some steps."""
+    """The weights, the state and the state's dtypes agree after some steps."""
     take_steps(ours, count, start)
     take_steps(theirs, count, start)
     assert_same(ours, theirs, tolerance(ours.param_groups[0]))
@@ -72,7 +72,7 @@ def steps_in_float64(subject: Subject) -> None:
 
 @check
 def steps_in_mixed_dtypes(subject: Subject) -> None:
-    """All four dtypes in one optimizer: none is further from float64 than twice what torch's is, which may be nan."""
+    """With all four dtypes in one optimizer, no error against float64 is more than twice torch's. Both may be nan."""
     dtypes, shape = (torch.float32, torch.float64, torch.float16, torch.bfloat16), ((17, 5),)
 
     def make(dtypes: tuple[torch.dtype, ...]) -> list[nn.Parameter]:
@@ -96,7 +96,7 @@ def steps_in_mixed_dtypes(subject: Subject) -> None:
 
 
 def _train(optimizer: Optimizer, weight: Tensor, bias: Tensor, schedulers: list[Any]) -> tuple[float, float]:
-    """(first, last) loss of a least-squares problem."""
+    """The first and the last loss of a least-squares problem."""
     x = torch.linspace(-1.0, 1.0, 5).to(weight.dtype)
 
     def closure() -> Tensor:
@@ -116,7 +116,7 @@ def _train(optimizer: Optimizer, weight: Tensor, bias: Tensor, schedulers: list[
 def _goes_right(
     subject: Subject, schedulers: tuple[Any, ...] = (), dtype: torch.dtype = torch.float32, **more: Any
 ) -> None:
-    """Like torch's, and the loss goes down."""
+    """Training goes as torch's does, and the loss decreases."""
     losses = []
     for make in (subject.ours, subject.theirs):
         weight, bias = (nn.Parameter(p.detach() + 0.5) for p in parameters(dtype, ((4, 5), (4,))))
@@ -172,7 +172,7 @@ def no_gradient_changes_nothing(subject: Subject) -> None:
 
 @check
 def zero_gradients(subject: Subject) -> None:
-    """Without decay weights stay where they are; state is created and counts alike."""
+    """Without weight decay the weights stay as they are. State is created and counted as torch does it."""
     ours, theirs = twins(subject)
     before = [p.detach().clone() for p in ours.param_groups[0]["params"]]
     for optimizer in (ours, theirs):
@@ -186,7 +186,7 @@ def zero_gradients(subject: Subject) -> None:
 
 @check
 def closures(subject: Subject) -> None:
-    """Called once with gradients enabled, and its loss returned."""
+    """A closure is called once, with gradients enabled, and its loss is returned."""
     for optimizer in twins(subject):
         calls = []
 
@@ -202,7 +202,7 @@ def closures(subject: Subject) -> None:
 
 @check
 def learning_rate_as_a_tensor(subject: Subject) -> None:
-    """Of 0 dims or 1 element: as the same number, to the bit, and as torch's; the tensor stays the user's own."""
+    """A learning rate of 0 dims or 1 element acts as the same number, to the bit, and as torch's. It is kept as given."""
     lr = float(subject.options.get("lr", 0.01))
     for shape in ((), (1,)):
         tensor = torch.full(shape, lr, dtype=torch.float64)
@@ -218,7 +218,7 @@ def learning_rate_as_a_tensor(subject: Subject) -> None:
 
 @check_once
 def two_flags_that_exclude_each_other(subject: Subject) -> None:
-    """Torch refuses ``foreach`` with ``fused``."""
+    """``foreach`` together with ``fused`` is refused, as torch does."""
     if "fused" in subject.info.supported_impls:
         for make in (subject.theirs, subject.ours):
             with raising(RuntimeError):
@@ -227,7 +227,7 @@ def two_flags_that_exclude_each_other(subject: Subject) -> None:
 
 @check
 def flags_change_nothing(subject: Subject) -> None:
-    """Torch takes some of them with learning rates and betas that are numbers alone."""
+    """Flags about the implementation change nothing. Torch takes some of them only if learning rate and betas are numbers."""
     numbers = {key: as_numbers(value) for key, value in subject.options.items() if key in ("lr", "betas")}
     plain = take_steps(subject.ours(parameters(), **numbers), STEPS)
     flags = {"foreach", "fused"} & set(subject.info.supported_impls)
@@ -242,7 +242,7 @@ def as_numbers(value: Any) -> Any:
 
 @check
 def differentiable(subject: Subject) -> None:
-    """Torch's step can be part of a graph."""
+    """With ``differentiable=True`` torch's step can be part of a graph."""
     values = []
     for make in (subject.theirs, subject.ours):
         start = torch.tensor([1.0, -2.0], requires_grad=True)
@@ -281,7 +281,7 @@ def sparse_gradients(subject: Subject) -> None:
 
 @check
 def gradient_scaler(subject: Subject) -> None:
-    """As torch's fused step: unscaled inside it, and not taken where ``found_inf`` says so."""
+    """A step unscales its gradients and is skipped where ``found_inf`` says so, as torch's fused step does."""
     ours, theirs = twins(subject)
     for step in range(4):
         set_gradients(theirs.param_groups[0]["params"], step)
@@ -325,7 +325,7 @@ def groups_with_their_own_weight_decay(subject: Subject) -> None:
 
 @check
 def groups_with_their_own_learning_rate(subject: Subject) -> None:
-    """A group with a learning rate of 0 stays where it is, and counts its steps."""
+    """The weights of a group with a learning rate of 0 stay as they are, and its steps are counted."""
 
     def make() -> list[dict[str, Any]]:
         w, b, *_ = parameters()
@@ -348,7 +348,7 @@ def groups_added_while_running(subject: Subject) -> None:
 
 @check_once
 def groups_that_are_refused(subject: Subject) -> None:
-    """A refused group leaves the groups as they were, with torch's types of error."""
+    """A group that is refused leaves the groups as they were. The type of error is torch's."""
     p, q, *_ = parameters()
     bad: list[tuple[type[Exception], Any]] = [
         (TypeError, {"params": {p}}),
@@ -366,7 +366,7 @@ def groups_that_are_refused(subject: Subject) -> None:
 
 @check
 def every_option_is_in_the_groups(subject: Subject) -> None:
-    """Torch's defaults are ours by name and value, in ``defaults`` and in the groups."""
+    """Every option of torch's has the same name and default in ours, in ``defaults`` and in the groups."""
     ours, theirs = twins(subject)
     for mine, other in ((ours.defaults, theirs.defaults), (ours.param_groups[0], theirs.param_groups[0])):
         keys = other.keys() - {"params", "foreach", "capturable"}
@@ -395,7 +395,7 @@ def default_dtype_of_float64(subject: Subject) -> None:
 
 
 class raising:
-    """Like pytest.raises, of which these checks are independent: they are raised through as well."""
+    """Like pytest.raises, on which these checks do not depend, since tests expect some of them to fail."""
 
     def __init__(self, error: type[BaseException]) -> None:
         self.error = error
@@ -409,7 +409,7 @@ class raising:
 
 
 def error_input(subject: Subject, error: Any) -> None:
-    """What torch's table says is refused is refused with torch's type of error."""
+    """What torch's table lists as refused is refused, with torch's type of error."""
     given = error.optimizer_error_input
     params = parameters() if given.params is None else given.params
     options = copy.deepcopy(given.kwargs)

@@ -1,4 +1,4 @@
-"""The checks of state dicts, copies and hooks; see torch_checks."""
+"""Checks of state dicts, copies and hooks; see torch_checks.py."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def params_of(optimizer: Optimizer) -> list[nn.Parameter]:
 
 
 def goes_on(subject: Subject, first: Optimizer, saved: Any, **more: Any) -> Optimizer:
-    """A new optimizer that goes on from a state dict as the first does, to the bit."""
+    """A new optimizer that loads the state dict continues as the first one does, to the bit."""
     second = subject.ours(copied(params_of(first)), **more)
     second.load_state_dict(saved)
     assert_same(take_steps(second, 4, 3), take_steps(first, 4, 3), EXACT)
@@ -39,7 +39,7 @@ def goes_on(subject: Subject, first: Optimizer, saved: Any, **more: Any) -> Opti
 
 @check
 def state_is_not_empty(subject: Subject) -> None:
-    """After a step state has torch's keys, each with a tensor of its parameter's shape or of one element."""
+    """After a step the state has torch's keys, each with a tensor of its parameter's shape or of one element."""
     ours, theirs = twins(subject)
     take_steps(ours, 2)
     take_steps(theirs, 2)
@@ -69,7 +69,7 @@ def resumes_are_deterministic(subject: Subject) -> None:
 
 @check_once
 def resumes_into_other_options(subject: Subject) -> None:
-    """The saved options are what counts, not those of the optimizer that loads them."""
+    """The saved options replace those of the optimizer that loads them."""
     first = take_steps(subject.ours(parameters()), 3)
     second = goes_on(subject, first, copy.deepcopy(first.state_dict()), lr=0.5, weight_decay=0.9)
     assert second.param_groups[0]["lr"] == first.param_groups[0]["lr"]
@@ -77,7 +77,7 @@ def resumes_into_other_options(subject: Subject) -> None:
 
 @check
 def older_state_dicts(subject: Subject) -> None:
-    """Without the options that torch added since an optimizer was first released."""
+    """A state dict without the options that torch added over the years can be loaded."""
     first = take_steps(subject.ours(parameters()), 3)
     saved = copy.deepcopy(first.state_dict())
     for flag in subject.info.not_og_supported_flags:
@@ -111,7 +111,7 @@ def files_read_with_weights_only(subject: Subject) -> None:
 
 @check
 def state_dicts_of_the_twin(subject: Subject) -> None:
-    """Theirs into ours and ours into theirs, in the middle of a run."""
+    """In the middle of a run torch's state dict can be loaded by ours, and ours by torch's."""
     ours, theirs = twins(subject)
     assert_same_steps(ours, theirs, 3)
     crossed = subject.ours(copied(params_of(theirs))), subject.theirs(copied(params_of(ours)))
@@ -122,7 +122,7 @@ def state_dicts_of_the_twin(subject: Subject) -> None:
 
 @check_once
 def names_in_either_state_dict(subject: Subject) -> None:
-    """A state dict with parameter names loads where there are none, and the other way round, as torch does it."""
+    """A state dict with parameter names can be loaded where there are none, and the other way round, as in torch."""
     for named_first in (True, False):
         found = []
         for make in (subject.ours, subject.theirs):
@@ -141,7 +141,7 @@ def _named(params: list[nn.Parameter]) -> list[tuple[str, nn.Parameter]]:
 
 @check_once
 def state_dicts_that_do_not_fit(subject: Subject) -> None:
-    """Refused with ValueError, as torch does: another number of groups, or of parameters in one."""
+    """A state dict with another number of groups, or of parameters in a group, is refused with ValueError, as in torch."""
     for make in (subject.ours, subject.theirs):
         saved = take_steps(make(parameters()), 1).state_dict()
         for params in (parameters()[:3], [{"params": parameters()[:3]}, {"params": parameters()[3:]}]):
@@ -158,7 +158,7 @@ def state_dicts_that_do_not_fit(subject: Subject) -> None:
 
 @check
 def deepcopies(subject: Subject) -> None:
-    """A copy has every public attribute, its own tensors, and goes on alike."""
+    """A copy has all public attributes and its own tensors, and continues as the original does."""
     first = take_steps(subject.ours(parameters()), 3)
     second = copy.deepcopy(first)
     public = {name for name in vars(first) if not name.startswith("_")}
@@ -179,7 +179,7 @@ def pickles(subject: Subject) -> None:
 
 @check_once
 def hooks_of_the_step(subject: Subject) -> None:
-    """Global and own, before and after, each once a step, in torch's order, with the step's arguments."""
+    """Global hooks and the optimizer's, before and after a step, are called once each, in torch's order, with its arguments."""
     orders = []
     for make in (subject.ours, subject.theirs):
         order: list[str] = []
@@ -210,7 +210,7 @@ def hooks_of_the_step(subject: Subject) -> None:
 
 @check_once
 def hooks_that_change_the_arguments(subject: Subject) -> None:
-    """What a hook before the step returns is what the step is called with."""
+    """The step is called with what a hook before it returns."""
     for make in (subject.ours, subject.theirs):
         optimizer, calls = make(parameters()), []
 
@@ -235,7 +235,7 @@ def hooks_of_state_dict(subject: Subject) -> None:
 
 @check_once
 def hooks_of_load_state_dict(subject: Subject) -> None:
-    """Those before may change the state dict, those after see what was loaded; ``prepend`` puts one first."""
+    """Hooks before loading may change the state dict, hooks after it see what was loaded, and ``prepend`` puts one first."""
     for make in (subject.ours, subject.theirs):
         saved = take_steps(make(parameters()), 1).state_dict()
         optimizer, calls = make(parameters()), []
@@ -255,7 +255,7 @@ def hooks_of_load_state_dict(subject: Subject) -> None:
 
 @check_once
 def state_dicts_of_parameters_on_a_gpu(subject: Subject) -> None:
-    """The state follows the parameters that it is loaded for."""
+    """State is loaded to the device of its parameters."""
     first = take_steps(subject.ours(parameters()), 3)
     second = subject.ours([nn.Parameter(p.detach().cuda()) for p in params_of(first)])
     second.load_state_dict(copy.deepcopy(first.state_dict()))

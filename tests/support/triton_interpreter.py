@@ -1,7 +1,7 @@
 """Triton's interpreter, made fast enough for a test suite.
 
-It patches triton.language anew for every call of a @triton.jit function inside a kernel, a millisecond each. Once a launch is
-enough. Nor need the interpreter be traced.
+For every call of a @triton.jit function inside a kernel the interpreter patches triton.language anew, which takes a millisecond.
+Here that is done once a launch, and coverage does not trace the interpreter.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from gradfused.backends import triton
 
 
 def hasten() -> None:
-    """Patch once a launch and kind of function. Does nothing where the interpreter's insides are others."""
+    """Make the interpreter patch once a launch and kind of function. Does nothing where its internals are not as expected."""
     import triton.language as tl
     from triton.runtime import interpreter
 
@@ -47,7 +47,7 @@ def hasten() -> None:
 
     def launch_afresh(self: Any, *args: Any, **kwargs: Any) -> Any:
         patched.clear()
-        tracer = sys.gettrace()  # coverage, which would look at every call within and triple the time
+        tracer = sys.gettrace()  # coverage, which would trace every call inside and triple the time
         sys.settrace(None)
         try:
             return launch(self, *args, **kwargs)
@@ -60,9 +60,9 @@ def hasten() -> None:
 
 
 def start() -> bool:
-    """Import Triton and the kernels for the interpreter, where torch.cuda has no GPU to run them on. Whether that was done.
+    """Import Triton and the kernels in the interpreter's mode if torch.cuda has no GPU. Returns whether they are interpreted.
 
-    It must come before anything else imports Triton. The environment is left as it was, for others' kernels.
+    This has to happen before anything else imports Triton. The environment is restored, for the kernels of others.
     """
     if (
         torch.cuda.is_available()
@@ -89,7 +89,7 @@ REASON = str(triton.missing() or triton.uninterpretable() or triton.availability
 
 
 def uninterpreted(script: str) -> subprocess.CompletedProcess[str]:
-    """A script of tools/check, run in a process whose kernels are compiled."""
+    """Run a script of tools/check in a process in which kernels are compiled, not interpreted."""
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     return subprocess.run(
         [sys.executable, str(ROOT / "tools" / "check" / script)],

@@ -1,4 +1,4 @@
-"""One training scenario run with our optimizer and with torch's, and what is compared afterwards."""
+"""Runs a training scenario with our optimizer and with torch's, its twin, and compares the two."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import gradfused
 
-# Every rule, with every one of its own numbers away from its default.
+# Every rule, with each of its own numbers different from the default.
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "sgd": ("SGD", {"lr": 0.05, "weight_decay": 0.01}),
     "sgd_momentum": ("SGD", {"lr": 0.05, "momentum": 0.9, "dampening": 0.1, "weight_decay": 0.01}),
@@ -34,8 +34,8 @@ Scenario = Callable[[Make], tuple[nn.Module, torch.optim.Optimizer]]
 
 
 def small_model(dtype: torch.dtype = torch.float32) -> nn.Sequential:
-    """A convolution and a linear layer with ever the same weights; on one thread, as waking a second outlasts a test."""
-    torch.set_num_threads(1)  # conftest puts it back
+    """A convolution and a linear layer with fixed weights. Sets one thread, since waking a second takes longer than a test."""
+    torch.set_num_threads(1)  # conftest.py restores it
     torch.manual_seed(0)
     layers = OrderedDict(
         conv=nn.Conv2d(2, 3, 3, padding=1), act=nn.Tanh(), flat=nn.Flatten(), head=nn.Linear(3 * 4 * 4, 5)
@@ -44,7 +44,7 @@ def small_model(dtype: torch.dtype = torch.float32) -> nn.Sequential:
 
 
 def batch(index: int) -> tuple[Tensor, Tensor]:
-    """Input and target number ``index``."""
+    """The input and the target of batch ``index``."""
     generator = torch.Generator().manual_seed(1000 + index)
     return torch.randn(4, 2, 4, 4, generator=generator), torch.randn(4, 5, generator=generator)
 
@@ -62,7 +62,7 @@ def train(
     start: int = 0,
     before_step: Callable[[int], object] | None = None,
 ) -> None:
-    """The usual loop over batches ``start`` to ``start + steps``."""
+    """Run the usual training loop over batches ``start`` to ``start + steps``."""
     for index in range(start, start + steps):
         opt.zero_grad()
         loss_of(model, index).backward()
@@ -72,7 +72,7 @@ def train(
 
 
 def trained(*changes: Callable[[nn.Module, torch.optim.Optimizer], object], steps: int = 2) -> Scenario:
-    """The scenario that takes ``steps`` steps with the small model, and as many after each of ``changes(model, opt)``."""
+    """A scenario: ``steps`` steps with the small model, and as many after each of ``changes(model, opt)``."""
 
     def scenario(make: Make) -> tuple[nn.Module, torch.optim.Optimizer]:
         model = small_model()
@@ -89,7 +89,7 @@ def trained(*changes: Callable[[nn.Module, torch.optim.Optimizer], object], step
 def matrix_steps(
     make: Make, changes: Iterable[Callable[[nn.Parameter], object]], shape: tuple[int, ...] = (4, 4)
 ) -> tuple[nn.Module, torch.optim.Optimizer]:
-    """A step with a plain gradient, then one after each of ``changes(p, gradient)``."""
+    """A scenario: a step with a plain gradient, then one after each of ``changes(p, gradient)``."""
     torch.manual_seed(0)
     p = nn.Parameter(torch.randn(shape))
     opt = make([p])
@@ -102,7 +102,7 @@ def matrix_steps(
 
 
 def centralise(params: Any) -> None:
-    """Gradient centralisation as one writes it by hand."""
+    """Gradient centralisation written by hand."""
     for p in params:
         if p.grad is not None and p.dim() >= 2:
             p.grad -= p.grad.mean(dim=tuple(range(1, p.dim())), keepdim=True)
@@ -113,12 +113,12 @@ def parameters(opt: torch.optim.Optimizer) -> list[Tensor]:
 
 
 def states(opt: torch.optim.Optimizer) -> list[dict[str, Any]]:
-    """Each parameter's state in the groups' order; empty where it has none."""
+    """Each parameter's state, in the order of the groups; empty where there is none."""
     return [{k: v for k, v in opt.state.get(p, {}).items() if v is not None} for p in parameters(opt)]
 
 
 def assert_same_state(ours: list[dict[str, Any]], theirs: list[dict[str, Any]], **tolerance: float) -> None:
-    """The same keys everywhere, the same step counts, and values within ``tolerance``."""
+    """Both have the same keys and step counts, and values within ``tolerance``."""
     assert [set(s) for s in ours] == [set(s) for s in theirs]
     for mine, other in zip(ours, theirs, strict=True):
         assert mine.get("step") == other.get("step")
@@ -129,7 +129,7 @@ def assert_same_state(ours: list[dict[str, Any]], theirs: list[dict[str, Any]], 
 def assert_same(
     ours: torch.optim.Optimizer, theirs: torch.optim.Optimizer, tolerance: dict[str, float] | None = None
 ) -> None:
-    """Weights and state agree."""
+    """Weights and state of the two optimizers agree."""
     tolerance = TOLERANCE if tolerance is None else tolerance
     for index, (p, q) in enumerate(zip(parameters(ours), parameters(theirs), strict=True)):
         torch.testing.assert_close(p.detach(), q.detach(), msg=lambda m, i=index: f"parameter {i}: {m}", **tolerance)
@@ -137,9 +137,9 @@ def assert_same(
 
 
 def assert_twins(scenario: Scenario, variant: str, **recipe: Any) -> torch.optim.Optimizer:
-    """Run ``scenario`` with our optimizer and with torch's: weights and state must agree. Returns ours.
+    """Run ``scenario`` with our optimizer and with torch's; weights and state must agree. Returns ours.
 
-    The scenario is given a function that makes the optimizer: ``make(params, **options)``; ``recipe`` goes to ours alone.
+    The scenario is given a function ``make(params, **options)`` that makes the optimizer. Only ours is given ``recipe``.
     """
     name, options = VARIANTS[variant]
     before = [p.detach().clone() for p in small_model().parameters()]
@@ -158,7 +158,7 @@ def _copied(value: Any) -> Any:
 
 
 def snapshot(opt: torch.optim.Optimizer) -> list[Any]:
-    """Everything a step may change, and the gradients and options, which it may not."""
+    """Copies of everything that a step may change, and of the gradients and options, which it must not change."""
     params = parameters(opt)
     options = [{k: _copied(v) for k, v in g.items() if k not in ("params", "param_names")} for g in opt.param_groups]
     return [
@@ -173,7 +173,7 @@ def snapshot(opt: torch.optim.Optimizer) -> list[Any]:
 
 
 def assert_identical(a: Any, b: Any) -> None:
-    """Equal to the last bit, through lists and dicts; nan equals nan."""
+    """The two are equal to the last bit, also within lists and dicts; nan equals nan."""
     assert type(a) is type(b)
     if isinstance(a, Tensor):
         if not a.is_meta:
@@ -208,13 +208,13 @@ def refuses(opt: torch.optim.Optimizer, error: type[Exception], *fragments: str)
             assert fragment in str(caught.value)
 
 
-# ---- parameters of which one is made bad, and mended
+# ---- parameters of which one is made bad and then mended
 
 
 def named(
     *tensors: Tensor, cls: type[torch.optim.Optimizer] = gradfused.AdamW, **options: Any
 ) -> tuple[torch.optim.Optimizer, list[nn.Parameter]]:
-    """An optimizer over parameters called a, b, c with gradients of ones."""
+    """An optimizer over parameters named a, b and c, with gradients of ones."""
     params = [t if isinstance(t, nn.Parameter) else nn.Parameter(t) for t in tensors]
     for p in params:
         p.grad = torch.ones_like(p)
@@ -222,17 +222,17 @@ def named(
 
 
 def recovers(opt: torch.optim.Optimizer) -> None:
-    """Once mended, the optimizer steps every parameter."""
+    """Once the bad parameter is mended, the optimizer steps every parameter."""
     before = [p.detach().clone() for p in parameters(opt)]
     opt.step()
     assert all(not torch.equal(p, b) for p, b in zip(parameters(opt), before, strict=True))
 
 
 def shrink_in_place(tensor: Tensor) -> None:
-    """Leave a tensor at its address, in a storage that ends a byte before the tensor does.
+    """Shrink a tensor's storage so that it ends a byte before the tensor does, and leave the tensor at its address.
 
-    It is resized twice, to nothing and then to less than it had: allocators often give the same address again. To be sure that
-    they do, the tensor has to lie at the end of a large storage: see `at_the_end_of_a_large_storage`.
+    The storage is resized to nothing and then to less than it had, since allocators often give the same address again. They
+    certainly do if the tensor lies at the end of a large storage: see `at_the_end_of_a_large_storage`.
     """
     storage = tensor.untyped_storage()
     address, length = storage.data_ptr(), storage.nbytes()
@@ -245,9 +245,9 @@ def shrink_in_place(tensor: Tensor) -> None:
 
 
 def at_the_end_of_a_large_storage(tensor: Tensor) -> Tensor:
-    """The same values as a view whose storage begins 64 MiB earlier.
+    """The same values in a view whose storage begins 64 MiB earlier.
 
-    An allocator asks the system for so much memory and gives it back at once. None of it is touched but its end.
+    An allocator gets so much memory from the system and returns it at once. Only the end of it is ever touched.
     """
     before = (64 << 20) // tensor.element_size()
     memory = torch.empty(before + tensor.numel(), dtype=tensor.dtype, device=tensor.device)

@@ -1,4 +1,4 @@
-"""A tensor that wraps another."""
+"""A tensor subclass that wraps another tensor."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import torch
 
 
 class Wrapper(torch.Tensor):
-    """A tensor without memory of its own that runs every operator on another: what DTensor and quantised tensors are."""
+    """A tensor without memory that runs every operator on the tensor inside it, as DTensor and quantised tensors do."""
 
     @staticmethod
     def __new__(cls, inner):

@@ -1,4 +1,4 @@
-"""What trainers do to an optimizer, each copied down to what matters: whose attributes are whose, and who calls step() when."""
+"""How trainers wrap an optimizer, reduced to what matters: where attributes are kept, and who calls ``step()`` when."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import nn
 
 
 class Inheriting:
-    """Lightning's LightningOptimizer: its class inherits from the optimizer's, its attributes are its own."""
+    """Lightning's LightningOptimizer: its class inherits from the optimizer's, and it has its own attributes."""
 
     def __init__(self, optimizer: Any, run: Callable[..., Any] | None = None) -> None:
         self._optimizer = optimizer
@@ -31,7 +31,7 @@ class Inheriting:
 
 
 class Copying:
-    """Lightning's until 2.1, and fairscale's: the attributes are copied when it is made."""
+    """The wrapper of Lightning until 2.1 and of fairscale: it copies the optimizer's attributes when it is made."""
 
     def __init__(self, optimizer: Any) -> None:
         self.__dict__ = {k: v for k, v in vars(optimizer).items() if k not in ("step", "__del__")}
@@ -44,7 +44,7 @@ class Copying:
 
 
 class Forwarding:
-    """DeepSpeed's, and torch's mixed-precision ones: another class, which asks the optimizer for what it does not have."""
+    """DeepSpeed's wrapper and torch's for mixed precision: an unrelated class that forwards missing attributes."""
 
     def __init__(self, optimizer: Any) -> None:
         self.optimizer = optimizer
@@ -61,7 +61,7 @@ def _handles_unscaling(optimizer: Any) -> bool:
 
 
 class MixedPrecision:
-    """Lightning's plugin: ``scaler`` with float16, None with bfloat16; clips where ``clip`` is not 0."""
+    """Lightning's plugin for mixed precision. ``scaler`` is None with bfloat16; gradients are clipped if ``clip`` is not 0."""
 
     def __init__(self, model: nn.Module, scaler: torch.amp.GradScaler | None, clip: float = 0.0) -> None:
         self.model, self.scaler, self.clip = model, scaler, clip
@@ -90,7 +90,7 @@ class MixedPrecision:
 
 
 class Accelerated(torch.optim.Optimizer):
-    """Accelerate's AcceleratedOptimizer: it looks whether GradScaler called ``step``."""
+    """Accelerate's AcceleratedOptimizer, which finds out whether GradScaler called ``step``."""
 
     def __init__(self, optimizer: Any, scaler: torch.amp.GradScaler | None = None) -> None:
         self.optimizer, self.scaler = optimizer, scaler

@@ -1,8 +1,8 @@
-"""Runs the kernel tests over native modules built with AddressSanitizer and UBSan.
+"""Runs the kernels' tests over native modules built with AddressSanitizer and UBSan; `make sanitize` runs it.
 
-The CPU's kernels run all their tests, CUDA's, under the emulator, some of every kind. The build goes to build/sanitize and
-leaves the usual one alone. Every test marked ``kernels`` is among them: the random lives of optimizers, a third of them, and
-tests of several threads too. Arguments go to pytest.
+The build goes to build/sanitize and leaves the usual one alone. All tests marked ``kernels`` are run on the CPU backend; the
+CUDA backend's run under the emulator, and only those marked ``sanitized_cuda``, since under AddressSanitizer the emulator's
+fibers take long to switch. Arguments are passed on to pytest.
 """
 
 from __future__ import annotations
@@ -20,7 +20,6 @@ ROOT = Path(__file__).resolve().parents[2]
 BUILD = ROOT / "build" / "sanitize"
 PACKAGES = BUILD / "lib"
 INSIDE = "GRADFUSED_SANITIZE_INSIDE"
-# Under AddressSanitizer the emulator's fibers take long to switch: of the CUDA kernels' tests only some are run.
 TESTS = "kernels and not gpu and (not cuda or sanitized_cuda)"
 
 
@@ -61,6 +60,7 @@ def sanitizer_environment() -> dict[str, str]:
         "PYTHONMALLOC": "malloc",
         "ASAN_OPTIONS": "detect_leaks=0",
         "UBSAN_OPTIONS": "print_stacktrace=1",
+        "OMP_WAIT_POLICY": "passive",
     }
 
 
@@ -77,15 +77,28 @@ def assert_sanitized() -> None:
     print(f"sanitized: {file.relative_to(ROOT)}", flush=True)
 
 
-def run_tests(arguments: list[str]) -> int:
-    """Runs pytest in this process, where gradfused is imported already and stays so.
+def pytest_configure() -> None:
+    """Called by pytest in each of its processes, to which this file is a plugin."""
+    assert_sanitized()
 
-    A report goes to file descriptor 2 just before the process ends: pytest must not capture it.
-    """
+
+def run_tests(arguments: list[str]) -> int:
+    """Runs pytest. A sanitizer writes its report to file descriptor 2 before the process ends: pytest must not capture it."""
     import pytest
 
-    assert_sanitized()
-    options = ["-m", TESTS, "-p", "no:cacheprovider", "--capture=sys"]
+    options = [
+        "-m",
+        TESTS,
+        "-n",
+        "auto",
+        "--dist",
+        "worksteal",
+        "-p",
+        "sanitize",
+        "-p",
+        "no:cacheprovider",
+        "--capture=sys",
+    ]
     return pytest.main([*options, *arguments])
 
 

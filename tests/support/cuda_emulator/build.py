@@ -1,4 +1,4 @@
-"""Builds gradfused._cuda with the emulator in place of CUDA: the kernels' own sources, compiled for the CPU."""
+"""Builds gradfused._cuda with the emulator in place of CUDA: the sources of the kernels are compiled for the CPU."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ def compiler() -> str | None:
 
 
 def _units() -> list[tuple[str, Path, tuple[str, ...]]]:
-    """(name of the object, source, flags), the slowest first."""
+    """What is compiled, the slowest first: (name of the object, source, flags)."""
     parts = [(f"apply-{name}", ROOT / APPLY, flags) for name, flags in apply_parts()]
     others = (*cuda_kernels(), *sources(CUDA_FOLDERS))
     return [*parts, *((source.replace("/", "-"), ROOT / source, ()) for source in others)]
 
 
 def _sources_hash(command: list[str]) -> str:
-    """Of everything that decides what is built."""
+    """A hash of the command and of everything that the sources may include."""
     digest = hashlib.sha256(" ".join(command).encode())
     for path in sorted([*CSRC.rglob("*"), *HERE.glob("*.h")]):
         if path.is_file():
@@ -46,11 +46,14 @@ def _sources_hash(command: list[str]) -> str:
 
 
 def build(sanitize: bool = False) -> Path:
-    """The module's path, built unless it is there. Raises CalledProcessError, with the compiler's words, if it cannot be."""
+    """The path of the module, which is built if it is not there. Raises CalledProcessError if the compiler fails."""
     import pybind11
 
     flags = ["-std=c++17", "-O1", "-g0", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off"]
-    flags += ["-fno-strict-aliasing", "-Wno-unknown-pragmas"]  # packs are read as words; unrolling is nvcc's
+    flags += [
+        "-fno-strict-aliasing",
+        "-Wno-unknown-pragmas",
+    ]  # packs are read as words, and the pragmas to unroll are for nvcc
 
     defines = ['-DGRADFUSED_VERSION="emulated"', '-DGRADFUSED_CUDA_ARCHS="none"', f"-DGRADFUSED_CUDA_MODULE={NAME}"]
     includes = [HERE, CSRC, pybind11.get_include(), sysconfig.get_path("include")]
@@ -60,7 +63,7 @@ def build(sanitize: bool = False) -> Path:
     folder = ROOT / "build" / f"emulated-{_sources_hash(command)}"
     library = folder / f"{NAME}{sysconfig.get_config_var('EXT_SUFFIX')}"
     folder.mkdir(parents=True, exist_ok=True)
-    with (folder / "lock").open("w") as lock:  # of several test processes the first one builds
+    with (folder / "lock").open("w") as lock:  # of several test processes only the first one builds
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not library.exists():
             _compile(command, library)
@@ -84,7 +87,7 @@ def _compile(command: list[str], library: Path) -> None:
 
 
 def imported(path: Path) -> ModuleType:
-    """The module in a file."""
+    """The module in a file, imported."""
     spec = importlib.util.spec_from_file_location(NAME, path)
     assert spec is not None
     assert spec.loader is not None
