@@ -1,4 +1,4 @@
-"""A unit whose elements are all equal centres to exact zeros: wherever, in every dtype, at every length and on every backend."""
+"""A unit whose elements are all equal is centred to exact zeros: in every dtype, at every length and on every backend."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch import Tensor
 import gradfused
 
 ALL = ["reference", *BACKENDS]
-# Shorter and longer than a register, than what lanes share, than a block and than the pieces into which units are cut.
+# Lengths around those of a register, of what lanes share, of a block and of the pieces that units are cut into.
 SHAPES = [
     (3, 1),
     (2, 3),
@@ -41,7 +41,7 @@ RULES: dict[str, list[tuple[str, dict[str, Any]]]] = {
 
 
 def constants(shape: tuple[int, ...], kind: str, seed: int) -> Tensor:
-    """One value a unit, over many magnitudes, in float64: none of them has few digits."""
+    """One value for each unit, in float64. They span many magnitudes, and none of them has few digits."""
     generator = torch.Generator().manual_seed(seed)
     units = (1,) if kind == "tensor" else (shape[0],)
     exponents = torch.rand(units, generator=generator, dtype=torch.float64) * 8 - 6
@@ -50,7 +50,9 @@ def constants(shape: tuple[int, ...], kind: str, seed: int) -> Tensor:
 
 
 def shapes_for(kind: str, at: str, dtype: torch.dtype, slow: bool) -> list[tuple[int, ...]]:
-    """Interpreted, long units take seconds: one of several chunks, and tensors centred whole that are."""
+    """Interpreted, long units take seconds: there is one of several chunks, and the tensors that are centred whole have
+    several.
+    """
     wanted = [s for s in SHAPES if kind != "conv" or len(s) == 4]
     if not slow:
         return wanted
@@ -65,7 +67,7 @@ def shapes_for(kind: str, at: str, dtype: torch.dtype, slow: bool) -> list[tuple
 @pytest.mark.parametrize("at", RULES)
 @pytest.mark.parametrize("kind", ["unit", "conv", "tensor"])
 def test_equal_elements_centre_to_zeros(kind: str, at: str, dtype: torch.dtype, backend: str) -> None:
-    """Two steps with another constant each, and a scale that is divided out: not one bit of the weights changes."""
+    """Two steps with different constants, and a scale that is divided out, do not change a bit of the weights."""
     if kind == "conv" and dtype != torch.float32:
         pytest.skip("the same as unit")
     slow = backend == "triton" and triton_interpreter.INTERPRETED
@@ -91,7 +93,10 @@ def test_equal_elements_centre_to_zeros(kind: str, at: str, dtype: torch.dtype, 
 @pytest.mark.parametrize("value", [torch.inf, -torch.inf, torch.nan])
 @pytest.mark.parametrize("place", [0, 1, -1])
 def test_what_is_not_finite_spoils_its_own_unit_alone(place: int, value: float, backend: str) -> None:
-    """As g - g.mean() has it: nan where the gradient is infinite, infinite elsewhere, and other units as ever."""
+    """As with g - g.mean(), a unit becomes nan where its gradient is infinite and infinite elsewhere.
+
+    Other units stay right.
+    """
     for length in (7, 100) if backend == "triton" and triton_interpreter.INTERPRETED else (7, 100, 70001):
         p = torch.nn.Parameter(torch.zeros(2, length, device=device_of(backend)))
         grad = torch.linspace(-1, 1, 2 * length, device=p.device).view(2, length)
@@ -106,7 +111,7 @@ def test_what_is_not_finite_spoils_its_own_unit_alone(place: int, value: float, 
 @pytest.mark.parametrize("backend", ALL)
 @pytest.mark.parametrize("length", [100, 70001])
 def test_adaptive_clipping_counts_what_rounding_took_off(length: int, backend: str) -> None:
-    """Norms of weights kept by Kahan's sum are those of the sum, in short units and long ones."""
+    """Norms of weights with a Kahan remainder are those of the sum of the two, in short units and in long ones."""
     if backend == "triton" and triton_interpreter.INTERPRETED and length > 100:
         pytest.skip("slow to interpret")
     generator = torch.Generator().manual_seed(0)
@@ -114,7 +119,7 @@ def test_adaptive_clipping_counts_what_rounding_took_off(length: int, backend: s
     grads = torch.randn(2, length, generator=generator).to(p)
     options = {"lr": 1.0, "precision": "kahan", "perturb": "agc", "norm_scope": "unit", "radius": 1e-3}
     optimizer = gradfused.optim.SGD([p], backend=backend, **options)
-    p.grad = torch.full_like(p, -(2.0**-9) * 1e3)  # clipped to 1e-3 of the weights: all of it is in the remainder
+    p.grad = torch.full_like(p, -(2.0**-9) * 1e3)  # clipped to 1e-3 of the weights, which lie in the remainder alone
     optimizer.step()
     rest = next(v for k, v in optimizer.state[p].items() if v.shape == p.shape)
     weights = p.detach().double() + rest.double()
@@ -126,7 +131,7 @@ def test_adaptive_clipping_counts_what_rounding_took_off(length: int, backend: s
     factor = 0.1 * weights.norm(dim=1, keepdim=True) / grads.double().norm(dim=1, keepdim=True)
     moved = weights - (p.detach().double() + rest.double())
     error = (moved.norm(dim=1) / (factor[:, 0] * grads.double().norm(dim=1)) - 1).abs().max()
-    assert error < 2e-4, error  # without the remainder 1e-3
+    assert error < 2e-4, error  # 1e-3 without the remainder
 
 
 @pytest.mark.kernels
@@ -138,8 +143,8 @@ def test_a_trust_ratio_magnifies_rounding_by_no_more_than_centring_does(
 ) -> None:
     """LAMB brings a centred direction to a fixed length, however little centring has left of it.
 
-    What it leaves of a direction of 1 and its neighbours is rounded as the direction was. So the step is as exact as
-    rounding errors times the direction's norm over what is left of it; of equal elements nothing is left, and nothing moves.
+    The remaining part was rounded as the whole direction was. So the error of the step is the rounding error times the
+    norm of the direction over the norm of that part. Of equal elements nothing remains, and the weights do not move.
     """
     generator = torch.Generator().manual_seed(0)
     grads = 0.5 + spread * torch.rand(4, 50, generator=generator, dtype=torch.float64)

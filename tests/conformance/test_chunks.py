@@ -1,4 +1,4 @@
-"""Sizes on and just beside every boundary at which the kernels cut their work, and gradients that are inf or nan."""
+"""Sizes at and next to every boundary at which the kernels cut their work, and gradients that are inf or nan."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ needs_triton = pytest.mark.skipif(not triton_interpreter.RUNS, reason=triton_int
 
 
 def lengths(*cuts: int) -> list[int]:
-    """Every length at which a row is worked on differently, less one, itself and one more."""
+    """The lengths at which a row is worked on differently, each with its neighbours."""
     return [n + d for n in cuts for d in (-1, 0, 1)]
 
 
 CPU_CUTS = (cpu.native().BLOCK, cpu.native().UNIT_MAX, cpu.native().CHUNK) if availability()["cpu"].usable else ()
-CUDA_CUTS = (1024, 8192, 65536)  # a warp's unit, a chunk, a block's unit
-TRITON_CUTS = (16, 128, 1024, 8192, 65536)  # units of each tile, a chunk, a block's unit
+CUDA_CUTS = (1024, 8192, 65536)  # a unit of a warp, a chunk, a unit of a block
+TRITON_CUTS = (16, 128, 1024, 8192, 65536)  # the units of each tile, a chunk, a unit of a block
 LENGTHS = [("cpu", n) for n in lengths(*CPU_CUTS)] + [("cuda", n) for n in lengths(*CUDA_CUTS)]
 TRITON_LENGTHS = [pytest.param("triton", n, marks=needs_triton) for n in lengths(*TRITON_CUTS)]
 
@@ -42,10 +42,10 @@ def test_the_cuts_are_the_kernels(backend: str) -> None:
     assert (native.WARP_UNIT, native.CHUNK, native.BLOCK_UNIT) == CUDA_CUTS
 
 
-# The usual eps of 1e-8 turns a rounding error into a whole step where noise and gradient cancel: once in some 10000 elements.
+# Where noise and gradient cancel, about once in 10000 elements, the usual eps of 1e-8 turns a rounding error into a whole step.
 ADAM = Case("Adam", {"lr": 0.01, "weight_decay": 0.1, "eps": 1e-3})
 
-# What needs statistics of units, of tensors, or a place in the noise.
+# Recipes that need statistics of units or of tensors, or the number of an element in the noise.
 BOUNDARY_RECIPES: dict[str, Options] = {
     "plain": {},
     "unit-mean": {"centralize": True},
@@ -104,7 +104,7 @@ def test_boundaries_of_copied_operands(backend: str, size: int, layout: str, rec
 @pytest.mark.parametrize("recipe", ["unit-mean-clip", "decayed", "agc", "full"])
 @pytest.mark.parametrize("size", [504, 512, 520, 1016, 1024, 1032, 4096, 4104, 8200])
 def test_boundaries_of_packed_dtypes(size: int, recipe: str, dtype: str, backend: str) -> None:
-    """How much of a unit fits the tile, and how many threads share it, depends on the dtype."""
+    """The dtype decides how much of a unit fits a tile and how many threads share it."""
     yardstick = partial(run_of, CASES["sgd-momentum"], BOUNDARY_RECIPES[recipe], [(3, size)], dtype=DTYPES[dtype])
     rtol, atol = (1e-11, 1e-6) if dtype == "float64" else (0.0, 1e-7)
     assert_close(yardstick(backend), yardstick("reference", exact=True), rtol, atol, lambda: yardstick("reference"))
@@ -121,7 +121,7 @@ def test_short_units(units: int, length: int, recipe: str, backend: str) -> None
 @pytest.mark.parametrize("backend", ["cpu", "cuda", pytest.param("triton", marks=needs_triton)])
 @pytest.mark.parametrize("begin", [1, 2, 3])
 def test_noise_of_units_that_begin_within_a_counter(begin: int, backend: str) -> None:
-    """Four elements share a counter; units of odd length begin anywhere in it."""
+    """Four elements share a counter of the noise, and units of odd length begin anywhere in it."""
     recipe = {"centralize": True, "noise": 0.2, "perturb": "clip", "norm_scope": "unit"}
     check(CASES["sgd"], recipe, [(9, begin), (300, 4 + begin), (3, 1024 + begin)], backend=backend)
 
@@ -170,7 +170,7 @@ def test_skip_changes_nothing(tensor: str, place: str, value: float, recipe: str
     assert_same_bits({name: after[name] for name in before}, before)
     created = [t for p in run.params for t in run.optimizer.state.get(p, {}).values()]
     assert not any(t.any() for t in created)
-    assert not created or backend == "cuda", "state was created"  # there the host does not know
+    assert not created or backend == "cuda", "state was created"  # the host does not know it there
 
     before = run.step(2).outcome()
     assert all(float(run.optimizer.state[p]["step"]) == 2 for p in run.params)
@@ -211,7 +211,7 @@ def test_propagate_spreads_as_in_the_reference(
 @pytest.mark.parametrize("case", ["sgd", "sgd-momentum", "adam-amsgrad", "adamw"])
 @pytest.mark.parametrize("backend", ["cpu", "cuda"])
 def test_propagate_is_torchs(tensor: str, place: str, value: float, case: str, backend: str) -> None:
-    """Which elements become inf or nan is torch's affair, and ours alike."""
+    """The elements that become inf or nan are the same as in torch."""
     ours = Run(CASES[case], {}, SHAPES, backend=backend).step()
     theirs = [p.detach().clone() for p in ours.params]
     optimizer = getattr(torch.optim, CASES[case].optimizer)(theirs, **CASES[case].options)
@@ -230,7 +230,7 @@ def test_propagate_is_torchs(tensor: str, place: str, value: float, case: str, b
 @pytest.mark.parametrize("backend", ["cpu", "cuda", "reference"])
 @pytest.mark.parametrize(("group", "skipped"), [(0, 1), (1, 0)])
 def test_only_guarded_groups_skip(group: int, skipped: int, backend: str) -> None:
-    """One group that asks for it stops the whole step; a group that does not ask lets the value through."""
+    """One group that asks for it stops the whole step. If no group asks for it, the values pass through."""
     device = device_of(backend)
     params = [torch.nn.Parameter(torch.ones(3, 2, device=device)) for _ in range(2)]
     optimizer = gradfused.SGD(
@@ -251,7 +251,7 @@ def test_only_guarded_groups_skip(group: int, skipped: int, backend: str) -> Non
 @pytest.mark.parametrize("backend", ["cpu", "cuda", "reference"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_huge_gradients_are_finite(dtype: torch.dtype, backend: str) -> None:
-    """Their squares overflow float32, and are no reason to skip."""
+    """Their squares overflow float32, which is no reason to skip the step."""
     device = device_of(backend)
     p = torch.nn.Parameter(torch.ones(40, 30, dtype=dtype, device=device))
     optimizer = gradfused.SGD([p], lr=0.1, weight_decay=0.1, clip_norm=1.0, nonfinite="skip", backend=backend)

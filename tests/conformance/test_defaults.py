@@ -1,4 +1,4 @@
-"""Whatever device and dtype the program has made torch's defaults, a step and a loss give the same bits."""
+"""A step and a loss give the same bits whatever default device and dtype the program has set in torch."""
 
 from __future__ import annotations
 
@@ -46,13 +46,13 @@ def set_device(dtype: torch.dtype) -> Iterator[None]:
         torch.set_default_dtype(before)
 
 
-#: Meta tensors have no memory at all: who is given one by mistake reads address 0.
+#: Meta tensors have no memory: a kernel that is given one by mistake reads address 0.
 DEFAULTS = {"active": (active_device, torch.float16), "set": (set_device, torch.float64)}
 defaults = pytest.mark.parametrize("default", DEFAULTS)
 
 
 def within(default: str | None, work: Callable[[], Any]) -> Any:
-    """What ``work`` returns under a default, or under none."""
+    """The result of ``work`` under a default device or dtype, or under none."""
     if default is None:
         return work()
     make, dtype = DEFAULTS[default]
@@ -64,7 +64,9 @@ def within(default: str | None, work: Callable[[], Any]) -> Any:
 
 
 def multiply_in_float64(run: Run) -> None:
-    """Give a run of NAdam its product of momenta as torch makes it where the default is float64: it rounds elsewhere."""
+    """Give a run of NAdam a product of momenta in float64, as torch makes it under that default, since it rounds
+    differently.
+    """
     if not run.optimizer._rule.keeps_product:  # type: ignore[attr-defined]
         return
     for p in run.params:
@@ -76,7 +78,7 @@ def multiply_in_float64(run: Run) -> None:
 
 
 def taken(run: Run, default: str | None) -> dict[str, Tensor]:
-    """What two steps leave behind, and the norms that they saw."""
+    """What two steps leave behind, and the norms that they reported."""
     for _ in range(2):
         run.fill()
         within(default, run.optimizer.step)
@@ -87,7 +89,7 @@ def taken(run: Run, default: str | None) -> dict[str, Tensor]:
 
 @cache
 def usual(case: str, recipe: str, backend: str, float64: bool) -> dict[str, Tensor]:
-    """What becomes of it without any default; ``float64``: with state of one element as that default makes it."""
+    """The outcome without any default. If ``float64``, the state of one element has that dtype, as under that default."""
     run = Run(CASES[case], RECIPES[recipe], SHAPES, backend=backend)
     if float64:
         multiply_in_float64(run)
@@ -98,7 +100,7 @@ def usual(case: str, recipe: str, backend: str, float64: bool) -> dict[str, Tens
 @defaults
 @pytest.mark.parametrize("backend", [CPU, "reference", CUDA])
 def test_every_optimizer_and_recipe(backend: str, default: str, case: str) -> None:
-    # Where a step is slow, half of the recipes under each default.
+    # Where a step is slow, half of the recipes are tried under each default.
     recipes = FEW_RECIPES if backend == "cpu" else FEW_RECIPES[default == "set" :: 2]
     for recipe in recipes:
         run = Run(CASES[case], RECIPES[recipe], SHAPES, backend=backend)
@@ -181,7 +183,7 @@ MODES: dict[str, dict[str, Any]] = {
 
 
 def rows(backend: str) -> int:
-    """Samples in a batch: a few where the interpreter takes a while for each."""
+    """The number of samples in a batch: few where the interpreter is slow."""
     return 6 if backend == "triton" and triton_interpreter.INTERPRETED else 40
 
 
@@ -225,13 +227,13 @@ def test_lpg_as_a_function(backend: str, default: str, scope: str) -> None:
 
 
 def test_counts_and_signs_in_lists_are_those_without_a_default() -> None:
-    """Each is exact in float32 at least, and known to the CPU, where bad values are refused."""
+    """All of them are exact in float32 and known to the CPU, where bad values are refused."""
     options = {"mode": "longtail", "counts": [*range(3000)]}
     expected = LPGCrossEntropyLoss(3000, 0.1, momentum=0.0, **options).signs()
     for default in DEFAULTS:
         made = within(default, lambda: LPGCrossEntropyLoss(3000, 0.1, momentum=0.0, **options))
         assert torch.equal(made.signs(), expected)
-        assert made.confidence.is_meta  # where the program wants its modules, as of torch's own
+        assert made.confidence.is_meta  # modules are made where the program wants them, as torch's are
         with pytest.raises(ValueError, match=r"got 2\.0 for class 1"):
             within(default, lambda: lpg_cross_entropy(*batch(4, 3), [1, 2, 0], 0.1))
 

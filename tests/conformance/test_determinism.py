@@ -1,4 +1,4 @@
-"""The same bits whatever the threads, the instruction set, the layout or the process."""
+"""A step gives the same bits whatever the threads, the instruction set, the layout or the process."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ pytestmark = [
     pytest.mark.skipif(not availability()["cpu"].usable, reason=str(availability()["cpu"].reason)),
 ]
 
-# Enough elements for three threads, in units short and long and in one tensor of many chunks.
+# Enough elements for three threads, in short and long units and in one tensor of many chunks.
 LARGE = ((40, 999), (70001,), (2, 20000), (8, 3, 3, 3))
 SMALL = ((40, 33), (1031,), (), (8, 3, 3, 3))
 
@@ -127,7 +127,7 @@ def test_instruction_sets_in_other_dtypes(recipe: str, dtype: str, isa: str) -> 
 @pytest.mark.parametrize("isa", other_isas())
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_every_low_precision_value_converts_alike(dtype: torch.dtype, isa: str) -> None:
-    """All 65536 bit patterns as gradients, subnormals, inf and nan among them."""
+    """All 65536 bit patterns as gradients, with subnormals, inf and nan among them."""
     patterns = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype)
     stepped = []
     for name in (cpu.isa(), isa):
@@ -148,7 +148,7 @@ def test_every_low_precision_value_converts_alike(dtype: torch.dtype, isa: str) 
 
 @pytest.fixture
 def _alarm() -> Iterator[None]:
-    """A child that waits for threads that did not survive the fork would wait for ever."""
+    """A time limit: a child that waits for threads that did not survive the fork would wait for ever."""
     old = signal.signal(signal.SIGALRM, lambda *_: pytest.fail("the forked child hangs"))
     signal.alarm(30)
     yield
@@ -167,7 +167,7 @@ def test_a_forked_child_steps_as_its_parent(recipe: str, threads: int) -> None:
     expected = [t.numpy().tobytes() for _, t in parent.step().tensors()]
     child.fill()
     pid = os.fork()
-    if pid == 0:  # nothing of torch but the step: torch's own threads did not survive either
+    if pid == 0:  # nothing of torch but the step is used, since torch's own threads did not survive either
         child.optimizer.step()
         same = [np.asarray(t).tobytes() for _, t in child.tensors()] == expected
         os._exit(0 if same else 1)
@@ -178,7 +178,7 @@ def test_a_forked_child_steps_as_its_parent(recipe: str, threads: int) -> None:
         os.waitpid(pid, 0)
         raise
     assert os.waitstatus_to_exitcode(status) == 0
-    assert_same_bits(child.step().outcome(), parent.outcome())  # the parent goes on, threads and all
+    assert_same_bits(child.step().outcome(), parent.outcome())  # the parent goes on with its threads
 
 
 # ---- noise
@@ -187,7 +187,7 @@ NOISE = {"noise": 0.25, "noise_decay": 0.5, "seed": 11}
 
 
 def draw(backend: str, layout: str = "contiguous", steps: int = 1, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    """Noise at the last of some steps, as SGD applies it to gradients and weights of 0."""
+    """The noise of the last of several steps, which SGD applies to weights and gradients of 0."""
     place_param, place_grad = LAYOUTS[layout]
     params = [torch.nn.Parameter(place_param((6, 4, 3, 5), dtype)) for _ in range(2)]
     optimizer = gradfused.SGD(params, lr=1.0, backend=backend, **NOISE)
@@ -224,7 +224,7 @@ def test_cuda_draws_the_same_bits(layout: str, backend: str) -> None:
 @pytest.mark.parametrize("recipe", ["plain", "reverse", "clip-value", "noise"])
 @pytest.mark.parametrize("case", FEW_CASES)
 def test_cuda_and_cpu_round_alike(case: str, recipe: str, backend: str) -> None:
-    """Whatever needs no sums, whose order differs."""
+    """Everything agrees that needs no sums, whose order differs."""
     assert_same_bits(outcome(case, recipe, backend=backend), outcome(case, recipe, backend="cpu"))
 
 
@@ -239,7 +239,7 @@ def test_noise_of_long_tensors_is_the_same_on_every_backend() -> None:
 
 
 def test_noise_of_a_parameter_does_not_depend_on_the_others_gradients() -> None:
-    """Its number in the optimizer counts, not its place among those with a gradient."""
+    """Noise depends on a parameter's number in the optimizer, not on its place among those with a gradient."""
     outcomes = []
     for frozen in (False, True):
         run = Run(CASES["sgd-momentum"], RECIPES["noise"], SMALL)

@@ -1,4 +1,4 @@
-"""Gradients of every magnitude through every rule that torch has: finite where torch is, and equal to it."""
+"""Gradients of every magnitude through every rule that torch has: results are finite where torch's are, and equal them."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def variants() -> dict[str, tuple[str, list[dict[str, Any]]]]:
     adam = [{"betas": pair} for pair in PAIRS]
     alphas = [
         {"alpha": beta} for beta in BETAS
-    ]  # 0 centered is left out: a variance of one gradient is rounding errors
+    ]  # 0 with ``centered`` is left out: the variance of one gradient is rounding errors
     return {
         "sgd": ("SGD", [{}]),
         "sgd-momentum": ("SGD", [{"momentum": beta, "dampening": 0.3} for beta in BETAS[1:]]),
@@ -46,7 +46,9 @@ VARIANTS = variants()
 
 
 def gradients() -> list[Tensor]:
-    """Three steps' worth: every magnitude with either sign, followed by itself, by its neighbours and by the other end."""
+    """Gradients for three steps: every magnitude with either sign, followed by itself, by its neighbours or by the
+    other end.
+    """
     finite = torch.tensor([s * m for m in MAGNITUDES for s in (1, -1)], dtype=torch.float64)
     special = torch.tensor([s * m for m in SPECIAL for s in (1, -1)], dtype=torch.float64)
     ones = torch.ones(len(special), dtype=torch.float64)
@@ -88,7 +90,7 @@ def test_every_magnitude_is_as_in_torch(variant: str, backend: str) -> None:
 @pytest.mark.parametrize("backend", ALL)
 @pytest.mark.parametrize("name", ["Adam", "NAdam", "RAdam", "LAMB", "Adan"])
 def test_a_beta_of_0_forgets(name: str, backend: str) -> None:
-    """However large the average was, what remains of it is nothing: the new gradient, to the bit."""
+    """Nothing remains of the average, however large it was: the result is that of the new gradient, to the bit."""
     p = torch.nn.Parameter(torch.ones(40, device=device_of(backend)))
     betas = (0.0, 0.9, 0.99) if name == "Adan" else (0.0, 0.9)
     optimizer = getattr(gradfused.optim, name)([p], lr=1e-3, betas=betas, backend=backend)

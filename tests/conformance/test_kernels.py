@@ -1,4 +1,4 @@
-"""Every kernel backend against the float64 oracle: every recipe, layout, dtype and instruction set, parameters and state."""
+"""Every backend with kernels against the float64 oracle: all recipes, layouts, dtypes and instruction sets."""
 
 from __future__ import annotations
 
@@ -78,8 +78,7 @@ def test_dtypes_in_layouts(recipe: str, layout: str, dtype: str, backend: str) -
     check("adam", recipe, backend, dtype=DTYPES[dtype], layout=layout)
 
 
-# Every rule but those above in every dtype, each time in the next of a few layouts. Without noise, which is of float32
-# precision in float64 too.
+# Every other rule in every dtype, each in one of a few layouts. Noise is left out, as kernels draw it in float32 in every dtype.
 OTHERS = [
     (case, dtype, ("contiguous", "channels-last-parameter", "view")[(i + k) % 3])
     for i, case in enumerate(name for name in CASES if not name.startswith(("sgd", "adam")))

@@ -1,4 +1,4 @@
-"""What others get wrong, each as a test of what is right."""
+"""Faults of other implementations, each as a test that ours is right."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def seeded(*shape: int, seed: int = 0) -> Tensor:
 
 
 def loop_in_torch(name: str, options: dict[str, float], p: Tensor, grads: list[Tensor]) -> Tensor:
-    """torch's plain loop on a contiguous copy: the variant that has none of these faults."""
+    """torch's plain loop over contiguous copies, which has none of these faults."""
     q = torch.nn.Parameter(p.detach().clone(memory_format=torch.contiguous_format))
     optimizer = getattr(torch.optim, name)([q], foreach=False, **options)
     for g in grads:
@@ -57,7 +57,7 @@ def steps(name: str, options: dict[str, float], p: torch.nn.Parameter, grads: li
 def test_a_gradient_in_another_memory_format_than_its_parameter(
     of: str, name: str, options: dict[str, float], backend: str
 ) -> None:
-    """torch's fused CPU step pairs elements by their place in memory, silently."""
+    """torch's fused CPU step silently pairs elements by their place in memory."""
     p, grads = seeded(8, 3, 5, 5), [seeded(8, 3, 5, 5, seed=i) for i in range(1, 4)]
     expected = loop_in_torch(name, options, p, grads)
     if of == "parameter":
@@ -74,7 +74,7 @@ def test_a_gradient_in_another_memory_format_than_its_parameter(
 def test_a_strided_view_leaves_the_memory_between_its_elements(
     name: str, options: dict[str, float], backend: str
 ) -> None:
-    """torch's fused SGD on a CPU writes over it."""
+    """torch's fused SGD writes over that memory on a CPU."""
     base = seeded(6, 8)
     before = base.clone()
     p = torch.nn.Parameter(base[::2, ::2])
@@ -91,7 +91,7 @@ def test_a_strided_view_leaves_the_memory_between_its_elements(
 @backends
 @pytest.mark.parametrize("scope", ["global", "group", "param", "unit"])
 def test_clipping_gradients_of_1e20(scope: str, backend: str) -> None:
-    """clip_grad_norm_ takes their norm for inf and sets every gradient to 0."""
+    """clip_grad_norm_ finds their norm to be inf and sets every gradient to 0."""
     p = torch.nn.Parameter(torch.zeros(4, 25))
     p.grad = torch.full((4, 25), 1e20)
     optimizer = gradfused.SGD([p], lr=1.0, perturb="clip", norm_scope=scope, backend=backend)
@@ -103,7 +103,7 @@ def test_clipping_gradients_of_1e20(scope: str, backend: str) -> None:
 
 @backends
 def test_one_nan_need_not_make_every_gradient_nan(backend: str) -> None:
-    """clip_grad_norm_ spreads it over the model; nonfinite="skip" drops the step."""
+    """clip_grad_norm_ spreads a nan over all gradients; ``nonfinite="skip"`` skips the step."""
     params = [torch.nn.Parameter(seeded(5, 4, seed=i)) for i in range(3)]
     before = [p.detach().clone() for p in params]
     optimizer = gradfused.AdamW(params, lr=0.1, weight_decay=0.1, clip_norm=1.0, nonfinite="skip", backend=backend)
@@ -120,7 +120,7 @@ def test_one_nan_need_not_make_every_gradient_nan(backend: str) -> None:
 
 @backends
 def test_norms_of_float16_gradients_do_not_overflow(backend: str) -> None:
-    """clip_grad_norm_'s total norm is itself float16, at most 65504."""
+    """The total norm that clip_grad_norm_ computes is a float16, whose largest value is 65504."""
     params = [torch.nn.Parameter(torch.zeros(64, 64, dtype=torch.float16)) for _ in range(2)]
     for p in params:
         p.grad = torch.full_like(p, 2000.0)
@@ -136,7 +136,7 @@ def test_norms_of_float16_gradients_do_not_overflow(backend: str) -> None:
 @backends
 @optimizers
 def test_a_preset_grad_scale_divides(name: str, options: dict[str, float], backend: str) -> None:
-    """The trick that folds clipping into torch's fused step works here too, and no GradScaler is needed for it."""
+    """Setting ``grad_scale`` to fold clipping into torch's fused step works here too, without a GradScaler."""
     p, g = seeded(5, 4), seeded(5, 4, seed=1)
     expected = loop_in_torch(name, options, p, [g / 4.0])
     ours = torch.nn.Parameter(p)
@@ -151,7 +151,7 @@ def test_a_preset_grad_scale_divides(name: str, options: dict[str, float], backe
 @backends
 @pytest.mark.parametrize("place", [0, 1, 2])
 def test_an_empty_tensor_drops_no_other(place: int, backend: str) -> None:
-    """In the last slot it loses or corrupts the launch of apex and TransformerEngine."""
+    """An empty tensor in the last slot loses or corrupts the launch of apex and TransformerEngine."""
     shapes: list[tuple[int, ...]] = [(3, 4), (5,)]
     shapes.insert(place, (0, 4))
     params = [torch.nn.Parameter(torch.ones(s)) for s in shapes]
@@ -164,7 +164,7 @@ def test_an_empty_tensor_drops_no_other(place: int, backend: str) -> None:
 
 @backends
 def test_weight_decay_comes_before_the_update_on_every_backend(backend: str) -> None:
-    """bitsandbytes decays after it in CUDA and before it on a CPU."""
+    """bitsandbytes applies weight decay after the update in CUDA and before it on a CPU."""
     p = torch.nn.Parameter(torch.tensor([2.0, -3.0]))
     p.grad = torch.tensor([1.0, -1.0])
     gradfused.AdamW([p], lr=0.5, weight_decay=0.5, eps=0.0, backend=backend).step()

@@ -1,4 +1,6 @@
-"""Rules that torch.optim lacks: the oracle against the papers' algorithms, written out for one tensor in plain Python numbers."""
+"""Rules that torch.optim lacks: the oracle against the papers' algorithms, written in plain Python numbers for one
+tensor.
+"""
 
 from __future__ import annotations
 
@@ -47,7 +49,7 @@ def lamb(w: Numbers, lr: float, decay: float, b1: float, b2: float, eps: float, 
 def lars(
     w: Numbers, lr: float, decay: float, momentum: float, trust: float, eps: float, adapt: bool, nesterov: bool
 ) -> None:
-    """You et al. 2017, with the learning rate outside the momentum; the first gradient fills the buffer."""
+    """You et al. 2017, with the learning rate outside the momentum. The first gradient fills the buffer."""
     buffer = [0.0] * len(w)
     for g in GRADIENTS:
         ratio = trust * length(w) / (length(g) + decay * length(w) + eps) if adapt else 1.0
@@ -58,7 +60,7 @@ def lars(
 
 
 def adan(w: Numbers, lr: float, decay: float, b1: float, b2: float, b3: float, eps: float, proximal: bool) -> None:
-    """Xie et al. 2022, algorithm 1, with betas for 1 - beta and the authors' bias corrections."""
+    """Xie et al. 2022, algorithm 1, with beta in place of 1 - beta and the authors' bias corrections."""
     n = len(w)
     m, v, s, before = [0.0] * n, [0.0] * n, [0.0] * n, list(GRADIENTS[0])
     for t, g in enumerate(GRADIENTS, 1):
@@ -128,7 +130,7 @@ def test_the_paper_says_the_same(case: str) -> None:
 @pytest.mark.parametrize("name", ["LAMB", "LARS"])
 @pytest.mark.parametrize("zero", ["weights", "gradient"])
 def test_a_norm_of_zero_says_nothing(name: str, zero: str) -> None:
-    """The trust ratio is 1 then: what is zero can still move."""
+    """The trust ratio is 1 where a norm is zero, so that weights of zero can move."""
     p = torch.nn.Parameter(torch.zeros(3) if zero == "weights" else torch.ones(3))
     p.grad = torch.zeros(3) if zero == "gradient" else torch.ones(3)
     getattr(gradfused, name)([p], lr=0.5, weight_decay=0.0, backend="reference").step()

@@ -1,4 +1,4 @@
-"""Shapes, strides and options that nobody thought of: the kernels against the float64 oracle."""
+"""Random shapes, strides and options: the kernels against the float64 oracle."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ pytestmark = [
     pytest.mark.skipif(not availability()["cpu"].usable, reason=str(availability()["cpu"].reason)),
 ]
 
-# ---- tensors: a slice with steps of a permuted array, so any order and any gaps
+# ---- tensors: each is a slice with steps of a permuted array, so that dims have any order and any gaps
 
-Layout = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]  # order of dims in memory, steps, starts
+Layout = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]  # order of the dims in memory, steps, starts
 shapes = st.lists(st.integers(0, 6), max_size=4).map(tuple)
 
 
@@ -35,7 +35,7 @@ def layouts(draw: st.DrawFn, shape: tuple[int, ...]) -> Layout:
 
 
 def place(shape: tuple[int, ...], layout: Layout, dtype: torch.dtype) -> Tensor:
-    """A tensor of NaN laid out so, among more NaN."""
+    """A tensor of NaN in this layout, with more NaN around it."""
     order, steps, starts = layout
     sizes = [starts[d] + steps[d] * shape[d] for d in order]
     base = torch.full(sizes, torch.nan, dtype=dtype)
@@ -46,12 +46,12 @@ def place(shape: tuple[int, ...], layout: Layout, dtype: torch.dtype) -> Tensor:
 
 @st.composite
 def parameters(draw: st.DrawFn) -> list[tuple[tuple[int, ...], Layout, Layout]]:
-    """Shape, layout of the parameter and of the gradient, for some parameters."""
+    """The shapes of some parameters, each with the layouts of the parameter and of its gradient."""
     found = draw(st.lists(shapes, min_size=1, max_size=4))
     return [(s, draw(layouts(s)), draw(layouts(s))) for s in found]
 
 
-# ---- options: any that are not refused
+# ---- options: all combinations that are not refused
 
 perturbations = st.one_of(
     st.just({}),
@@ -84,7 +84,7 @@ recipes = st.tuples(transforms, perturbations).map(lambda parts: parts[0] | part
 
 sgd = st.fixed_dictionaries({"lr": st.floats(1e-3, 0.1), "momentum": st.sampled_from([0.0, 0.5, 0.9])})
 adam = st.fixed_dictionaries(
-    # A small eps lets Adam blow a rounding error up to a whole step where the gradient is 0 but for it.
+    # With a small eps Adam turns a rounding error into a whole step where the gradient is 0 apart from it.
     {"lr": st.floats(1e-3, 0.01), "eps": st.just(1e-3), "amsgrad": st.booleans()}
 )
 optimizers = st.one_of(
@@ -95,7 +95,7 @@ optimizers = st.one_of(
 def outcome(
     made: list[tuple[Tensor, Tensor]], start: list[Tensor], optimizer: str, options: dict[str, Any], steps: int
 ) -> dict[str, Tensor]:
-    """Parameters and state after some steps, each gradient half of the one before."""
+    """Parameters and state after some steps, in which each gradient is half of the one before."""
     params = [torch.nn.Parameter(p) for p, _ in made]
     opt = getattr(gradfused, optimizer)(params, **options)
     for step in range(steps):
@@ -169,7 +169,7 @@ def test_layout_changes_nothing_in_low_precision(
 
     ours, theirs = run(True), run(False)
     for name, expected in theirs.items():
-        # Sums are taken in another order where elements lie in another: a rounding of the mean may differ.
+        # Where elements lie in another order, sums are taken in another order: the mean may differ by a rounding.
         torch.testing.assert_close(ours[name], expected, rtol=2 * torch.finfo(dtype).eps, atol=1e-6)
 
 
@@ -178,7 +178,7 @@ def test_layout_changes_nothing_in_low_precision(
 def test_parameters_apart_are_parameters_together(
     recipe: dict[str, Any], optimizer: tuple[str, dict[str, Any]], count: int
 ) -> None:
-    """Where no norm is shared and no noise numbers parameters, other parameters in the step change nothing, to the bit."""
+    """Without a shared norm and without noise, other parameters in the step do not change a bit of the result."""
     recipe = recipe | {"noise": 0.0, "nonfinite": "propagate"}
     if recipe.pop("clip_norm", None) is not None or recipe.get("norm_scope") in ("global", "group"):
         recipe["norm_scope"] = "param"

@@ -1,4 +1,4 @@
-"""The oracle is checked, not trusted: against torch.optim, torch.nn.utils, published vectors and formulas written out by hand."""
+"""Checks the oracle: against torch.optim, torch.nn.utils, published vectors and formulas written out by hand."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ from gradfused.backends import reference
 
 LR, DECAY = 0.1, 0.2
 STEPS = 3
-# test_papers.py has the others.
+# The other rules are in test_papers.py.
 TORCHS = [name for name, case in CASES.items() if hasattr(torch.optim, case.optimizer)]
 SHAPES: tuple[Shape, ...] = ((6, 5), (7,), (4, 3, 2, 2), (0, 3), ())
 
 
-# ---- what torch can express: its optimizer, with the recipe written by hand before the step
+# ---- what torch can express: its optimizer, with the recipe applied by hand before the step
 
 
 def centred(g: Tensor, kind: object) -> Tensor:
-    """Gradient Centralization as its authors write it, and the variants ``g -= g.mean()`` and ``gc_conv_only``."""
+    """Gradient centralization as its authors write it, and the variants ``g -= g.mean()`` and ``gc_conv_only``."""
     if kind == "tensor":
         return g - g.mean() if g.numel() else g
     if g.dim() > {False: math.inf, True: 1, "unit": 1, "conv": 3}[kind]:
@@ -35,7 +35,7 @@ def centred(g: Tensor, kind: object) -> Tensor:
 
 
 def clip(params: list[list[Tensor]], radius: float, scope: str) -> None:
-    """torch's clip_grad_norm_ over everything that shares a norm."""
+    """torch's clip_grad_norm_ over all gradients that share a norm."""
     everything = [p for group in params for p in group]
     sets: Iterable[list[Tensor]] = {
         "global": [everything],
@@ -58,9 +58,9 @@ def clip_units(p: Tensor, radius: float) -> None:
 
 
 class ByHand:
-    """A torch optimizer in float64 with the recipe as a user would write it.
+    """A torch optimizer in float64, with the recipe written as a user would write it.
 
-    Weight decay is torch's own, but where what is centred contains it: there it is added by hand.
+    Torch applies the weight decay, except where the decayed gradient is centred: there it is added by hand.
     """
 
     def __init__(self, case: Case, recipe: Options, groups: list[dict[str, Any]]) -> None:
@@ -203,7 +203,7 @@ def test_float32_is_torchs(case: str) -> None:
 
 
 def one_step(g: Tensor, p: Tensor | None = None, backend: str = "reference", **recipe: Any) -> Tensor:
-    """The gradient as a recipe leaves it: what SGD with lr 1 takes off."""
+    """The gradient that a recipe results in: what SGD with lr 1 subtracts from the weights."""
     p = torch.zeros_like(g) if p is None else p.clone()
     q = torch.nn.Parameter(p.clone())
     q.grad = g.clone()
@@ -254,7 +254,7 @@ def test_norms_are_of_the_centred_gradient() -> None:
 
 @pytest.mark.parametrize("shape", [(6, 5), (4, 3, 2, 2), (7,)])
 def test_adaptive_clipping(shape: tuple[int, ...]) -> None:
-    """Brock et al. 2021, equation 3: each unit by itself, with a floor under the weight's norm."""
+    """Brock et al. 2021, equation 3: each unit by itself, with a lower bound for the norm of its weights."""
     g, p = values(shape, 0, 0).double(), values(shape, 0, -1).double()
     p[0] = 0.0
     after = one_step(g, p, perturb="agc", radius=0.05, norm_scope="unit")
@@ -266,7 +266,10 @@ def test_adaptive_clipping(shape: tuple[int, ...]) -> None:
 
 
 def test_stages_come_in_order() -> None:
-    """Clip value after the norm, noise after both, reversal of all of them, decay last and neither reversed nor centred."""
+    """Values are clipped after the norm, noise comes after both and reversal last.
+
+    Decay is neither reversed nor centred.
+    """
     p = values((3, 4), 1, -1).double()
     recipe = {"centralize": True, "clip_norm": 1.0, "clip_value": 0.2, "noise": 0.3, "seed": 9, "reverse": 0.5}
     q = torch.nn.Parameter(p.clone())
@@ -348,7 +351,7 @@ def test_noise_of_a_longer_tensor_begins_alike() -> None:
 
 @pytest.mark.parametrize("decay", [0.0, 0.55, 2.0])
 def test_noise_schedule(decay: float) -> None:
-    """sigma_t^2 = noise / (1 + t)^decay, and each step draws anew."""
+    """The variance is noise / (1 + t)^decay, and each step draws new numbers."""
     p = torch.nn.Parameter(torch.zeros(1000, dtype=torch.float64))
     optimizer = gradfused.SGD([p], lr=1.0, noise=0.3, noise_decay=decay, seed=4, backend="reference")
     for t in range(4):

@@ -1,4 +1,4 @@
-"""A step of the reference backend that fails on the way has changed nothing."""
+"""A step of the reference backend that fails on its way changes nothing."""
 
 from __future__ import annotations
 
@@ -23,24 +23,24 @@ CASES: dict[str, tuple[str, torch.dtype, dict[str, Any]]] = {
     "kahan": ("Lion", torch.bfloat16, {"precision": "kahan"}),
     "stochastic": ("LARS", torch.bfloat16, {"lr": 0.1, "momentum": 0.9, "precision": "stochastic"}),
 }
-# Philox alone is some 300 operators: of steps that draw, each 11th fails in turn.
+# Philox takes some 300 operators: where a step draws random numbers, every 11th operator fails in turn.
 STRIDE = {"noise": 11, "stochastic": 11}
 every_case = pytest.mark.parametrize("case", CASES)
 
 
 class Failure(Exception):
-    """What the tensors below raise."""
+    """What an operator raises when it is made to fail."""
 
 
 class FailingAfter(TorchDispatchMode):
-    """Within the block one operator fails, after ``left`` others, as one does that a tensor subclass lacks."""
+    """Within the block the operator after ``left`` others fails, like one that a tensor subclass does not implement."""
 
     def __init__(self, left: int) -> None:
         super().__init__()
         self.left = left
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.left -= func.namespace != "profiler"  # torch's own, around every optimizer's step
+        self.left -= func.namespace != "profiler"  # those that torch calls around every optimizer's step
         if self.left < 0:
             self.left = 10**6
             raise Failure
@@ -53,7 +53,7 @@ def plain(tensor: Tensor) -> Tensor:
 
 
 def everything(opt: torch.optim.Optimizer) -> list[Any]:
-    """All that a step may change."""
+    """Everything that a step may change."""
     params = opt.param_groups[0]["params"]
     held = [{k: plain(v) for k, v in opt.state.get(p, {}).items()} for p in params]
     return [[plain(p) for p in params], [plain(p.grad) for p in params], held, opt.skipped_steps]
@@ -79,7 +79,9 @@ def made(case: str, wrap: Any = nn.Parameter) -> torch.optim.Optimizer:
 
 
 def failing_after(case: str, taken: int, left: int) -> bool:
-    """Whether the step after ``taken`` ones fails where its operators do after ``left``; it must have changed nothing then."""
+    """Whether the step after ``taken`` steps fails if its operator after ``left`` others does; then it must have
+    changed nothing.
+    """
     opt, twin = made(case), made(case)
     for seed in range(taken):
         for o in (opt, twin):
@@ -103,7 +105,7 @@ def failing_after(case: str, taken: int, left: int) -> bool:
 @pytest.mark.parametrize("taken", [0, 1])
 @every_case
 def test_a_failure_at_any_operator_changes_nothing(case: str, taken: int) -> None:
-    """Nor does it matter later: the step that is taken in its place is the one of a run in which nothing failed."""
+    """The step that is taken in its place is also that of a run in which nothing failed."""
     failed = 0
     while failing_after(case, taken, failed):
         failed += STRIDE.get(case, 1)
@@ -115,7 +117,7 @@ def test_a_failure_at_any_operator_changes_nothing(case: str, taken: int) -> Non
 
 @pytest.fixture(scope="module")
 def mesh(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
-    """Of this process alone."""
+    """A mesh of this process only."""
     if not distributed.is_available() or distributed.is_initialized():
         pytest.skip("needs torch.distributed, not yet in use")
     from torch.distributed.device_mesh import init_device_mesh
@@ -128,7 +130,7 @@ def mesh(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
 
 @every_case
 def test_distributed_tensors_step_as_plain_ones(case: str, mesh: Any) -> None:
-    """Norms, units, noise and random rounding are of the whole tensors."""
+    """Norms, units, noise and random rounding are those of the whole tensors."""
     from torch.distributed.tensor import Shard, distribute_tensor
 
     def spread(w: Tensor) -> nn.Parameter:

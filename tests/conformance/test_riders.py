@@ -1,4 +1,6 @@
-"""What rides on the pass: precision of 16-bit weights, dtype of the state, the average of the weights, gradients left at zero."""
+"""What a step does in the same pass: 16-bit weights kept precisely, state in another dtype, an average of the weights,
+zeroed gradients.
+"""
 
 from __future__ import annotations
 
@@ -40,7 +42,9 @@ def exact(case: str, recipe: dict[str, Any]) -> dict[str, Tensor]:
 def test_weights_are_those_of_the_oracle(
     precision: str, dtype: str, case: str, recipe: str, layout: str, backend: str
 ) -> None:
-    """Master copies to float32's accuracy, sums with Kahan's rest to twice the digits, random rounding to the reference's."""
+    """Master copies agree to float32's accuracy, Kahan sums to twice the digits, stochastic rounding with the
+    reference's.
+    """
     options = RECIPES[recipe] | {"precision": precision, "state_dtype": "float32", "seed": 11}
 
     def run(backend: str) -> Run:
@@ -69,7 +73,7 @@ def test_weights_are_those_of_the_oracle(
 
 
 def assert_nearly_equal(mine: dict[str, Tensor], theirs: dict[str, Tensor], dtype: torch.dtype) -> None:
-    """Equal but where rounding hit the other side of a boundary: one unit in the last place, and seldom."""
+    """The two are equal except where rounding seldom met the other side of a boundary: by one unit in the last place."""
     assert mine.keys() == theirs.keys()
     for name in mine:
         if not name.startswith("parameter") or not mine[name].numel():
@@ -81,7 +85,7 @@ def assert_nearly_equal(mine: dict[str, Tensor], theirs: dict[str, Tensor], dtyp
 
 
 def rounded(x: Tensor, dtype: torch.dtype, backend: str, seed: int = 3) -> Tensor:
-    """``x`` as a step of stochastic rounding leaves it: from zero weights, all of the way."""
+    """``x`` after stochastic rounding: a step from weights of zero that goes all the way to ``x``."""
     with torch.device(device_of(backend)):
         p = Parameter(torch.zeros(x.shape, dtype=dtype))
         p.grad_dtype = torch.float32
@@ -97,7 +101,7 @@ needs_mixed = pytest.mark.skipif(not hasattr(Tensor, "grad_dtype"), reason="this
 @short
 @pytest.mark.parametrize("backend", ["cpu", CUDA])
 def test_stochastic_rounding_of_every_kind_of_number(dtype: str, backend: str) -> None:
-    """Bit for bit the oracle's: from subnormals to overflow, infinities and NaN."""
+    """The result is the oracle's, bit for bit, for subnormals, overflow, infinities and NaN too."""
     exponents = torch.arange(-150, 129, dtype=torch.float64)
     x = (torch.tensor([1.0, -1.1, 1.9999999, 1.5])[:, None].double() * 2.0**exponents).flatten().float()
     x = torch.cat([x, torch.tensor([0.0, -0.0, math.inf, -math.inf, math.nan, 65504.0, 65519.0, -65535.0, 3.4e38])])
@@ -113,7 +117,7 @@ def test_stochastic_rounding_of_every_kind_of_number(dtype: str, backend: str) -
 @short
 @pytest.mark.parametrize("backend", ["cpu", "reference"])
 def test_stochastic_rounding_has_no_bias(dtype: str, backend: str) -> None:
-    """A quarter of the way up is rounded up in a quarter of the cases, to five standard deviations."""
+    """A quarter of the way to the next number is rounded up in a quarter of the cases, to five standard deviations."""
     n, ulp = 40_000, torch.finfo(DTYPES[dtype]).eps
     x = torch.full((n,), 1 + ulp / 4)
     up = rounded(x, DTYPES[dtype], backend) > 1
@@ -124,7 +128,9 @@ def test_stochastic_rounding_has_no_bias(dtype: str, backend: str) -> None:
 @short
 @backends
 def test_small_steps_are_not_lost(dtype: str, backend: str) -> None:
-    """A weight of 1 that takes 400 steps of a tenth of its last digit: rounded to nearest it stays, kept otherwise it arrives."""
+    """A weight of 1 takes 400 steps of a tenth of its last digit: rounded to nearest it stays, kept precisely it
+    arrives.
+    """
     step = torch.finfo(DTYPES[dtype]).eps / 20
     goal = 1 - 400 * step
     ends = {}
@@ -151,12 +157,12 @@ def test_precision_means_nothing_to_wider_weights(precision: str) -> None:
 @pytest.mark.parametrize("precision", ["kahan", "master"])
 @pytest.mark.parametrize("between", ["model", "nothing", "sam", "ema"])
 def test_weights_that_are_loaded_in_mid_run_are_stepped_from(precision: str, between: str) -> None:
-    """A copy of the weights that is not theirs any more would bring the old ones back; one that is keeps its digits."""
+    """A copy that no longer belongs to the weights would bring the old ones back; one that does keeps its digits."""
     p = Parameter(torch.ones(3, dtype=torch.bfloat16))
     optimizer = gradfused.SGD([p], lr=2.0**-9, precision=precision, ema=0.5)
     p.grad = torch.ones_like(p)
     optimizer.step()
-    loaded = 2.0 if precision == "master" else 2.0**-6  # what rounding took off is more than half a unit there
+    loaded = 2.0 if precision == "master" else 2.0**-6  # the remainder is more than half a unit there
     if between == "model":
         with torch.no_grad():
             p.fill_(loaded)
@@ -223,7 +229,10 @@ def test_copies_are_of_the_optimizer_alone() -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("recipe", ["plain", "full", "centralize-agc"])
 def test_average_of_the_weights(recipe: str, dtype: str, backend: str) -> None:
-    """As one kept by hand after each step; of 16-bit weights in float32, since it moves by less than they can."""
+    """It equals one kept by hand after each step.
+
+    That of 16-bit weights is in float32, as it moves by less than they can.
+    """
     options = RECIPES[recipe] | ({"precision": "master"} if dtype in ("float16", "bfloat16") else {})
     run = Run(CASES["adamw"], options | {"ema": 0.9}, SHAPES, backend=backend, dtype=DTYPES[dtype])
 
@@ -286,7 +295,7 @@ def test_swap_ema_refuses_what_would_lose_weights() -> None:
 
 
 def test_the_average_can_begin_later() -> None:
-    """From the weights of then."""
+    """An average that is asked for later begins with the weights of that time."""
     p, optimizer = averaging()
     optimizer.step()
     optimizer.param_groups[0]["ema"] = 0.5
@@ -324,7 +333,7 @@ def test_gradients_are_left_at_zero(recipe: str, layout: str, backend: str) -> N
 @backends
 @pytest.mark.parametrize("how", ["nonfinite", "found_inf"])
 def test_gradients_of_a_skipped_step_go_too(how: str, backend: str) -> None:
-    """They would spoil the next step's, to which backward adds."""
+    """If they stayed, backward would add the next step's gradients to them."""
     run = Run(CASES["adam"], {"zero_grad_in_step": True, "nonfinite": "skip"}, SHAPES, backend=backend).step()
     before = run.outcome()
     run.fill()
@@ -339,5 +348,5 @@ def test_gradients_of_a_skipped_step_go_too(how: str, backend: str) -> None:
 
 
 def test_values_are_what_the_tests_think() -> None:
-    """Gradients are not zero to begin with."""
+    """The gradients are not zero before the step."""
     assert bool((values((6, 5), 0, 0) != 0).any())

@@ -1,4 +1,4 @@
-"""SAM and ASAM: both halves against the papers' formulas by hand."""
+"""SAM and ASAM: both halves of a step against the papers' formulas."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ Make = Callable[..., torch.optim.Optimizer]
 def by_hand(
     params: list[Tensor], optimizer: torch.optim.Optimizer, gradients: Callable[[], None], adaptive: bool, eta: float
 ) -> None:
-    """Foret et al. 2021, equation 2, and Kwon et al. 2021, algorithm 1 with the authors' eta, in eager PyTorch."""
+    """Foret et al. 2021, equation 2, and Kwon et al. 2021, algorithm 1 with the authors' eta, in plain PyTorch."""
     gradients()
     reach = [p.detach().abs() + eta if adaptive else torch.ones_like(p) for p in params]
     norm = torch.sqrt(sum(((t * p.grad) ** 2).sum() for t, p in zip(reach, params, strict=True)))
@@ -45,7 +45,7 @@ def by_hand(
 
 
 class Quadratic:
-    """Weights whose gradients are known functions of them, in a layout: two backward passes that differ."""
+    """Weights in a layout, with gradients that are known functions of them, so that the two backward passes differ."""
 
     def __init__(self, dtype: torch.dtype, layout: str = "contiguous", device: str = "cpu") -> None:
         place_param, place_grad = LAYOUTS[layout]
@@ -76,7 +76,7 @@ ADAPTIVE = [(False, 0.0), (True, 0.0), (True, 0.05)]
 @pytest.mark.parametrize("adaptive", ADAPTIVE)
 @backends
 def test_both_halves(adaptive: tuple[bool, float], recipe: str, layout: str, backend: str) -> None:
-    """The recipe is the descent's alone: the ascent goes along the raw gradient."""
+    """The recipe is applied in the descent only: the ascent follows the raw gradient."""
     options = {"lr": 0.05, "weight_decay": 0.1} | dict(RECIPES[recipe])
     ours, exact = Quadratic(torch.float32, layout, device_of(backend)), Quadratic(torch.float64)
     sam = SAM(gradfused.AdamW(ours.params, backend=backend, **options), RHO, *adaptive)
@@ -109,7 +109,7 @@ def test_dtypes(dtype: str, precision: str | None, backend: str) -> None:
 @pytest.mark.kernels
 @pytest.mark.parametrize("dtype", ["float32", "float64", "bfloat16"])
 def test_weights_beyond_the_caches(dtype: str) -> None:
-    """Backups and weights that a half only writes go around the caches, whatever their first address and length."""
+    """Backups and weights that a half only writes bypass the caches, whatever their first address and length."""
     rows = torch.full((2900, 2900), math.nan, dtype=DTYPES[dtype])
     params = [Parameter(rows.view(-1)[1:-2]), Parameter(torch.empty(37, dtype=DTYPES[dtype]))]
     for p in params:
@@ -131,7 +131,7 @@ def test_weights_beyond_the_caches(dtype: str) -> None:
 
 @pytest.mark.parametrize("case", ["sgd-momentum", "lamb", "lars", "lion", "adan", "rmsprop-both"])
 def test_every_optimizer_can_descend(case: str) -> None:
-    """LAMB and LARS compare norms with those of the weights that the step starts from."""
+    """LAMB and LARS take the norms of the weights that the step starts from."""
     ours, exact = Quadratic(torch.float32), Quadratic(torch.float64)
     make = getattr(gradfused, CASES[case].optimizer)
     sam = SAM(make(ours.params, **CASES[case].options, ema=0.9), RHO)

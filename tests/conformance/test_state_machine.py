@@ -1,6 +1,6 @@
-"""Random lives of an optimizer: whatever is done to it and in whatever order, each step is the one that a fresh oracle takes.
+"""Random lives of an optimizer: whatever is done to it, and in whatever order, each step equals that of a fresh oracle.
 
-``GRADFUSED_STATE_MACHINE`` holds how many lives to try on each backend in place of a few, drawn anew each time:
+By default a few fixed lives are tried. ``GRADFUSED_STATE_MACHINE`` asks for a number of new random ones on each backend:
 ``GRADFUSED_STATE_MACHINE="cpu=20000 cuda=500" pytest tests/conformance/test_state_machine.py``.
 """
 
@@ -38,7 +38,7 @@ pytestmark = [
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 SHAPES = ((3, 4), (5,), (), (2, 3, 2, 2), (0, 2), (7, 1), (2, 70))
-#: Option changes that contradict nothing, from any state of the others.
+#: Changes of options that contradict no others.
 CHANGES: dict[str, dict[str, Any]] = {
     "lr": {"lr": 0.003},
     "lr tensor": {"lr": torch.tensor(0.02)},
@@ -85,7 +85,7 @@ places = st.integers(0, 2**8)
 
 @dataclass
 class Save:
-    """A checkpoint: what was saved, and what it should bring back."""
+    """A checkpoint: what was saved, and what loading it should bring back."""
 
     state_dict: dict[str, Any]
     kept: list[Kept]
@@ -94,7 +94,7 @@ class Save:
 
 
 class Life(RuleBasedStateMachine):
-    """An optimizer, and beside it what each of its parameters should hold."""
+    """An optimizer, together with what each of its parameters should hold."""
 
     backend = "cpu"
 
@@ -115,7 +115,7 @@ class Life(RuleBasedStateMachine):
         self.skipped = 0
         self.saves: list[Save] = []
         self.gone: list[weakref.ref[Tensor]] = []
-        # A small eps lets a rule blow a rounding error up to a whole step where the gradient is nearly 0.
+        # With a small eps a rule turns a rounding error into a whole step where the gradient is nearly 0.
         eps = {"RMSprop": 0.05, "LARS": None, "Lion": None, "SGD": None}.get(self.case.optimizer, 1e-3)
         options = dict(self.case.options) | ({} if eps is None else {"eps": eps})
         params = [self.parameter(shape) for shape in shapes]
@@ -137,14 +137,14 @@ class Life(RuleBasedStateMachine):
 
     @property
     def members(self) -> list[Kept]:
-        """In the optimizer's order."""
+        """The parameters in the optimizer's order."""
         return [self.kept[p] for group in self.groups for p in group["params"]]
 
     def options_of(self, group: dict[str, Any]) -> dict[str, Any]:
         return {k: v for k, v in group.items() if k != "params"}
 
     def check(self) -> None:
-        """What was done changed nothing but what the shadow knows of."""
+        """Nothing has changed that the shadow does not know of."""
         for kept in self.members:
             assert_kept(kept, self.optimizer.state.get(kept.p, {}))
         assert self.optimizer.skipped_steps == self.skipped
@@ -152,7 +152,7 @@ class Life(RuleBasedStateMachine):
     # ---- steps
 
     def fill(self, absent: int, layout: str, wide: bool, scale: float = 1.0) -> None:
-        """Give gradients to all but some, one bit of ``absent`` each."""
+        """Give gradients to all parameters except those whose bit in ``absent`` is set."""
         for i, kept in enumerate(self.members):
             p, g = kept.p, None
             if not kept.frozen and not absent >> i & 1:
@@ -165,12 +165,12 @@ class Life(RuleBasedStateMachine):
             p.grad = g
 
     def expected(self, grads: dict[Tensor, Tensor], narrow: bool = False) -> shadow.Outcome:
-        """What a step on these gradients should come to."""
+        """The step that these gradients should lead to."""
         groups = [(self.options_of(g), [self.kept[p] for p in g["params"]]) for g in self.groups]
         return shadow.step(self.cls, groups, grads, narrow)
 
     def assert_stepped(self, grads: dict[Tensor, Tensor]) -> None:
-        """Parameters with a gradient stepped as the oracle does, the others are as they were."""
+        """Parameters with a gradient have taken the oracle's step, and the others are unchanged."""
         outcome, yardstick = self.expected(grads), cache(lambda: self.expected(grads, narrow=True))
         options = {p: self.options_of(g) for g in self.groups for p in g["params"]}
         for i, kept in enumerate(self.members):
@@ -187,7 +187,7 @@ class Life(RuleBasedStateMachine):
             assert_follows(self.optimizer.grad_norm, outcome.norm, "norm", 1e-5, self.dtype)
 
     def assert_gradients(self, grads: dict[Tensor, Tensor]) -> None:
-        """As they were, or at zero where that is asked for."""
+        """Gradients are unchanged, or zero where that is asked for."""
         for group in self.groups:
             for p in group["params"]:
                 if p in grads:
@@ -207,7 +207,7 @@ class Life(RuleBasedStateMachine):
 
     @rule(count=st.integers(1, 3))
     def take_steps(self, count: int) -> None:
-        """With every gradient there, so that a table is used again."""
+        """Take steps in which every parameter has a gradient, so that a table is used again."""
         for _ in range(count):
             self.take_step(0, "contiguous", False)
 
@@ -217,7 +217,7 @@ class Life(RuleBasedStateMachine):
 
     @rule(overflow=st.booleans(), absent=places)
     def step_of_a_scaler(self, overflow: bool, absent: int) -> None:
-        """GradScaler's protocol: scaled gradients, and whether any was not finite."""
+        """Take a step as GradScaler does: with scaled gradients, and knowing whether any was not finite."""
         self.fill(absent, "contiguous", False)
         grads = self.grads()
         for kept in self.members:
@@ -251,7 +251,7 @@ class Life(RuleBasedStateMachine):
 
     @rule(rho=st.sampled_from([0.0, 0.05, 1.0]), first=places, second=places)
     def step_of_sam(self, rho: float, first: int, second: int) -> None:
-        """The descent is the optimizer's step from where the weights were."""
+        """Take a step of SAM, whose descent is the optimizer's step from the weights before the ascent."""
         sam = gradfused.SAM(self.optimizer, rho)
         self.fill(first, "contiguous", False)
         sam.first_step()
@@ -364,7 +364,7 @@ class Life(RuleBasedStateMachine):
 
     @rule(place=places)
     def prune_parameter(self, place: int) -> None:
-        """Every second row goes, of the weights and of their state, as in Gaussian splatting."""
+        """Remove every second row of a parameter and of its state, as in Gaussian splatting."""
         old = self.members[place % len(self.members)]
         if not old.p.dim():
             return
@@ -399,7 +399,7 @@ class Life(RuleBasedStateMachine):
     # ---- checkpoints and copies
 
     def form(self) -> list[Any]:
-        """What a checkpoint has to agree with."""
+        """The properties that a checkpoint must share with the optimizer that loads it."""
         return [[(p.shape, p.dtype) for p in group["params"]] for group in self.groups]
 
     @rule(through_file=st.booleans())
@@ -426,7 +426,7 @@ class Life(RuleBasedStateMachine):
                 self._load_weights(save)
             else:
                 self._load_state(save)
-        if " and " in what:  # as if nothing had been in between
+        if " and " in what:  # as if nothing had happened in between
             for kept, saved in zip(self.members, save.kept, strict=True):
                 kept.unsure, kept.loose = saved.unsure | {"master", "kahan_comp"}, saved.loose
         self.check()
@@ -447,7 +447,7 @@ class Life(RuleBasedStateMachine):
 
     @rule(pickled=st.booleans())
     def go_on_with_a_copy(self, pickled: bool) -> None:
-        """A copy in place of the optimizer, which goes with all that was its own."""
+        """Replace the optimizer by a copy, and drop everything that belonged to the original."""
         old = self.members
         made: Any = pickle.loads(pickle.dumps(self.optimizer)) if pickled else copy.deepcopy(self.optimizer)
         new = [p for group in made.param_groups for p in group["params"]]
@@ -460,7 +460,7 @@ class Life(RuleBasedStateMachine):
 
     @rule(place=places)
     def count_beyond_float32(self, place: int) -> None:
-        """Two steps on, float32 cannot hold the count any more."""
+        """Two steps later float32 cannot represent the count."""
         saved = copy.deepcopy(self.optimizer.state_dict())
         for index, kept in enumerate(self.members):
             if "step" in kept.state:
@@ -488,7 +488,7 @@ class Life(RuleBasedStateMachine):
     # ---- the end
 
     def teardown(self) -> None:
-        """After one more step nothing keeps alive what was taken away."""
+        """After one more step nothing keeps alive what was removed."""
         if not hasattr(self, "gone") or not self.gone:
             return
         self.saves.clear()
@@ -498,13 +498,13 @@ class Life(RuleBasedStateMachine):
         assert all(p() is None for p in self.gone), "a parameter that was taken away is still alive"
 
 
-#: How many lives each backend is tried with. Under the sanitizers a third of them, of the compiled backends alone.
+#: How many lives are tried on each backend. The sanitizers' run takes a third of them, on the compiled backends only.
 LIVES = {"cpu": 150, "reference": 15, "cuda": 15}
 SANITIZED = bool(os.environ.get("GRADFUSED_SANITIZE_INSIDE"))
 
 
 def asked(backend: str) -> int | None:
-    """How many lives the environment asks for, if it does."""
+    """The number of lives that the environment asks for, or None."""
     found = dict(word.split("=") for word in os.environ.get("GRADFUSED_STATE_MACHINE", "").split())
     return int(found[backend]) if backend in found else None
 

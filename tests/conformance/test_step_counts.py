@@ -1,4 +1,4 @@
-"""Counts of steps where float32 stops, at 2**24, and where the counter of what is drawn at random wraps, at 2**32."""
+"""Counts of steps where float32 ends, at 2**24, and where the counter of random numbers wraps, at 2**32."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ DRAWS: dict[str, dict[str, Any]] = {
 
 
 def optimizer(backend: str, count: float, dtype: torch.dtype = torch.float64, **recipe: Any) -> gradfused.AdamW:
-    """One whose only parameter has taken ``count`` steps."""
+    """An optimizer whose only parameter has taken ``count`` steps."""
     p = nn.Parameter(torch.ones(16, dtype=torch.bfloat16 if "precision" in recipe else torch.float32))
     opt = gradfused.AdamW([p], lr=1e-3, weight_decay=0.0, backend=backend, **recipe)
     saved = opt.state_dict()
@@ -41,7 +41,7 @@ def optimizer(backend: str, count: float, dtype: torch.dtype = torch.float64, **
 
 
 def step(opt: torch.optim.Optimizer) -> tuple[int, Tensor]:
-    """The count after a step from the same weights and moments as any other, and where it led."""
+    """Take a step from fixed weights and moments. Returns the count after it and the weights."""
     (p,) = opt.param_groups[0]["params"]
     with torch.no_grad():
         p.fill_(1.0)
@@ -54,7 +54,7 @@ def step(opt: torch.optim.Optimizer) -> tuple[int, Tensor]:
 
 @contextmanager
 def stopping_at(stop: int) -> Iterator[None]:
-    """As if counts had to be in float64 from ``stop`` on, and tables served for as many steps."""
+    """Make counts need float64 from ``stop`` on, so that tables serve for that many steps at most."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(state, "WIDE_COUNT", stop)
         patch.setattr(table, "WIDE_COUNT", stop)
@@ -65,7 +65,7 @@ def stopping_at(stop: int) -> Iterator[None]:
 @pytest.mark.parametrize("draw", DRAWS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_counts_and_draws_go_on(draw: str, dtype: torch.dtype, backend: str) -> None:
-    """And a run that is saved on the way goes on as one that is not."""
+    """A run that is saved on the way goes on like one that is not."""
     opt = optimizer(backend, STOP - 2, dtype, **DRAWS[draw])
     ways = []
     for count in range(STOP - 1, STOP + 4):
@@ -83,7 +83,7 @@ def test_counts_and_draws_go_on(draw: str, dtype: torch.dtype, backend: str) -> 
 
 @every_backend
 def test_a_table_notices_that_its_counts_grew(backend: str) -> None:
-    """A count is looked at when a table is made; the table serves for as many steps as the count may still take."""
+    """The count is read when a table is made, and the table serves for as many steps as the count may still grow."""
     with stopping_at(4):
         opt = optimizer(backend, 3, torch.float32)
         (p,) = opt.param_groups[0]["params"]
@@ -107,7 +107,7 @@ def test_small_counts_stay_as_torch_has_them(backend: str) -> None:
 @every_backend
 @pytest.mark.parametrize("draw", DRAWS)
 def test_draws_wrap_after_two_to_the_32_steps(draw: str, backend: str) -> None:
-    """The counter has one 32-bit word for the step: draws of step 2**32 are those of step 0, counts go on."""
+    """The counter has one 32-bit word for the step: step 2**32 draws the numbers of step 0, while counts go on."""
     late, early = optimizer(backend, 2**32 - 1, **DRAWS[draw]), optimizer(backend, 2**32 - 1, **DRAWS[draw])
     assert step(late)[0] == 2**32
     wrapped = step(late)
@@ -119,7 +119,7 @@ def test_draws_wrap_after_two_to_the_32_steps(draw: str, backend: str) -> None:
 
 @pytest.mark.parametrize("form", [{"foreach": False}, {"foreach": True}, {"fused": True}])
 def test_torch_goes_on_from_a_large_count(form: dict[str, bool]) -> None:
-    """Its fused form counts in float32, where it stops."""
+    """torch's fused implementation counts in float32, where the count stops growing."""
     opt = optimizer("cpu", STOP + 2)
     step(opt)
     twin = torch.optim.AdamW([nn.Parameter(torch.ones(16))], lr=1e-3, weight_decay=0.0, **form)
@@ -144,7 +144,7 @@ def test_a_count_of_torch_that_stopped_goes_on(form: dict[str, bool]) -> None:
 
 
 def test_a_number_is_a_count() -> None:
-    """Old checkpoints have plain numbers."""
+    """Old checkpoints hold counts as plain numbers."""
     opt = optimizer("cpu", 0)
     (p,) = opt.param_groups[0]["params"]
     opt.state[p]["step"] = STOP + 1

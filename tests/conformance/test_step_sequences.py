@@ -1,4 +1,6 @@
-"""Every sequence of what a training loop can do to an optimizer between two steps, against the rules written out in float64."""
+"""All short sequences of what a training loop can do to an optimizer between steps, against the rules written out in
+float64.
+"""
 
 from __future__ import annotations
 
@@ -24,8 +26,8 @@ SHAPES = ((2, 4), (4,), (4, 1))
 ENDS = np.cumsum(SIZES)
 OF_PARAM = np.repeat(np.arange(len(SIZES)), SIZES)
 
-# What happens: a step without gradients, with some, with all; one that the device or the host finds to be skipped; and without a
-# step, an option that changes and a checkpoint that training goes on from.
+# The events: a step without gradients, with some or with all; a step that the device or the host finds to be skipped; and
+# without a step, a changed option, and a checkpoint from which training goes on.
 EVENTS = ("none", "some", "all", "device", "host", "option", "checkpoint")
 
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -41,7 +43,7 @@ KEYS = {
 
 
 class Oracle:
-    """The three rules in float64, on all parameters as one vector. A parameter counts the steps that it took."""
+    """The three rules in float64, over all parameters as one vector. Each parameter counts the steps that it took."""
 
     def __init__(self, name: str, weights: np.ndarray) -> None:
         self.name, self.weights = name, weights.astype(np.float64)
@@ -50,7 +52,7 @@ class Oracle:
         self.skipped = 0
 
     def step(self, g: np.ndarray, active: np.ndarray, lr: float) -> None:
-        """Parameters that are ``active`` have a gradient."""
+        """Take a step in which the parameters in ``active`` have a gradient."""
         self.counts += active
         stepped = active[OF_PARAM]
         t = np.maximum(self.counts, 1)[OF_PARAM]
@@ -82,19 +84,21 @@ class Oracle:
 
 
 def gradients(seed: int) -> tuple[np.ndarray, list[Tensor]]:
-    """As one vector, and as each parameter's tensor."""
+    """The gradients as one vector and as a tensor for each parameter."""
     vector = torch.randn(OF_PARAM.size, generator=torch.Generator().manual_seed(seed))
     return vector.numpy(), [part.view(shape) for part, shape in zip(vector.split(SIZES), SHAPES, strict=True)]
 
 
 POOL = [gradients(seed) for seed in range(5)]
-ON_DEVICE = {flag: torch.tensor(float(flag)) for flag in (0, 1)}  # what a GradScaler on a GPU leaves, to be read there
+ON_DEVICE = {
+    flag: torch.tensor(float(flag)) for flag in (0, 1)
+}  # what a GradScaler on a GPU leaves, which only the device can read
 ON_HOST = {0: [None, 0, 0.0, torch.tensor(0.0), torch.zeros(1)], 1: [1, torch.tensor(1.0), torch.tensor([2.0])]}
 ALL, NONE, SOME = np.array([True] * 3), np.array([False] * 3), np.array([False, True, False])
 
 
 class Walk:
-    """An optimizer and what it should hold, taken through events."""
+    """An optimizer, together with what it should hold, taken through events."""
 
     def __init__(self, name: str, backend: str, guard: str) -> None:
         self.name, self.guard, self.happened = name, guard, []
@@ -106,7 +110,7 @@ class Walk:
         self.oracle = Oracle(name, self.flat.numpy())
 
     def take(self, event: str, number: int) -> None:
-        """The event, which varies with its ``number``."""
+        """Take an event, which varies with its ``number``."""
         self.happened.append(event)
         {"option": self.change_option, "checkpoint": self.checkpoint}.get(event, lambda n: self.step(event, n))(number)
         self.check_weights()
@@ -127,7 +131,7 @@ class Walk:
             self.oracle.step(vector, active, group["lr"])
 
     def found_inf(self, event: str, number: int) -> Any:
-        """What GradScaler says, in all forms that it has for that."""
+        """What GradScaler sets, in each of the forms that it uses."""
         if event == "device":
             return None if self.guard == "skip" else ON_DEVICE[1]
         forms = ON_HOST[int(event == "host")]
@@ -135,7 +139,7 @@ class Walk:
         return ON_DEVICE[0] if on_device else forms[number % len(forms)]
 
     def change_option(self, number: int) -> None:
-        """A number, or one that a new table is needed for: a radius that no gradient reaches."""
+        """Change a number, or an option for which a new table is needed: a radius that no gradient reaches."""
         group = self.optimizer.param_groups[0]
         if number % 8:
             group["lr"] = 0.375 - group["lr"]
@@ -158,7 +162,7 @@ class Walk:
         for p in self.params:
             p.grad = None
         self.params, optimizer = copy.deepcopy((self.params, self.optimizer))
-        for p, part in zip(self.params, self.flat.split(SIZES), strict=True):  # its copies lie apart
+        for p, part in zip(self.params, self.flat.split(SIZES), strict=True):  # so that its copies lie apart
             p.data = part.view(p.shape)
         return optimizer
 
@@ -188,7 +192,9 @@ def through_a_file(saved: dict[str, Any]) -> Any:
 
 
 def all_windows(length: int) -> list[str]:
-    """A cycle, opened, that has every sequence of ``length`` events once (de Bruijn's, from Lyndon words)."""
+    """A sequence that contains every sequence of ``length`` events once: a cycle of de Bruijn, opened, from Lyndon
+    words.
+    """
     cycle: list[int] = []
     word = [-1]
     while word:
@@ -218,7 +224,7 @@ def walk_all(name: str, guard: str, backend: str, sequences: Iterable[Sequence[s
 
 @pytest.fixture(autouse=True)
 def _read_on_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
-    """ON_DEVICE counts as lying on a GPU, so that the host does not look at it."""
+    """Treat ON_DEVICE as if it were on a GPU, so that the host does not read it."""
     monkeypatch.setattr(gpu, "holds", lambda t: t.device.type in gpu.TYPES or any(t is x for x in ON_DEVICE.values()))
 
 
@@ -227,21 +233,25 @@ every_walk = pytest.mark.parametrize("walk", range(len(WALKS)), ids=["-".join(wa
 
 
 def share_of(walk: int, sequences: Sequence[Any], config: pytest.Config) -> Sequence[Any]:
-    """What one of the walks takes of the sequences: together they take all, and with --interpret-all each of them does."""
+    """The share of the sequences that one of the walks takes: all together take all; with --interpret-all each takes
+    all.
+    """
     return sequences if config.getoption("--interpret-all") else sequences[walk :: len(WALKS)]
 
 
 @every_walk
 @pytest.mark.parametrize("backend", ["cpu", "reference", "cuda"])
 def test_every_beginning(walk: int, backend: str) -> None:
-    """All sequences of three events, each from new parameters: a first step may be skipped, late, or another parameter's."""
+    """All sequences of three events, each with new parameters: the first step may be skipped, or come late for some of
+    them.
+    """
     walk_all(*WALKS[walk], backend, itertools.product(EVENTS, repeat=3))
 
 
 @every_walk
 @pytest.mark.parametrize("backend", ["cpu", "cuda"])
 def test_every_sequence(walk: int, backend: str, request: pytest.FixtureRequest) -> None:
-    """All sequences of five events, 40 of which an optimizer takes before a new one does."""
+    """All sequences of five events. Each optimizer takes 40 of them before a new one is made."""
     pieces = list(in_pieces(all_windows(5), 40, 4))
     walk_all(*WALKS[walk], backend, share_of(walk, pieces, request.config))
 
@@ -249,7 +259,7 @@ def test_every_sequence(walk: int, backend: str, request: pytest.FixtureRequest)
 @every_walk
 @pytest.mark.parametrize("backend", ["reference"])
 def test_every_sequence_of_the_oracle(walk: int, backend: str, request: pytest.FixtureRequest) -> None:
-    """The reference makes a table for every step, so nothing lasts from one to the next but the state."""
+    """The reference makes a table for every step, so that only the state lasts from step to step."""
     pieces = list(in_pieces(all_windows(4), 40, 3))
     walk_all(*WALKS[walk], backend, share_of(walk, pieces, request.config))
 
@@ -259,7 +269,7 @@ def test_every_sequence_of_the_oracle(walk: int, backend: str, request: pytest.F
 def test_every_sequence_on_two_devices(
     walk: int, backend: str, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
 ) -> None:
-    """Or what the table takes for two: each has a part of the rows, and gradients move in both."""
+    """The table believes that rows lie on two devices, and gradients move in both parts."""
     monkeypatch.setattr(cuda.CudaBackend, "_owners", staticmethod(lambda rows: [row.param_number % 2 for row in rows]))
     pieces = list(in_pieces(all_windows(3), 20, 2))
     walk_all(*WALKS[walk], backend, share_of(walk, pieces, request.config))
@@ -269,7 +279,7 @@ def test_every_sequence_on_two_devices(
 @every_walk
 @pytest.mark.parametrize("backend", ["triton"])
 def test_every_sequence_in_triton(walk: int, backend: str, request: pytest.FixtureRequest) -> None:
-    """All sequences of two events; of three with --interpret-all."""
+    """All sequences of two events, or of three with --interpret-all."""
     length = 3 if request.config.getoption("--interpret-all") else 2
     walk_all(*WALKS[walk], backend, in_pieces(all_windows(length), 20, length - 1))
 

@@ -1,6 +1,6 @@
-"""Our optimizers put through torch's own checks, with the options of the installed torch's table of optimizers.
+"""Our optimizers put through torch's own checks, with the options in the installed torch's table of optimizers.
 
-What differs from torch on purpose stands in ``EXCEPTIONS``, each with its reason; every entry is tested to differ still.
+``EXCEPTIONS`` holds what differs from torch on purpose, with the reasons. Each exception is tested to differ still.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ EXCEPTIONS = (
 
 
 def table() -> str:
-    """The exceptions as docs/reliability.md has them."""
+    """The exceptions as docs/reliability.md lists them."""
     lines = ["| check | optimizers | what ours does, and why |", "|---|---|---|"]
     for e in EXCEPTIONS:
         names = "all" if e.optimizers == ALL else ", ".join(e.optimizers)
@@ -86,7 +86,7 @@ def exception_of(check: str, optimizer: str) -> Exception_ | None:
 
 
 def goes_through(check: str, subject: Subject, run: Callable[[Subject], None]) -> None:
-    """The check passes, or fails as the table of exceptions says."""
+    """The check passes, or fails as the exceptions say."""
     exception = exception_of(check, subject.info.name)
     if exception is not None:
         with pytest.raises(exception.raises, match=exception.message):
@@ -98,7 +98,7 @@ def goes_through(check: str, subject: Subject, run: Callable[[Subject], None]) -
         raise AssertionError(f"{subject.info.name}, {subject.description}: {type(error).__name__}: {error}") from error
 
 
-#: What the kernels compute; the rest is the same code on every backend.
+#: Checks of what the kernels compute. The other checks concern code that all backends share.
 STEPS_ON = {
     "reference": [name for name in CHECKS if name.startswith(("steps", "strided", "gradient", "zero", "complex"))],
     "cuda": ["steps_in_float32", "gradient_scaler", "zero_gradients"],

@@ -1,4 +1,4 @@
-"""What torch's own tests say its optimizers refuse, ours refuse with the same type of error."""
+"""What torch's own tests list as errors of its optimizers is refused by ours, with the same type of error."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def test_the_same_error_as_torchs(name, error):
 
 
 def test_torchs_tests_have_such_inputs():
-    """The list is not empty: names have not moved."""
+    """The list is not empty, as it would be if torch had renamed something."""
     assert {name for name, _ in INPUTS} >= {"SGD", "Adam", "AdamW", "Adagrad", "NAdam", "RAdam", "RMSprop"}
     assert len(INPUTS) >= 30
 
@@ -64,7 +64,10 @@ def test_torchs_tests_have_such_inputs():
     ],
 )
 def test_tensors_are_refused_where_torchs_constructor_does(name, given, refused):
-    """Also in torch versions that have yet to take such betas. A schedule may mix them later, as OneCycleLR does."""
+    """They are refused also by torch versions that do not take such betas yet.
+
+    A schedule may mix them later, as OneCycleLR does.
+    """
     for library in (torch.optim, gradfused):
         if library is torch.optim and "betas" in given and not TENSOR_BETAS:
             continue
@@ -79,7 +82,7 @@ def test_momentum_that_a_schedule_cycles_beside_a_tensor():
     p = nn.Parameter(torch.ones(2))
     opt = gradfused.AdamW([p], lr=0.1, betas=(torch.tensor(0.9), torch.tensor(0.99)))
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # stepped before the optimizer
+        warnings.simplefilter("ignore")  # the scheduler is stepped before the optimizer
         schedule = torch.optim.lr_scheduler.OneCycleLR(opt, max_lr=0.1, total_steps=5)
     p.grad = torch.ones(2)
     opt.step()

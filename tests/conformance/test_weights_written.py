@@ -1,7 +1,7 @@
-"""What is kept beside 16-bit weights is used where it belongs to them, whoever wrote the weights and whatever was saved.
+"""State that is kept beside 16-bit weights is used only while it belongs to them, whoever writes the weights.
 
-Every way of saving, loading or copying an optimizer, of writing weights and of changing ``precision`` and ``ema``, before
-the first step and after some, against the rules in ``kept_oracle``, which know nothing of saving; to the bit.
+All ways of saving, loading or copying an optimizer, of writing weights and of changing ``precision`` and ``ema``, before
+the first step and after some, are compared to the bit with the rules in ``kept_oracle``, which know nothing of saving.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ backends = pytest.mark.parametrize("backend", [CPU, "reference", EMULATED_CUDA])
 backends_and_triton = pytest.mark.parametrize("backend", [CPU, "reference", EMULATED_CUDA, TRITON])
 short = pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 
-LR = 2.0**-6  # products with it are exact
-SHAPES = ((3, 24), (7,))  # packs, and one element at a time
+LR = 2.0**-6  # exact in products
+SHAPES = ((3, 24), (7,))  # one row of packs, and one that is walked element by element
 SEEDS = itertools.count()
 
 
 def numbers(seed: int, spread: float = 8.0) -> list[Tensor]:
-    """Of many sizes, one tensor for each parameter."""
+    """Numbers of many magnitudes, one tensor for each parameter."""
     generator = torch.Generator().manual_seed(seed)
     return [
         torch.randn(shape, generator=generator)
@@ -52,7 +52,7 @@ class Model(nn.Module):
 
 
 class Training:
-    """A model, its optimizer, and the oracles of its parameters."""
+    """A model, its optimizer and the oracles of its parameters."""
 
     def __init__(self, dtype: str, backend: str, precision: str | None, ema: float | None = None) -> None:
         self.options = {"lr": LR, "precision": precision, "ema": ema, "backend": backend}
@@ -86,26 +86,26 @@ class Training:
         return self
 
     def follow(self) -> None:
-        """The oracles' step."""
+        """Let the oracles take the step."""
         for oracle, p in zip(self.oracles, self.params, strict=True):
             assert p.grad is not None
             oracle.step(p.grad, LR)
         self.taken += 1
 
     def check(self) -> None:
-        """Weights and all that is kept beside them are the oracles', and nothing else is kept."""
+        """The weights and all state kept beside them are the oracles', and there is no other state."""
         for oracle, p in zip(self.oracles, self.params, strict=True):
             torch.testing.assert_close(p.detach(), oracle.param, rtol=0, atol=0, equal_nan=True)
             state = self.optimizer.state.get(p, {})
             kept = {key: value for key, value in state.items() if key in ("master", "kahan_comp", "ema")}
             assert kept.keys() == oracle.kept.keys()
             for key, value in kept.items():
-                # The average's products are not exact; what it is of is.
+                # The products of the average are not exact, but the weights that enter it are.
                 tolerance = 1e-6 if key == "ema" else 0.0
                 torch.testing.assert_close(value, oracle.kept[key], rtol=tolerance, atol=0, equal_nan=True)
 
 
-# ---- what happens between two steps and leaves the training as it was
+# ---- what happens between two steps and does not change the training
 
 
 def nothing(_: Training) -> None:
@@ -170,7 +170,7 @@ EVENTS: dict[str, Callable[[Training], None]] = {
 }
 few_events = pytest.mark.parametrize("event", ["nothing", "deepcopy", "optimizer-then-model"])
 
-# ---- how somebody else writes the weights
+# ---- ways in which the weights are written from outside
 
 
 def assign_data(p: nn.Parameter, new: Tensor) -> None:
@@ -196,7 +196,7 @@ WRITERS = (assign_data, copy_to_data, copy_in_place, load_model)
 
 
 def half_of_them(p: nn.Parameter, seed: int) -> Tensor:
-    """Some weights as they are, others near them, others anything."""
+    """Some weights stay as they are, others move a little, and others become anything."""
     at = [tuple(p.shape) == shape for shape in SHAPES].index(True)
     which = torch.arange(p.numel()).view(p.shape) % 3
     eps = torch.finfo(p.dtype).eps
@@ -206,7 +206,7 @@ def half_of_them(p: nn.Parameter, seed: int) -> Tensor:
 
 @torch.no_grad()
 def less_than_half_a_unit(p: nn.Parameter) -> Tensor:
-    """What adding it leaves, to nearest: the weights as they are."""
+    """Add so little that the weights round to what they were."""
     moved = p + p * (torch.finfo(p.dtype).eps / 8)
     assert torch.equal(moved, p)
     return moved
@@ -241,7 +241,7 @@ def writings() -> Iterator[tuple[str, Callable[[Training], None]]]:
 def test_written_saved_and_stepped(precision: str | None, event: str, dtype: str, backend: str) -> None:
     """Weights are written before something is saved and after it, before the first step and after two."""
     every = dict(writings())
-    if not (backend == "cpu" and dtype == "bfloat16"):  # what differs by backend and dtype is the element at hand
+    if not (backend == "cpu" and dtype == "bfloat16"):  # backend and dtype only differ in how elements are walked
         every = {name: every[name] for name in ("none", "assign_data", "load_model")}
     for first, (before, after) in itertools.product((0, 2), itertools.product(every, repeat=2)):
         if "none" not in (before, after):
@@ -264,7 +264,9 @@ def test_written_saved_and_stepped_by_triton(precision: str, event: str, backend
 
 
 def phases() -> list[tuple[tuple[str | None, float | None], ...]]:
-    """(precision, ema) of three phases: every change of the one, there and back, and of the other."""
+    """(precision, ema) of three phases: every change of one of them, there and back, together with every change of the
+    other.
+    """
     precisions = [(a, b, c) for a, b, c in itertools.product((None, "kahan", "master"), repeat=3) if a != b != c]
     found = [tuple((p, 0.5) for p in three) for three in precisions]
     found += [tuple((p, None) for p in three) for three in precisions]
@@ -275,7 +277,7 @@ def phases() -> list[tuple[tuple[str | None, float | None], ...]]:
 @pytest.mark.parametrize("event", EVENTS)
 @backends
 def test_options_switched_and_back(event: str, dtype: str, backend: str) -> None:
-    """What no option asks for is forgotten with the next step: a copy or an average that comes back starts anew."""
+    """The next step drops state that no option asks for. A copy or an average that is asked for again begins anew."""
     for three in phases()[:: 1 if backend == "cpu" and dtype == "bfloat16" else 5]:
         t = Training(dtype, backend, *three[0])
         for options in three:
@@ -287,7 +289,7 @@ def test_options_switched_and_back(event: str, dtype: str, backend: str) -> None
 @pytest.mark.parametrize("options", [{"precision": "master"}, {"precision": "kahan"}, {"ema": 0.5}], ids=str)
 @backends_and_triton
 def test_options_switched_many_times(options: dict[str, Any], backend: str) -> None:
-    """Tables of earlier phases are at hand still: none of them keeps what came after it."""
+    """Tables of earlier phases are still kept: none of them brings back what came after it."""
     t = Training("bfloat16", backend, None)
     for on in (False, True, False, True, False):
         t.choose(options.get("precision") if on else None, options.get("ema") if on else None)
@@ -304,7 +306,7 @@ def test_a_step_that_is_not_taken_forgets_nothing(off: dict[str, Any], backend: 
     t.optimizer.found_inf = torch.ones(())  # type: ignore[attr-defined]
     t.optimizer.step()
     del t.optimizer.found_inf  # type: ignore[attr-defined]
-    if backend != "cuda":  # there the device alone knows; options are as good as changed
+    if backend != "cuda":  # only the device knows it there; options count as changed
         t.params[0].grad.fill_(math.inf)  # type: ignore[union-attr]
         t.optimizer.step()
         after = {(p, key): value for p in t.params for key, value in t.optimizer.state[p].items()}
@@ -324,7 +326,7 @@ def test_a_step_that_is_not_taken_forgets_nothing(off: dict[str, Any], backend: 
 def test_sam_descends_from_the_weights_that_were_written(
     precision: str | None, event: str, dtype: str, backend: str
 ) -> None:
-    """The ascent begins at the weights that are there, and leaves no trace in the descent."""
+    """The ascent begins at the present weights, and the descent shows no trace of it."""
     every = dict(writings())
     writing_ways = ("none", "copy_in_place", "assign_data") if backend == "cpu" else ("assign_data",)
     for first, writing in itertools.product((0, 2), writing_ways):
@@ -344,14 +346,14 @@ def test_sam_descends_from_the_weights_that_were_written(
 
 @backends_and_triton
 def test_sam_ascends_from_the_copy(backend: str) -> None:
-    """A copy that belongs to the weights is where the ascent begins; one of other weights is not."""
+    """The ascent begins at the copy if it belongs to the weights, and else at the weights."""
     p = nn.Parameter(torch.full((16,), 1.0, dtype=torch.bfloat16))
     optimizer = gradfused.SGD([p], lr=2.0**-9, precision="master", backend=backend)
     p.grad = torch.full_like(p, -1.0)
     optimizer.step()
-    optimizer.step()  # 1 + 2^-8, half a unit above 1
+    optimizer.step()  # 1 + 2^-8 is half a unit above 1
     p.data[8:] = 3.0
-    sam = gradfused.SAM(optimizer, rho=2.0**-8 * 4)  # 2^-8 an element
+    sam = gradfused.SAM(optimizer, rho=2.0**-8 * 4)  # 2^-8 for each element
     sam.first_step()
     assert p.tolist() == [1.0] * 8 + [3.0] * 8
     p.grad = torch.full_like(p, -1.0)
@@ -366,7 +368,7 @@ def test_sam_ascends_from_the_copy(backend: str) -> None:
 @pytest.mark.parametrize("precision", ["kahan", "master"])
 @pytest.mark.parametrize("backend", [CPU, EMULATED_CUDA, TRITON])
 def test_norms_are_of_the_weights_that_were_written(precision: str, length: int, backend: str) -> None:
-    """Adaptive clipping and adaptive SAM, with copies and remainders of weights a thousand times as large."""
+    """Adaptive clipping and adaptive SAM, with copies and remainders of weights that were a thousand times as large."""
 
     def outcome(backend: str) -> list[Tensor]:
         weights = torch.linspace(1, 2, length).bfloat16()
@@ -400,7 +402,7 @@ def kinds_of_numbers(dtype: torch.dtype) -> list[float]:
 
 
 def believed(kind: str, weights: Tensor, kept: Tensor, backend: str) -> tuple[Tensor, Tensor]:
-    """(what a step that moves nothing makes of weights and what is kept beside them, the same of the latter)."""
+    """The weights after a step that moves nothing, and the kept state after it."""
     p = nn.Parameter(weights.clone())
     optimizer = gradfused.SGD([p], lr=0.0, precision="master" if kind == "master" else "kahan", backend=backend)
     optimizer.state[p][kind] = kept.clone()
@@ -413,7 +415,7 @@ def believed(kind: str, weights: Tensor, kept: Tensor, backend: str) -> tuple[Te
 @pytest.mark.parametrize("layout", ["packed", "odd"])
 @backends_and_triton
 def test_copies_of_every_kind_of_number(layout: str, dtype: str, backend: str) -> None:
-    """Kept where they round to the weight, ties and overflow included; else the weight is taken."""
+    """A copy is used where it rounds to the weight, ties and overflow included. Else the weight is used."""
     values = torch.tensor(kinds_of_numbers(DTYPES[dtype]), dtype=torch.float64)
     units = [0.0, 0.25, 0.49999, 0.5, 0.50001, 0.75, 1.0, -0.25, -0.5, -0.50001, -1.0]
     eps = torch.finfo(DTYPES[dtype]).eps
@@ -432,7 +434,10 @@ def test_copies_of_every_kind_of_number(layout: str, dtype: str, backend: str) -
 @pytest.mark.parametrize("layout", ["packed", "odd"])
 @backends_and_triton
 def test_remainders_of_every_kind_of_number(layout: str, dtype: str, backend: str) -> None:
-    """Kept up to half a unit in the last place of the weight; else, and where they are not finite, 0."""
+    """Remainders are used up to half a unit in the last place of the weight.
+
+    Larger ones and those that are not finite count as 0.
+    """
     values = torch.tensor(kinds_of_numbers(DTYPES[dtype]), dtype=DTYPES[dtype])
     sizes = torch.tensor([0.0, *(2.0**k for k in range(-140, 20, 3)), math.inf, math.nan])
     rests = torch.cat([sizes, -sizes, values.float() * (torch.finfo(DTYPES[dtype]).eps / 2), values.float()])
@@ -451,7 +456,7 @@ def test_remainders_of_every_kind_of_number(layout: str, dtype: str, backend: st
 
 @backends_and_triton
 def test_a_sum_that_overflowed_stays_infinite(backend: str) -> None:
-    """What rounding took off an infinity is infinite too: counted, it would leave no number."""
+    """The remainder of an infinity is infinite too. Adding it would give nan."""
     p = nn.Parameter(torch.full((9,), 65504.0, dtype=torch.float16))
     optimizer = gradfused.SGD([p], lr=1.0, precision="kahan", backend=backend)
     for _ in range(3):
