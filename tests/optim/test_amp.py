@@ -1,4 +1,4 @@
-"""GradScaler's fused protocol, and steps skipped for gradients that are not finite."""
+"""GradScaler's protocol for fused optimizers, and steps that are skipped because gradients are not finite."""
 
 from __future__ import annotations
 
@@ -100,7 +100,7 @@ def test_overflow_skips_the_step(variant, unscale, poison, clip_norm):
     for now, was in zip(states(opt), before, strict=True):
         assert now.keys() == was.keys()
         assert all(torch.equal(now[k], was[k]) for k in was)
-    assert opt.skipped_steps == 0  # GradScaler's doing, counted by its scale
+    assert opt.skipped_steps == 0  # GradScaler skips it and lowers its scale
     scaled_step(model, opt, amp, 2, unscale=unscale)
     assert any(not torch.equal(p, w) for p, w in zip(model.parameters(), weights, strict=True))
 
@@ -138,7 +138,7 @@ def test_a_scaler_that_is_off():
 
 @every_backend
 def test_preset_grad_scale(backend):
-    """The trick of setting it oneself, to fold a factor into the step."""
+    """Setting ``grad_scale`` by hand, to fold a factor into the step, works as in torch."""
     model, twin_model = small_model(), small_model()
     opt, twin = make("adamw", model, backend=backend), make("adamw", twin_model, torch.optim)
     for index in range(3):
@@ -156,7 +156,7 @@ def test_preset_grad_scale(backend):
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_low_precision_gradients_are_unscaled_without_rounding(dtype):
-    """Scaled values that the dtype holds stand for unscaled ones that it does not."""
+    """Scaled gradients can stand for values that are too small for their dtype."""
     p = nn.Parameter(torch.zeros(4))
     p32 = nn.Parameter(torch.zeros(4, dtype=dtype))
     values = torch.tensor([1.0, 2.0, -3.0, 4.0]) * 2.0**-30
@@ -169,7 +169,7 @@ def test_low_precision_gradients_are_unscaled_without_rounding(dtype):
     torch.testing.assert_close(p32.detach().float(), p.detach(), rtol=4e-3, atol=0)
 
 
-# What GradScaler or a user may leave in optimizer.found_inf and optimizer.grad_scale.
+# What GradScaler or a user may leave in ``optimizer.found_inf`` and ``optimizer.grad_scale``.
 ABSENT = [None, 0, 0.0, False, torch.tensor(0.0), torch.zeros(1), torch.zeros((), dtype=torch.float64)]
 PRESENT = [1, 2.0, True, torch.tensor(1.0), torch.ones(1), torch.full((1, 1), 2.0), torch.ones((), dtype=torch.int64)]
 
@@ -206,7 +206,7 @@ def test_what_no_scaler_says_is_refused(wrong, name, backend):
 @every_backend
 @pytest.mark.parametrize("unscale", [False, True])
 def test_a_scaled_step_without_gradients(unscale, backend):
-    """The scaler has nothing to say then, and says it with a plain 0. torch's fused optimizers take that."""
+    """The scaler then passes plain zeros in place of tensors, as torch's fused optimizers accept them."""
     model, twin_model = small_model(), small_model()
     opt, twin = make("adamw", model, backend=backend), make("adamw", twin_model, torch.optim, fused=True)
     amp, other = scaler(), scaler()
@@ -258,7 +258,7 @@ def test_skip(variant, poison, recipe, backend):
 
 @every_backend
 def test_a_skipped_first_step_leaves_no_trace(backend):
-    """The next step is the first: SGD's momentum starts as the gradient, undamped."""
+    """The next step counts as the first: the momentum of SGD starts as the gradient, without dampening."""
     model, clean_model = small_model(), small_model()
     options = {"lr": 0.1, "momentum": 0.9, "dampening": 0.5, "nonfinite": "skip", "backend": backend}
     opt, clean = gradfused.SGD(model.parameters(), **options), gradfused.SGD(clean_model.parameters(), **options)
@@ -286,7 +286,7 @@ def test_propagate_lets_them_through(backend):
 
 @every_backend
 def test_one_group_that_skips_holds_back_the_others(backend):
-    """A step is taken whole or not at all; only the skipping group's own gradients decide."""
+    """A step is taken whole or not at all. Only the gradients of groups that ask for skipping decide."""
     model = small_model()
     opt = gradfused.AdamW(
         [{"params": model.conv.parameters(), "nonfinite": "skip"}, {"params": model.head.parameters()}],
@@ -310,7 +310,7 @@ def test_one_group_that_skips_holds_back_the_others(backend):
 
 @every_backend
 def test_skip_with_amp(backend):
-    """GradScaler finds it first; both agree that nothing happens."""
+    """GradScaler finds the gradient first, and both skip the step."""
     model = small_model()
     opt = make("adamw", model, nonfinite="skip", clip_norm=1.0, backend=backend)
     amp = scaler()
@@ -327,7 +327,7 @@ def test_skip_with_amp(backend):
 
 @every_backend
 def test_gradients_too_large_to_square_are_finite(backend):
-    """1e30 squared overflows float32, but is no reason to skip."""
+    """The square of 1e30 overflows float32, which is no reason to skip the step."""
     p = nn.Parameter(torch.zeros(3))
     opt = gradfused.SGD([p], lr=1.0, clip_norm=1.0, nonfinite="skip", backend=backend)
     p.grad = torch.tensor([3e30, 0.0, -4e30])

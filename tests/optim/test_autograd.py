@@ -1,4 +1,4 @@
-"""Steps as autograd and torch.compile see them."""
+"""Steps under autograd and torch.compile."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def test_inference_mode_and_no_grad():
 
 
 def test_optimizer_step_in_backward():
-    """One optimizer a parameter, stepped by a hook as soon as its gradient is there."""
+    """There is one optimizer for each parameter. A hook steps it as soon as the gradient is there."""
     model, twin_model = small_model(), small_model()
     opts = {p: gradfused.AdamW([p], lr=0.01) for p in model.parameters()}
 

@@ -1,4 +1,6 @@
-"""Tensors that overlap in memory are refused, by name, before anything has changed; what only looks odd works."""
+"""Tensors that overlap in memory are refused, by name, before anything has changed; tensors that only look odd are
+accepted.
+"""
 
 from __future__ import annotations
 
@@ -119,7 +121,7 @@ def interleaved():
 @every_backend
 @pytest.mark.parametrize("name", interleaved())
 def test_interleaved_parameters_are_fine(name, backend):
-    """Each gets its own update; nothing between them is touched."""
+    """Each parameter gets its own update, and nothing between them is touched."""
     views, twins = interleaved()[name], [t.clone() for t in interleaved()[name]]
     results = []
     for tensors in (views, twins):
@@ -134,7 +136,7 @@ def test_interleaved_parameters_are_fine(name, backend):
 
 @every_backend
 def test_odd_but_valid_tensors(backend):
-    """Empty, 0-dim, strided, off the vector's alignment, and with expanded gradients."""
+    """Tensors that are empty, without dims, strided or misaligned, and gradients that are expanded."""
     tensors = [
         torch.zeros(0, 3),
         torch.tensor(2.0),
@@ -156,7 +158,7 @@ def test_odd_but_valid_tensors(backend):
 
 
 def lying_on(opt: torch.optim.Optimizer, p: Tensor, q: Tensor) -> Iterator[tuple[str, Tensor]]:
-    """(what a step writes, a gradient for p that lies on it)."""
+    """Pairs of a tensor that a step writes and a gradient of p that overlaps it."""
     base = torch.as_strided(p.detach(), (13,), (1,), p.storage_offset())
     yield "parameter 'a'", base[1:13].view(3, 4)
     yield "parameter 'a'", p.detach().view(4, 3).t()
@@ -174,7 +176,7 @@ def two(backend: str, **options: object) -> tuple[torch.optim.Optimizer, list[nn
 @pytest.mark.parametrize("which", range(6))
 @all_backends
 def test_gradient_that_lies_on_what_is_written(backend: str, which: int) -> None:
-    """From the beginning, and where it comes to lie there between steps."""
+    """The gradient overlaps it from the beginning, or from between two steps on."""
     fresh, params = two(backend)
     opt, (p, q) = two(backend)
     opt.step()
@@ -197,7 +199,7 @@ def test_gradient_that_lies_on_what_is_written(backend: str, which: int) -> None
 @pytest.mark.parametrize("case", ["sgd-nesterov", "adamw-amsgrad", "lamb", "adan"])
 @all_backends
 def test_gradient_that_is_the_parameter_itself(backend: str, case: str, recipe: str) -> None:
-    """Read before it is written, element for element: as a copy of it would be."""
+    """Each element is read before it is written, so that the result is that of a copy of the gradient."""
     if backend == "triton" and recipe != dict(zip(CASES, FEW_RECIPES * 9, strict=False))[case]:
         pytest.skip("one recipe an optimizer, interpreted")
     outcomes = []
@@ -246,7 +248,7 @@ SHARED: dict[str, Share] = {"the same": lambda g: g, "a part": lambda g: g[:3], 
 @pytest.mark.parametrize("part", SHARED)
 @all_backends
 def test_gradients_that_share_memory(backend: str, part: str, zeroed: tuple[bool, bool], late: bool) -> None:
-    """Each parameter steps on what the gradient held, whichever group leaves it at zero, and in whatever order."""
+    """Each parameter is stepped with what its gradient held, whichever group zeroes it, and in whatever order."""
     gradient = values((7,), 3, 0).clone()
     both = {"shared": (gradient, SHARED[part](gradient)), "apart": (gradient.clone(), SHARED[part](gradient).clone())}
     outcomes = []
@@ -254,7 +256,7 @@ def test_gradients_that_share_memory(backend: str, part: str, zeroed: tuple[bool
         params = [nn.Parameter(torch.ones_like(g)) for g in grads]
         groups = [{"params": [p], "zero_grad_in_step": zero} for p, zero in zip(params, zeroed, strict=True)]
         opt = gradfused.Adam(groups, lr=0.1, backend=backend)
-        if late:  # they come to share it only after a step
+        if late:  # they share it only from between two steps on
             for p in params:
                 p.grad = torch.ones_like(p)
             opt.step()
@@ -272,7 +274,7 @@ def test_gradients_that_share_memory(backend: str, part: str, zeroed: tuple[bool
 
 @all_backends
 def test_parameters_that_were_given_one_count_of_steps(backend: str) -> None:
-    """Each counts its own from there on. torch counts such a one twice a step."""
+    """Each parameter counts its own steps from there on. torch counts such a tensor twice in a step."""
     opt, (p, q) = named(torch.ones(6), torch.ones(3), cls=gradfused.NAdam, backend=backend)
     opt.step()
     for key in ("step", "mu_product"):
@@ -307,7 +309,7 @@ def mapped(folder: Path, mode: str) -> Tensor:
     np.ones(6, dtype=np.float32).tofile(folder / "ones")
     file = np.memmap(folder / "ones", dtype=np.float32, mode=mode)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # torch says so, once a process, where it may not be written
+        warnings.simplefilter("ignore", UserWarning)  # torch warns, once a process, if the memory may not be written
         return torch.from_numpy(file)
 
 
@@ -316,7 +318,7 @@ def mapped(folder: Path, mode: str) -> Tensor:
 )
 @all_backends
 def test_memory_that_can_only_be_read(backend: str, operand: str, late: bool, tmp_path: Path) -> None:
-    """Writing to it would end the process. A gradient may lie there, unless it is to be left at zero."""
+    """Writing to it would end the process. A gradient may lie there unless it is to be zeroed."""
     opt, (p, _) = named(torch.ones(6), torch.ones(3), backend=backend, zero_grad_in_step=operand == "gradient")
     if late:
         opt.step()
@@ -350,7 +352,7 @@ def test_mapped_memory_that_may_be_written_or_need_not_be(backend: str, tmp_path
 
 
 def test_memory_is_looked_up_only_where_another_than_torch_gave_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The system's list of what may be written is not read for a table of tensors of torch's own."""
+    """For a table of tensors that torch allocated, the system's list of writable memory is not read."""
     looked = []
     monkeypatch.setattr(memory, "_unwritable", lambda: looked.append(1) or [])
     opt, _ = named(torch.ones(6), torch.ones(3))

@@ -1,4 +1,4 @@
-"""Options and groups that cannot be are refused, by name and with the remedy, before anything has changed."""
+"""Invalid options and groups are refused, by name and with the remedy, before anything has changed."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def test_option_made_invalid(change, error, fragments, backend):
     group = opt.param_groups[0]
     valid = {k: group[k] for k in change}
     group.update(change)
-    for _ in range(2):  # not only the first time
+    for _ in range(2):  # each time, not only the first
         with refuses(opt, error, *fragments):
             opt.step()
     group.update(valid)

@@ -1,4 +1,4 @@
-"""State that a step cannot go on from is refused, by name; state made before a refusal is taken back."""
+"""State that a step cannot use is refused, by name; state that was made before a refusal is removed."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def test_corrupted_state(key, value, fragments, backend):
 
 @every_backend
 def test_state_that_is_missing_in_part_is_made_again(backend):
-    """As torch does for max_exp_avg_sq in old checkpoints: a key that is not there starts at zero."""
+    """A missing key starts at zero, as torch does it for max_exp_avg_sq in old checkpoints."""
     opt, (_, q) = named(torch.ones(2), torch.ones(2, 3), backend=backend)
     opt.step()
     del opt.state[q]["exp_avg"]
@@ -58,7 +58,7 @@ def test_state_that_is_missing_in_part_is_made_again(backend):
 
 @every_backend
 def test_state_made_before_the_refusal_is_taken_back(backend):
-    """The first parameter's state exists by the time the second is found bad."""
+    """The state of the first parameter has been made when that of the second is found to be bad."""
     opt, (p, q) = named(torch.ones(2), torch.ones(2, 3), backend=backend)
     opt.state[q]["exp_avg"] = torch.zeros(5)
     with refuses(opt, ValueError, "'exp_avg'", "(5,)"):
@@ -70,7 +70,7 @@ def test_state_made_before_the_refusal_is_taken_back(backend):
 
 @every_backend
 def test_a_step_count_read_before_the_refusal_stays_as_it_was(backend):
-    """A plain number becomes a tensor in a step that is taken only."""
+    """A plain number becomes a tensor only in a step that is taken."""
     opt, (p, q) = named(torch.ones(2), torch.ones(2, 3), backend=backend)
     opt.step()
     opt.state[p]["step"] = 1
@@ -87,7 +87,7 @@ def test_a_step_count_read_before_the_refusal_stays_as_it_was(backend):
 
 @every_backend
 def test_a_failing_backend_changes_nothing(backend, monkeypatch):
-    """Whatever a table raises while it is made, created state is taken back."""
+    """If making a table raises, state that was made for it is removed."""
     from gradfused.backends import _TABLES
 
     def fail(self, rows, settings):

@@ -1,4 +1,6 @@
-"""Parameters and gradients that a step cannot work on are refused, by name and with the remedy, before anything has changed."""
+"""Parameters and gradients that a step cannot use are refused, by name and with the remedy, before anything has
+changed.
+"""
 
 from __future__ import annotations
 
@@ -61,10 +63,10 @@ def test_parameter_made_complex_between_steps(backend):
 
 @every_backend
 def test_meta_parameter(backend):
-    """May be given to an optimizer, as deferred initialisation does, but not stepped."""
+    """An optimizer accepts it, as deferred initialisation needs, and refuses to step it."""
     model = small_model().to("meta")
     opt = gradfused.AdamW(model.named_parameters(), backend=backend)
-    opt.step()  # no gradient: nothing to do
+    opt.step()  # without a gradient there is nothing to do
     model.head.bias.grad = torch.ones(5, device="meta")
     with refuses(opt, ValueError, "parameter 'head.bias' is on the meta device", "to_empty"):
         opt.step()
@@ -107,7 +109,7 @@ def test_gradient_of_another_shape(shape, after_a_step, backend):
     if after_a_step:
         opt.step()
     valid = q.data
-    q.data = torch.ones(shape)  # torch refuses to assign such a gradient, but not such weights
+    q.data = torch.ones(shape)  # torch does not let one assign such a gradient, but such weights
     with refuses(opt, ValueError, "gradient of parameter 'b' has shape (2, 3)", f"expected the parameter's {shape}"):
         opt.step()
     q.data = valid
@@ -115,7 +117,7 @@ def test_gradient_of_another_shape(shape, after_a_step, backend):
 
 
 def test_gradient_on_another_device():
-    """torch itself refuses every way to get there but exotic ones, so the check is called by itself."""
+    """torch itself refuses all but exotic ways to get there, so the check is called directly."""
     with pytest.raises(ValueError, match="gradient of parameter 'b' is on meta, expected it on the parameter's cpu"):
         check_gradient("'b'", torch.ones(2, 3), torch.ones(2, 3, device="meta"))
 

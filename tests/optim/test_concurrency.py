@@ -1,4 +1,4 @@
-"""What other threads do during a step: nothing is used after it is freed, and steps, loads and swaps wait for each other."""
+"""Other threads during a step: nothing is used after it was freed, and steps, loads and swaps wait for each other."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ from gradfused import backends
 pytestmark = pytest.mark.kernels
 
 SANITIZED = bool(os.environ.get("GRADFUSED_SANITIZE_INSIDE"))
-SECONDS = 1.6 if SANITIZED else 0.12  # of disturbed steps, for each optimizer
+SECONDS = 1.6 if SANITIZED else 0.12  # how many disturbed steps each optimizer takes
 NAMES = gradfused.optim.__all__
 CLIP = {"perturb": "clip", "radius": 0.5, "norm_scope": "global"}
 BACKENDS = ["cpu", "cuda", "reference", "triton"]
 
 
 def parameters(count: int, numel: int, backend: str = "cpu") -> list[Parameter]:
-    """Parameters with gradients, the same ones at every call."""
+    """Parameters with gradients, the same in every call."""
     draw = torch.Generator().manual_seed(5)
     params = [Parameter(torch.randn(numel, generator=draw).to(device_of(backend))) for _ in range(count)]
     for p in params:
@@ -41,14 +41,14 @@ def parameters(count: int, numel: int, backend: str = "cpu") -> list[Parameter]:
 
 
 def make(name: str, params: list[Parameter], **options: Any) -> Any:
-    """An optimizer by its name; SAM is around AdamW."""
+    """An optimizer by its name; "SAM" is SAM around AdamW."""
     if name == "SAM":
         return gradfused.SAM(gradfused.AdamW(params, lr=1e-3, **options), rho=0.01)
     return getattr(gradfused, name)(params, lr=1e-3, **options)
 
 
 def together(*works: Callable[[], None]) -> None:
-    """Run each in a thread of its own; what one of them raises is raised here."""
+    """Run each function in a thread of its own, and raise what one of them raises."""
     raised: list[BaseException] = []
 
     def guarded(work: Callable[[], None]) -> None:
@@ -66,11 +66,11 @@ def together(*works: Callable[[], None]) -> None:
         raise raised[0]
 
 
-# ---- whatever happens, at whatever time
+# ---- anything may happen, at any time
 
 
 class Disturber:
-    """Takes away and replaces, at random, what an optimizer's steps work on."""
+    """Removes and replaces, at random, what an optimizer's steps work on."""
 
     def __init__(self, optimizer: Any, seed: int) -> None:
         self.optimizer = optimizer
@@ -125,7 +125,7 @@ class Disturber:
 
 
 class Stepper:
-    """Steps, counting those that were taken and those that were refused as documented."""
+    """Takes steps, and counts those that were taken and those that were refused as documented."""
 
     def __init__(self, optimizer: Any) -> None:
         self.optimizer = optimizer
@@ -146,9 +146,9 @@ class Stepper:
 
 @pytest.fixture
 def at_work(monkeypatch: pytest.MonkeyPatch) -> threading.Lock:
-    """A lock that is free only while the CPU's kernels are at work, for whoever disturbs a step.
+    """A lock that others can take only while the CPU's kernels are at work, to disturb them.
 
-    torch itself crashes where one thread reads ``p.grad`` while another one clears it, so the disturbed step may not be reading.
+    torch itself crashes where one thread reads ``p.grad`` while another one clears it, so no disturbed step may be reading.
     """
     lock = threading.Lock()
 
@@ -169,7 +169,7 @@ def at_work(monkeypatch: pytest.MonkeyPatch) -> threading.Lock:
 
 @pytest.mark.parametrize("name", [*NAMES, "SAM"])
 def test_steps_while_other_threads_replace_what_they_work_on(name: str, at_work: threading.Lock) -> None:
-    """Tensors are large enough that the kernels, which run without the interpreter's lock, are met at work."""
+    """Tensors are large enough that others act during the kernels, which run without the interpreter's lock."""
     optimizer = make(name, parameters(8, 65_536), **CLIP)
     stepper, disturbers = Stepper(optimizer), [Disturber(optimizer, seed) for seed in range(2)]
     disturbers[1].replace_parameters = disturbers[1].replace_gradients  # type: ignore[method-assign]
@@ -190,7 +190,7 @@ def test_steps_while_other_threads_replace_what_they_work_on(name: str, at_work:
             with at_work:
                 disturbers[which].disturb()
             counts[which] += 1
-            time.sleep(5e-4)  # else the two keep the interpreter's lock from the steps
+            time.sleep(5e-4)  # otherwise these two threads would keep the interpreter's lock from the steps
 
     together(step, lambda: disturb(0), lambda: disturb(1))
     assert stepper.taken >= 5
@@ -199,11 +199,11 @@ def test_steps_while_other_threads_replace_what_they_work_on(name: str, at_work:
         assert bool(torch.isfinite(p).all())
 
 
-# ---- the worst, at the worst time
+# ---- the worst events, at the worst time
 
 
 def take_away(optimizer: Any) -> list[Tensor]:
-    """Drop every reference to gradients and state that a user can reach, and write NaN to the memory that is free now."""
+    """Drop every reference to gradients and state that a user can reach, and write NaN to the freed memory."""
     shapes = [p.shape for p in optimizer.param_groups[0]["params"]]
     for p in optimizer.param_groups[0]["params"]:
         p.grad = None
@@ -213,7 +213,9 @@ def take_away(optimizer: Any) -> list[Tensor]:
 
 
 def stepped(name: str, backend: str, before: int, at: str, disturb: Callable[[Any], Any] | None) -> list[Tensor]:
-    """The weights, and what else it wrote, after a step, or half of SAM's, that is disturbed before the backend does ``at``."""
+    """The weights, and all else that is written, after a step or a half of SAM's that is disturbed before the backend
+    does ``at``.
+    """
     if name.startswith("SAM"):
         optimizer = make("SAM", parameters(3, 300, backend), backend=backend, **CLIP)
         before = 2 * before + (name == "SAM second")
@@ -244,7 +246,7 @@ def stepped(name: str, backend: str, before: int, at: str, disturb: Callable[[An
 
 
 def cases() -> list[Any]:
-    """(optimizer, backend, steps before, what is disturbed): Triton's interpreter is slow."""
+    """(optimizer, backend, steps before, what is disturbed). There are few for Triton, whose interpreter is slow."""
     found = [
         (name, backend, before, at)
         for backend in ("cpu", "cuda", "reference")
@@ -258,7 +260,9 @@ def cases() -> list[Any]:
 
 @pytest.mark.parametrize(("name", "backend", "before", "at"), cases())
 def test_what_is_taken_away_during_a_step_serves_it_to_its_end(name: str, backend: str, before: int, at: str) -> None:
-    """In the same thread, so at a certain time: after the table was compared with the optimizer, or after the norms."""
+    """The same thread disturbs the step at a fixed time: after the table was compared with the optimizer, or after the
+    norms.
+    """
     expected = stepped(name, backend, before, at, None)
     got = stepped(name, backend, before, at, take_away)
     assert len(got) == len(expected)
@@ -269,7 +273,7 @@ def test_what_is_taken_away_during_a_step_serves_it_to_its_end(name: str, backen
 
 @pytest.mark.parametrize("backend", ["cpu", "cuda"])
 def test_garbage_collection_while_the_table_is_compared(backend: str) -> None:
-    """Before Python 3.12 any new container may start a collection, whose callbacks may replace what is compared."""
+    """Before Python 3.12 any new container may start a collection, whose callbacks may replace what is being compared."""
     optimizer = make("AdamW", parameters(3, 300, backend), backend=backend)
     optimizer.step()
     group, table = optimizer.param_groups[0], optimizer._tables[0].backend
@@ -301,7 +305,9 @@ def outcome(optimizer: Any) -> list[Tensor]:
 
 @pytest.mark.parametrize("backend", ["cpu", "cuda", "reference"])
 def test_steps_of_four_threads_come_one_after_another(backend: str) -> None:
-    """Bitwise as many steps of one thread, 200 on the CPU; another thread looks at the state between them meanwhile."""
+    """The result is that of as many steps in one thread, to the bit, though another thread looks at the state
+    meanwhile.
+    """
     each = 50 if backend == "cpu" else 10
     alone, shared = (make("AdamW", parameters(4, 300, backend), backend=backend, **CLIP) for _ in range(2))
     for _ in range(4 * each):
@@ -324,7 +330,7 @@ def test_steps_of_four_threads_come_one_after_another(backend: str) -> None:
 
 @pytest.mark.parametrize("backend", ["cpu", "reference"])
 def test_whole_steps_of_sam_come_one_after_another(backend: str) -> None:
-    """Were the halves of two threads mixed, gradients would be of other weights, or a half refused."""
+    """If the halves of two threads were mixed, gradients would belong to other weights, or a half would be refused."""
 
     def make_step() -> tuple[Any, Callable[[], float]]:
         params = parameters(2, 300, backend)
@@ -333,7 +339,7 @@ def test_whole_steps_of_sam_come_one_after_another(backend: str) -> None:
         def closure() -> float:
             for p in params:
                 p.grad = p.detach() * 0.1
-            time.sleep(1e-4)  # lets the other thread go on, if it may
+            time.sleep(1e-4)  # lets the other thread go on if it can
             return 0.0
 
         return sam, closure
@@ -409,7 +415,7 @@ def test_copies_have_a_lock_of_their_own(name: str, copied: Callable[[Any], Any]
     for p in other.param_groups[0]["params"]:
         p.grad = torch.ones_like(p)
     before = [p.detach().clone() for p in other.param_groups[0]["params"]]
-    with base._lock:  # held by this thread: another one's step of the copy does not wait for it
+    with base._lock:  # this thread holds it, and another thread steps the copy without waiting
         together(lambda: Stepper(other).step())
     assert all(not torch.equal(p, old) for p, old in zip(other.param_groups[0]["params"], before, strict=True))
 

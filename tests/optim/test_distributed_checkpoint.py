@@ -1,4 +1,6 @@
-"""torch.distributed.checkpoint: it makes an optimizer's state with a step on zero gradients, and loads into what is there."""
+"""torch.distributed.checkpoint, which makes an optimizer's state by a step on zero gradients and loads into its
+tensors.
+"""
 
 from __future__ import annotations
 
@@ -41,7 +43,7 @@ with_sam = pytest.mark.parametrize("sam", [False, True], ids=["alone", "sam"])
 
 @pytest.fixture(autouse=True)
 def process_group() -> Iterator[None]:
-    """This process is all of a group."""
+    """A process group of this process only."""
     torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
     yield
     torch.distributed.destroy_process_group()
@@ -108,7 +110,7 @@ def test_state_is_made_without_moving_the_weights(sam: bool, recipe: str) -> Non
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 @with_sam
 def test_saved_and_loaded_in_place(sam: bool, tmp_path: Path) -> None:
-    """Loading writes into tensors of the state that was made for it."""
+    """Loading writes into the tensors of state that was made for it."""
     model, optimizer = made("AdamW", "master-ema", sam)
     train(model, optimizer, range(2))
     saved = {"model": model.state_dict(), "optimizer": get_optimizer_state_dict(model, optimizer)}

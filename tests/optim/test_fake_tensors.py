@@ -1,4 +1,4 @@
-"""Models that have shapes and no values, as memory estimators make them: stepped without touching memory."""
+"""Models with shapes but no values, as memory estimators make them, can be stepped without touching memory."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ RECIPES = [
 
 @pytest.fixture(autouse=True)
 def _no_address_is_read() -> Iterator[None]:
-    """torch warns of every look at a fake tensor's address."""
+    """Makes torch's warning an error: it warns whenever somebody reads the address of a fake tensor."""
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message=".*data pointer.*")
         yield
@@ -46,7 +46,7 @@ def stepped(library: object, name: str, **given: object) -> torch.optim.Optimize
     return opt
 
 
-# Every recipe with a plain rule and with one that takes norms; of the others each with two, in turns.
+# Every recipe with a plain rule and with one that takes norms; the other rules with two recipes each, in turns.
 CASES = [
     (name, recipe)
     for i, name in enumerate(OPTIMIZERS)
@@ -59,7 +59,7 @@ CASES = [
     ("name", "recipe"), CASES, ids=[f"{name}-{'-'.join(recipe) or 'plain'}" for name, recipe in CASES]
 )
 def test_every_optimizer_steps(name, recipe):
-    """State has the shapes and dtypes it would have; there is nothing to clip, skip or scale by."""
+    """State gets the shapes and dtypes it would have. There is nothing to clip, skip or scale by."""
     opt = stepped(gradfused, name, **recipe)
     real = OPTIMIZERS[name](nn.Linear(4, 3, dtype=torch.bfloat16).parameters(), **recipe)
     for p in real.param_groups[0]["params"]:
@@ -80,7 +80,7 @@ def test_state_is_as_torchs(name):
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_steps_after_the_mode_was_left(name):
-    """As torch does; a norm of fake gradients takes the mode."""
+    """Steps go on as torch's do; computing a norm of fake gradients needs the mode."""
     with FakeTensorMode():
         model = nn.Linear(4, 3)
         opt = OPTIMIZERS[name](model.parameters())

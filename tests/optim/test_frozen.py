@@ -23,7 +23,7 @@ DTYPES = [
 
 
 class Packed(nn.Parameter):
-    """Weights of 4 bits as bitsandbytes keeps them: a subclass over bytes, with what it takes to unpack them."""
+    """Weights of 4 bits as bitsandbytes keeps them: a subclass over bytes, with what is needed to unpack them."""
 
     scale: Tensor
 
@@ -34,7 +34,7 @@ class Packed(nn.Parameter):
 
 
 def quantised() -> Tensor:
-    with warnings.catch_warnings():  # newer torch would have another library for it
+    with warnings.catch_warnings():  # newer versions of torch want another library for it
         warnings.simplefilter("ignore")
         return torch.quantize_per_tensor(torch.ones(SHAPE), 0.5, 0, torch.qint8)
 
@@ -60,7 +60,7 @@ every_kind = pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("backend", [*BACKENDS, EMULATED_CUDA, "triton"])
 @every_kind
 def test_steps_beside_a_parameter_of_another_kind(kind, backend):
-    """Through construction, steps, saving, loading and a group added later, as torch's optimizer does."""
+    """Construction, steps, saving, loading and adding a group work as with torch's optimizer."""
     ours, theirs = ([nn.Parameter(torch.ones(SHAPE)), KINDS[kind]()] for _ in range(2))
     opt, twin = gradfused.AdamW(ours, lr=0.1, backend=backend), torch.optim.AdamW(theirs, lr=0.1)
     late, twins_late = KINDS[kind](), KINDS[kind]()
@@ -112,7 +112,7 @@ def test_what_requires_a_gradient_is_refused_at_construction():
 
 @every_backend
 def test_a_lazy_module_initialised_after_its_optimizer(backend):
-    """The parameter becomes another in place; from then on it is stepped as torch's is."""
+    """The parameter becomes another kind in place, and is stepped from then on, as torch's is."""
     outcomes = []
     for library, more in ((gradfused, {"backend": backend}), (torch.optim, {})):
         torch.manual_seed(0)
@@ -122,7 +122,7 @@ def test_a_lazy_module_initialised_after_its_optimizer(backend):
         assert all(map(is_lazy, parameters(opt)))
         x = torch.randn(4, 5)
         model(x)
-        with torch.no_grad():  # torch draws the weights at the first call
+        with torch.no_grad():  # torch draws the weights in the first call
             for i, p in enumerate(model.parameters()):
                 p.copy_(torch.linspace(-1, 1, p.numel()).view_as(p) + i)
         for _ in range(2):
@@ -135,7 +135,7 @@ def test_a_lazy_module_initialised_after_its_optimizer(backend):
 
 
 def test_state_of_an_initialised_model_loads_beside_a_lazy_one():
-    """As torch's does: whether the shapes fit is known only later, and is checked by the step."""
+    """It loads as into torch's optimizer. Whether the shapes fit is known only later, and the step checks it."""
     model = nn.Linear(5, 3)
     opt = gradfused.AdamW(model.parameters())
     model(torch.ones(2, 5)).sum().backward()
@@ -164,7 +164,7 @@ def test_frozen_views_of_one_another_are_refused_once_both_have_gradients(backen
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_a_dtype_is_asked_for_once(dtype):
-    """No "expected torch.float32 or torch.float32"."""
+    """The message is not "expected torch.float32 or torch.float32"."""
     p = nn.Parameter(torch.ones(2, dtype=dtype))
     opt = gradfused.AdamW([p])
     p.grad = torch.ones(2, dtype=dtype)

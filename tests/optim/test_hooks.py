@@ -125,7 +125,7 @@ def test_load_state_dict_hooks():
 
 
 def test_load_pre_hook_may_put_another_order_right():
-    """torch's documented way of loading by name: what the hook returns is what is checked and loaded."""
+    """In torch's documented way of loading by name, what the hook returns is checked and loaded."""
     model, other = small_model(), small_model()
     saver = gradfused.AdamW(reversed(list(model.named_parameters())))
     train(model, saver, 2)
@@ -241,7 +241,7 @@ def test_step_needs_no_grad_mode_of_its_own():
 
 @pytest.mark.parametrize("name", ["SGD", "AdamW"])
 def test_nested_hooks_on_subclasses(name):
-    """A user's subclass keeps working: hooks, profile name and step are inherited."""
+    """A user's subclass keeps working: it inherits hooks, the profiler's name and the step."""
 
     class Mine(getattr(gradfused, name)):
         def step(self, closure=None):

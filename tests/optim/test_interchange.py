@@ -1,4 +1,4 @@
-"""State dicts of torch.optim load into ours, and ours into torch's, in the middle of a run."""
+"""In the middle of a run, torch.optim's state dicts load into ours, and ours into torch.optim."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def saved_and_loaded(value):
 
 
 def assert_bitwise(ours, theirs):
-    """The same keys, and every tensor equal to the last bit, step included, in dtype and shape too."""
+    """Both have the same keys and values, to the bit and in dtype and shape, step counts included."""
     assert [set(s) for s in states(ours)] == [set(s) for s in states(theirs)]
     for mine, other in zip(states(ours), states(theirs), strict=True):
         for key, value in other.items():
@@ -37,12 +37,12 @@ def assert_bitwise(ours, theirs):
 
 
 def handed_over(source, target, variant, *, through_file, recipe):
-    """Train with ``source``, hand weights and state to ``target``, and go on with both."""
+    """Train with ``source``, hand its weights and state to ``target``, and go on with both."""
     first, second = small_model(), small_model()
     before = make(source, variant, first)
     train(first, before, 3)
     after = make(target, variant, second, lr=77.0, **recipe)
-    train(second, after, 1, start=50)  # mid-run: what it had is replaced
+    train(second, after, 1, start=50)  # the target has taken steps, whose state is replaced
     second.load_state_dict(first.state_dict())
     after.load_state_dict((saved_and_loaded if through_file else copy.deepcopy)(before.state_dict()))
     assert_bitwise(after, before)
@@ -73,7 +73,7 @@ def test_ours_to_torch(variant, through_file):
 
 @every_rule
 def test_there_and_back_again(variant):
-    """Each goes on from the other's state: bit for bit what was handed over, and close to torch alone."""
+    """Each goes on from the other's state: what is handed over is equal to the bit, and the result close to torch's."""
     alone_model, model = small_model(), small_model()
     alone = make(torch.optim, variant, alone_model)
     train(alone_model, alone, 6)
@@ -118,7 +118,7 @@ def test_state_and_groups_have_torchs_keys_and_shapes(variant):
 
 
 def test_momentum_buffer_that_torch_never_filled():
-    """torch saves momentum_buffer=None for a parameter that never had a gradient, and before its first step."""
+    """torch saves momentum_buffer=None for a parameter that has not had a gradient, and before the first step."""
     model, other = small_model(), small_model()
     theirs = make(torch.optim, "sgd_momentum", model)
 
@@ -137,7 +137,10 @@ def test_momentum_buffer_that_torch_never_filled():
 
 
 def test_adam_and_adamw_checkpoints_keep_their_own_decay():
-    """Both have the same keys; torch says which in decoupled_weight_decay. AdamW stays AdamW, Adam takes what is saved."""
+    """Both have the same keys, and torch tells them apart by decoupled_weight_decay.
+
+    AdamW ignores it, Adam takes what is saved.
+    """
     for library in (torch.optim, gradfused):
         model, other, plain = small_model(), small_model(), small_model()
         adam = make(library, "adam", model)
@@ -181,7 +184,7 @@ def test_amsgrad_checkpoint_into_plain_adam_and_back():
 
 @every_backend
 def test_step_counts_saved_as_plain_numbers(backend):
-    """torch up to 1.12 saved them so; apex and others still do."""
+    """torch saved counts so until 1.12; apex and others still do."""
     model, other = small_model(), small_model()
     theirs = make(torch.optim, "adamw", model)
     train(model, theirs, 2)

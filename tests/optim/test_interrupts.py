@@ -1,4 +1,4 @@
-"""A step is taken whole or not at all, whatever interrupts it and at whatever line."""
+"""A step is taken whole or not at all, wherever it is interrupted."""
 
 from __future__ import annotations
 
@@ -31,7 +31,9 @@ KINDS: dict[str, tuple[type, torch.dtype, dict[str, Any]]] = {
 
 
 class Interrupter:
-    """Raises KeyboardInterrupt at the n-th line of the package that runs, during a call; None: only counts lines."""
+    """Raises KeyboardInterrupt at the n-th line of the package that runs during a call, or only counts lines if n is
+    None.
+    """
 
     def __init__(self, at: int | None) -> None:
         self.at, self.lines = at, 0
@@ -47,7 +49,7 @@ class Interrupter:
         return self.trace
 
     def run(self, call: Callable[[], object]) -> bool:
-        """Whether the call was interrupted."""
+        """Call a function, and say whether it was interrupted."""
         before = sys.gettrace()
         sys.settrace(self.trace)
         try:
@@ -78,7 +80,7 @@ def fill(optimizer: Any) -> None:
 
 
 def places(lines: int, count: int) -> list[int]:
-    """Some ``count`` lines spread over all, and each of the last, among which the step is taken."""
+    """``count`` lines spread over all of them, and each of the last lines, among which the step is taken."""
     return sorted({*range(1, lines, max(1, lines // count)), *range(max(1, lines - 30), lines + 1)})
 
 
@@ -89,7 +91,7 @@ def lines_of(call: Callable[[], object]) -> int:
 
 
 def values(optimizer: Any) -> list[Any]:
-    """What a step writes, without the identity of parameters."""
+    """What a step writes, as values."""
     return snapshot(optimizer)[2:]
 
 
@@ -102,7 +104,7 @@ def same(a: Any, b: Any) -> bool:
 
 
 def switched_off(optimizer: Any) -> None:
-    """The next step makes a new table and drops what was kept beside the weights."""
+    """Change the options, so that the next step makes a new table and drops what was kept beside the weights."""
     optimizer.param_groups[0].update(precision=None, ema=None, weight_decay=0.5)
 
 
@@ -152,7 +154,7 @@ def test_a_step_is_taken_whole_or_not_at_all(kind, situation, backend):
 @every_backend
 @pytest.mark.parametrize("half", ["first", "second"])
 def test_half_a_step_of_sam_is_taken_whole_or_not_at_all(half, backend):
-    """No backup is lost: restore() brings the weights back whenever they are up."""
+    """No backup is lost: restore() brings the weights back whenever they are perturbed."""
 
     def ready() -> Any:
         base = made("adamw", backend, 1)
@@ -195,7 +197,7 @@ def test_half_a_step_of_sam_is_taken_whole_or_not_at_all(half, backend):
 @pytest.mark.parametrize("factory", ["empty_like", "empty", "zeros", "tensor", "full_like", "zeros_like"])
 @pytest.mark.parametrize("kind", ["adamw", "master", "kahan"])
 def test_a_first_step_without_memory_changes_nothing(kind, factory, backend, monkeypatch):
-    """Each allocation of a first step fails in turn, until one goes through without."""
+    """Each allocation of a first step fails in turn, until the step succeeds without a failure."""
     original = getattr(torch, factory)
     for failing in range(40):
         optimizer, calls = made(kind, backend, 0), 0

@@ -1,4 +1,4 @@
-"""What was replaced is freed: an optimizer keeps alive what its groups and its state hold, and nothing else."""
+"""What was replaced is freed: an optimizer keeps only what its groups and its state hold."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class Training:
         return self.base.param_groups[0]["params"]
 
     def step(self, but: int | None = None) -> None:
-        """A step on new gradients, without one for parameter ``but``."""
+        """Take a step on new gradients. The parameter number ``but`` gets none."""
         for half in ("first_step", "second_step") if self.sam else ("step",):
             for i, p in enumerate(self.params):
                 p.grad = None if i == but else torch.full_like(p, 0.5)
@@ -65,7 +65,7 @@ def replaced(training: Training) -> None:
 
 
 def pruned(training: Training) -> None:
-    """The parameter and its state become shorter, as in Gaussian splatting."""
+    """Shorten a parameter and its state, as in Gaussian splatting."""
     old = training.params[1]
     state = training.base.state.pop(old)
     new = nn.Parameter(old.detach()[:3].clone())
@@ -96,9 +96,9 @@ def test_what_was_replaced_is_free_after_the_next_step(kind, change, sam, backen
     if backend == "triton" and (kind not in FEW or sam):
         pytest.skip("interpreted: one kind stands for all")
     training = Training(kind, backend, sam)
-    gc.disable()  # it has to go without the collector
+    gc.disable()  # the optimizer has to be freed without the garbage collector
     try:
-        for but in (None, 0, None, 2, 0):  # several tables
+        for but in (None, 0, None, 2, 0):  # so that there are several tables
             training.step(but)
         refs = training.refs(1)
         change(training)
@@ -140,7 +140,7 @@ def test_an_optimizer_that_is_deleted_frees_everything(sam, backend):
     refs = [ref for i in range(3) for ref in training.refs(i)]
     refs.append(weakref.ref(training.base))
     del training
-    gc.collect()  # torch's own hooks make cycles of an optimizer
+    gc.collect()  # torch's own hooks make an optimizer part of a cycle
     assert alive(refs) == 0
 
 
@@ -179,7 +179,7 @@ def test_replacing_parameters_again_and_again_takes_no_memory(kind, sam):
 @pytest.mark.parametrize("error", [KeyboardInterrupt, MemoryError])
 @pytest.mark.parametrize("when", ["apply", "stats"])
 def test_a_step_that_fails_holds_no_gradient(when, error, backend, monkeypatch):
-    """Not even through the table that norms are asked of."""
+    """The table that norms are asked of does not keep them either."""
     training = Training("adamw", backend)
     training.step()
 

@@ -1,4 +1,4 @@
-"""Options that change between two steps are noticed; torch's twin gets by hand what they mean."""
+"""Options that change between two steps are noticed; the same is done by hand to torch's optimizer."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ import gradfused
 
 
 def trained_with_changes(name, options, backend, changes, steps=2):
-    """Ours after changed options against torch after the same done to its options or gradients by hand."""
+    """Ours after changed options, and torch's after the same change to its options or gradients by hand."""
     model, twin_model = small_model(), small_model()
     ours = getattr(gradfused, name)(model.parameters(), **options, backend=backend)
     theirs = getattr(torch.optim, name)(twin_model.parameters(), **options)
@@ -93,7 +93,10 @@ def test_adams_options_changed(backend):
 
 @every_backend
 def test_amsgrad_switched_on(backend):
-    """torch fails for want of max_exp_avg_sq; ours starts it at zero, so the first maximum is the present second moment."""
+    """torch fails because max_exp_avg_sq is missing.
+
+    Ours starts it at zero, so that the first maximum is the present second moment.
+    """
     model, twin_model = small_model(), small_model()
     ours = gradfused.AdamW(model.parameters(), lr=0.01, backend=backend)
     theirs = torch.optim.AdamW(twin_model.parameters(), lr=0.01)
@@ -179,7 +182,7 @@ def test_reverse_switched_on_and_off(backend):
 @every_backend
 @pytest.mark.parametrize("name", ["SGD", "AdamW"])
 def test_noise_switched_on_and_off(name, backend):
-    """Steps with noise differ from those without; off again, the run goes on as torch's from there."""
+    """Steps with noise differ from steps without. Without it again, the run goes on from there as torch's does."""
     model = small_model()
     opt = getattr(gradfused, name)(model.parameters(), lr=0.01, backend=backend)
     train(model, opt, 2)
@@ -188,7 +191,7 @@ def test_noise_switched_on_and_off(name, backend):
     train(model, opt, 2, start=2)
     train(*quiet, 2, start=2)
     assert all(not torch.equal(p, q) for p, q in zip(model.parameters(), quiet[0].parameters(), strict=True))
-    assert {int(s["step"]) for s in states(opt)} == {2 if name == "SGD" else 4}  # SGD counts while there is noise
+    assert {int(s["step"]) for s in states(opt)} == {2 if name == "SGD" else 4}  # SGD counts steps while there is noise
     opt.param_groups[0]["noise"] = 0.0
     twin_model = copy.deepcopy(model)
     twin = getattr(torch.optim, name)(twin_model.parameters(), lr=0.01)

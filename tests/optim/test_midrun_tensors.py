@@ -70,7 +70,7 @@ def test_channels_last_from_the_start(backend):
 
 
 def transpose_gradient(p):
-    """The same memory, read the other way."""
+    """Make the gradient a transposed view of the same memory."""
     p.grad = p.grad.t()
 
 
@@ -131,7 +131,7 @@ def test_layouts_changed_between_steps(variant, changes, backend):
 
 @every_backend
 def test_shape_changed_at_the_same_address(backend):
-    """SGD without momentum has no state that would object."""
+    """SGD without momentum has no state whose shape would not fit."""
 
     def scenario(make):
         memory = torch.arange(24.0).clone()
@@ -154,7 +154,7 @@ def test_shape_changed_at_the_same_address(backend):
 
 @every_backend
 def test_unit_length_changed_at_the_same_address(backend):
-    """(4, 2) and (2, 4) have other rows to centralise."""
+    """(4, 2) and (2, 4) have different rows to centralise."""
     memory, gradient = torch.zeros(8), torch.arange(8.0).square()
     p = nn.Parameter(memory.view(4, 2))
     p.grad = gradient.view(4, 2)
@@ -171,7 +171,7 @@ def test_unit_length_changed_at_the_same_address(backend):
 
 @every_backend
 def test_dtype_of_the_model_changed(backend):
-    """As after model.double(): old state has the old dtype."""
+    """After model.double() the old state still has the old dtype."""
     model = small_model()
     opt = gradfused.AdamW(model.parameters(), lr=0.01, backend=backend)
     train(model, opt, 2)
@@ -187,7 +187,7 @@ def test_dtype_of_the_model_changed(backend):
 
 
 def test_zero_grad_frees_the_gradients():
-    """No table, current or kept, holds on to them."""
+    """No table, whether in use or kept for later, holds them."""
     import weakref
 
     for backend in ("cpu", "reference"):
@@ -203,7 +203,7 @@ def test_zero_grad_frees_the_gradients():
 
 @every_backend
 def test_gradients_that_come_and_go_in_turn(backend):
-    """Adapters, mixtures of experts: many combinations of parameters, each returning."""
+    """Adapters and mixtures of experts have many combinations of parameters with gradients, each of which returns."""
 
     def scenario(make):
         model = small_model()
@@ -223,7 +223,7 @@ def test_gradients_that_come_and_go_in_turn(backend):
 
 
 def test_many_models_share_nothing():
-    """Tables belong to their optimizer: two in turn, over parameters at each other's old addresses."""
+    """Tables belong to their optimizer: two take turns, over parameters at each other's former addresses."""
     models = [small_model() for _ in range(2)]
     opts = [gradfused.AdamW(m.parameters(), lr=0.01) for m in models]
     for index in range(4):

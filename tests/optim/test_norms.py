@@ -1,4 +1,4 @@
-"""grad_norm and grad_norms(): what a step saw of its gradients."""
+"""grad_norm and grad_norms(): the norms that a step measured."""
 
 from __future__ import annotations
 
@@ -194,7 +194,7 @@ def test_a_norm_that_is_switched_off_is_gone(backend):
 
 @every_backend
 def test_a_group_without_gradients(backend):
-    """Two groups of scope group, one of them idle."""
+    """Of two groups with norm_scope="group" one has no gradients."""
     model = small_model()
     groups = [{"params": model.conv.named_parameters("conv")}, {"params": model.head.named_parameters("head")}]
     opt = gradfused.AdamW(groups, perturb="clip", radius=0.1, norm_scope="group", backend=backend)

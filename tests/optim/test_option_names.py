@@ -1,4 +1,4 @@
-"""Keys of a parameter group: the user's own pass, as in torch; what is a slip of the pen away from an option is refused."""
+"""Keys of a parameter group: the user's own are accepted, as in torch; what looks like a misspelt option is refused."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import nn
 
 from gradfused.step.spelling import distance
 
-# Written into groups by trainers, schedulers and models' own recipes.
+# Keys that trainers, schedulers and the recipes of models write into groups.
 REAL = """
 name group_name layer_name module names tag tags id idx layer_id layer group_id param_group_id param_idx param_name names_all
 initial_lr lr_scale lr_mult lr_multiplier lr_factor lr_ratio max_lr min_lr swa_lr base_lr peak_lr warmup_lr start_lr last_lr

@@ -1,6 +1,6 @@
-"""Every option with values of every type, wherever an option can be given: the same is taken and the same refused.
+"""Values of every type for every option, wherever it can be given: each place accepts and refuses the same.
 
-The options are read from their declarations (declared.py), so a new one is covered without being named here.
+The options are read from their declarations (declared.py), so that new ones are covered at once.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ np = pytest.importorskip("numpy")
 
 
 class Integer:
-    """Not a number, but stands for one: ``operator.index`` takes it."""
+    """Not a number, but usable as one: ``operator.index`` accepts it."""
 
     def __init__(self, value: int) -> None:
         self.value = value
@@ -39,7 +39,7 @@ class Integer:
 
 
 class ListConfig(Sequence):
-    """A sequence that is neither tuple nor list, as Hydra's; what it lacks it refuses with words of its own."""
+    """A sequence that is neither tuple nor list, as Hydra's, and has errors of its own for what it does not support."""
 
     def __init__(self, values: Sequence[Any]) -> None:
         self._values = list(values)
@@ -55,7 +55,7 @@ class ListConfig(Sequence):
 
 
 class Word(str):
-    """A string that is not quite one."""
+    """A subclass of str."""
 
 
 def member(value: str) -> Any:
@@ -116,7 +116,7 @@ TRUE = [True, False, *(form(x) for form in BOOLS.values() for x in (True, False)
 
 
 def accepted(optimizer: str, option: Option) -> Iterator[tuple[Any, Any]]:
-    """(value, the same in plain Python) of every type that an option takes."""
+    """(value, its equivalent in plain Python) of every type that an option accepts."""
     if option.optional:
         yield None, None
     if option.kind in ("number", "numbers"):
@@ -142,7 +142,7 @@ def accepted(optimizer: str, option: Option) -> Iterator[tuple[Any, Any]]:
 
 
 def refused(option: Option) -> Iterator[tuple[Any, type[Exception]]]:
-    """(value, error) of types that an option does not take."""
+    """(value, error) of types that an option does not accept."""
     if not option.optional and option.kind != "flag":
         yield None, ValueError if option.kind == "choice" else TypeError
     if option.kind == "number":
@@ -167,7 +167,7 @@ def refused(option: Option) -> Iterator[tuple[Any, type[Exception]]]:
         yield from ((value, ValueError) for value in [-1, np.int8(-1), 2**64, torch.tensor(-1)])
     if option.kind == "flag":
         yield from ((value, TypeError) for value in [2, 0.5, "False", "", b"", [], (True,), {}, np.int8(-1)])
-        if option.name != "differentiable":  # torch asks for its truth before anybody else
+        if option.name != "differentiable":  # torch evaluates its truth before anything else
             yield from ((value, TypeError) for value in NOT_ONE)
     if option.kind == "choice":
         known = options._CHOICES[option.name]
@@ -185,7 +185,7 @@ def made(optimizer: str, **keywords: Any) -> Any:
 
 
 def takes(optimizer: str, name: str, value: Any) -> bool:
-    """Whether the constructor takes a value."""
+    """Whether the constructor accepts a value."""
     try:
         made(optimizer, **{name: value})
     except (TypeError, ValueError):
@@ -202,7 +202,7 @@ def in_a_group(optimizer: str, name: str, value: Any) -> Any:
 
 
 def kept(opt: Any) -> list[Any]:
-    """What a refused change must leave alone: groups, options, weights and state."""
+    """What a refused change must not alter: groups, options, weights and state."""
     held = [[v for k, v in group.items() if k != "params"] for group in opt.param_groups]
     return [
         [[id(v) for v in values] for values in held],
@@ -212,7 +212,7 @@ def kept(opt: Any) -> list[Any]:
 
 
 def changes(opt: Any, change: Callable[[], object]) -> Any:
-    """The plan after a change to an optimizer in use; one that is refused, the second time too, changes nothing."""
+    """The options after a change to an optimizer in use. A change is refused twice, and then nothing has changed."""
     before = kept(opt)
     try:
         change()
@@ -232,7 +232,7 @@ def in_a_group_added_later(optimizer: str, name: str, value: Any) -> Any:
 
 
 def between_steps(optimizer: str, name: str, value: Any) -> Any:
-    """Also where the value before it was another type's equal: 0 for False, 1.0 for True."""
+    """Also where the value before it is equal but of another type: 0 for False, 1.0 for True."""
     opt = made(optimizer)
     equals = [x for x in (0, 1, False, True, 0.0, 1.0) if same_number(x, value) and takes(optimizer, name, x)]
     found = []
@@ -261,7 +261,7 @@ LATER = [in_a_group, in_a_group_added_later, between_steps, in_a_state_dict]
 
 
 def outcome(way: Callable[..., Any], optimizer: str, name: str, value: Any) -> Any:
-    """The plan, or the error's type and words."""
+    """The interpreted options, or the type and the message of the error."""
     try:
         return way(optimizer, name, value)
     except (TypeError, ValueError) as error:
@@ -269,7 +269,7 @@ def outcome(way: Callable[..., Any], optimizer: str, name: str, value: Any) -> A
 
 
 def can_be_saved(value: Any) -> bool:
-    """torch copies the state dict that it loads, and not everything can be copied."""
+    """Whether a value can be copied, as torch does with the state dict that it loads."""
     try:
         copy.deepcopy(value)
     except (TypeError, RuntimeError):
@@ -283,24 +283,26 @@ FULL = "AdamW"
 
 
 def dealt(optimizer: str, values: Iterator[Any]) -> list[Any]:
-    """All of the values for one optimizer, every fourth for the others, each from another start: they share the code."""
+    """All of the values for one optimizer, and every fourth for each other, which share its code, from another start
+    each.
+    """
     return list(values) if optimizer == FULL else list(values)[list(OPTIMIZERS).index(optimizer) % 4 :: 4]
 
 
 every = pytest.mark.parametrize(
     ("optimizer", "option"), every_option(), ids=lambda x: x if isinstance(x, str) else x.name
 )
-DEVICES = ("cuda", "triton")  # a step that cannot run on them says so
+DEVICES = ("cuda", "triton")  # a step says so if it cannot run on them
 
 
 @every
 def test_types_that_are_taken(optimizer, option):
-    """Wherever it is given, a value means what it means in plain Python."""
+    """Wherever it is given, a value has the meaning of its equivalent in plain Python."""
     for value, same in dealt(optimizer, accepted(optimizer, option)):
         if option.name == "backend" and same in DEVICES:
             continue
         expected = outcome(as_keyword, optimizer, option.name, same)
-        contradicts = isinstance(expected, tuple)  # another option: nesterov without momentum, say
+        contradicts = isinstance(expected, tuple)  # because of another option, for instance nesterov without momentum
         for way in [as_keyword, *LATER]:
             got = outcome(way, optimizer, option.name, value)
             same_words = contradicts and got[0] is expected[0]
@@ -309,7 +311,7 @@ def test_types_that_are_taken(optimizer, option):
 
 @every
 def test_types_that_are_refused(optimizer, option):
-    """Wherever it is given, in the same words, and nothing has changed."""
+    """Wherever it is given, the message is the same, and nothing has changed."""
     for value, error in dealt(optimizer, refused(option)):
         expected = outcome(as_keyword, optimizer, option.name, value)
         assert isinstance(expected, tuple), f"{option.name}={value!r} was taken"
@@ -328,7 +330,7 @@ def test_numbers_beyond_every_float(value):
 
 
 def test_what_the_user_gave_stays_in_the_group():
-    """As in torch: read as a number, not replaced by one."""
+    """As in torch, it is interpreted as a number and not replaced by one."""
     lr, betas = np.float32(0.5), ListConfig([0.5, 0.75])
     opt = made("AdamW", lr=lr, betas=betas)
     assert opt.param_groups[0]["lr"] is lr
@@ -338,7 +340,7 @@ def test_what_the_user_gave_stays_in_the_group():
 @every_backend
 @pytest.mark.parametrize("form", {**REALS, **INTEGERS}.values(), ids={**REALS, **INTEGERS})
 def test_a_schedule_may_return_any_number(form, backend):
-    """LambdaLR multiplies lr by what the function returns, whatever that is, and writes it into the group."""
+    """LambdaLR multiplies lr by whatever the function returns and writes the product into the group."""
     optimizers = []
     two = 2 if form in INTEGERS.values() else 2.0
     for of in (form, float):
@@ -355,7 +357,7 @@ def test_a_schedule_may_return_any_number(form, backend):
     assert_same(*optimizers, EXACT)
 
 
-# ---- what changes in place, and what is not an option
+# ---- values that change in place, and keys that are not options
 
 
 @pytest.mark.parametrize(
@@ -383,7 +385,7 @@ def test_an_option_changed_in_place_is_noticed(name, value, change, field, expec
     ("name", "noticed"), [("lr", False), ("weight_decay", True), ("clip_value", True), ("betas", True)]
 )
 def test_a_learning_rate_on_a_gpu_is_all_that_is_read_there(name, noticed, monkeypatch):
-    """Its address is compared, so that no step waits for it. Another option on a GPU reaches the kernels through the host."""
+    """Its address is compared, so that no step waits for the GPU. The value of any other option is copied to the host."""
     monkeypatch.setattr(groups.gpu, "holds", lambda tensor: True)
     value = torch.tensor(0.5)
     opt = made("AdamW", **{name: (value, torch.tensor(0.5)) if name == "betas" else value})
@@ -396,7 +398,7 @@ def test_a_learning_rate_on_a_gpu_is_all_that_is_read_there(name, noticed, monke
 
 
 def test_options_are_interpreted_again_only_when_they_change():
-    """The same objects are not even compared; equal values of the same types are; GPU tensors by address."""
+    """The same objects are not compared; equal values of the same types are; GPU tensors are compared by address."""
     interpreted = []
     groups = [{"lr": 0.5, "betas": (0.5, 0.75), "mine": object()}, {"lr": torch.tensor(0.5), "betas": [0.5, 0.75]}]
     read = OptionsCache()
@@ -422,7 +424,7 @@ def test_options_are_interpreted_again_only_when_they_change():
 
 
 class Untouchable:
-    """Whoever looks at it is told off."""
+    """An object that raises whenever it is looked at."""
 
     def __eq__(self, other: object) -> bool:
         raise AssertionError("compared")
@@ -446,7 +448,7 @@ class Unread(torch.Tensor):
 
 @every_backend
 def test_keys_of_the_users_own_are_never_looked_at(backend):
-    """However large they are: a map of where each point comes from, say."""
+    """They may be very large, for instance a map of where each point comes from."""
     unread = torch.ones(3).as_subclass(Unread)
     group = {"params": [nn.Parameter(torch.ones(2))], "mask": unread, "array": np.ones(3), "name": Untouchable(), 5: 6}
     opt = gradfused.AdamW([group], backend=backend)

@@ -1,4 +1,4 @@
-"""Every keyword: what is taken, what is refused with which words, and what it becomes for a kernel."""
+"""Every keyword: what is accepted, what is refused with which message, and the numbers that a kernel gets."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def test_recipe_is_keyword_only():
 )
 def test_misspelt_group_key(given, meant):
     group = {"params": one(), given: 0.1}
-    if meant is None:  # too short to guess; torch leaves such keys alone as well
+    if meant is None:  # too short to guess; torch ignores such keys as well
         assert gradfused.AdamW([group]).param_groups[0][given] == 0.1
         return
     with pytest.raises(TypeError, match=f"parameter group has an unknown option '{given}'; did you mean '{meant}'\\?"):

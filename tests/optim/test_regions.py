@@ -1,4 +1,4 @@
-"""Which views of one storage share memory: against sets of bytes, and in how much work."""
+"""Which views of a storage share memory: compared with sets of bytes, and with how much work."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def touched(layout: Layout) -> set[int]:
 
 @st.composite
 def layouts(draw: st.DrawFn, most: int = 24) -> Layout:
-    """Any: strides need not be of a matrix that somebody sliced."""
+    """Any layout: the strides need not be those of a slice of a matrix."""
     size = draw(st.sampled_from([1, 2, 4]))
     dims = draw(st.integers(0, 4))
     shape = tuple(draw(st.lists(st.integers(1, 4), min_size=dims, max_size=dims)))
@@ -39,7 +39,7 @@ def layouts(draw: st.DrawFn, most: int = 24) -> Layout:
 
 @st.composite
 def slices(draw: st.DrawFn) -> Layout:
-    """What slicing, stepping, diagonals and transposing make of a small array."""
+    """Layouts that slicing, stepping, diagonals and transposing make from a small array."""
     base = torch.empty(draw(st.sampled_from([(120,), (6, 20), (10, 12), (2, 5, 12), (4, 3, 2, 5)])), dtype=torch.int8)
     cuts = tuple(
         slice(draw(st.integers(0, n - 1)), draw(st.integers(1, n)), draw(st.integers(1, 3))) for n in base.shape
@@ -73,7 +73,7 @@ def test_two_regions_meet_where_their_bytes_do(a: Layout, b: Layout) -> None:
 @settings(max_examples=500)
 @given(st.lists(st.tuples(st.one_of(slices(), slices(), layouts(40)), st.booleans()), min_size=2, max_size=14))
 def test_a_search_finds_a_clash_where_there_is_one(found: list[tuple[Layout, bool]]) -> None:
-    """Of many, without comparing each with each; which of several it names is left to it."""
+    """Among many views a clash is found without comparing each with each; which of several is found does not matter."""
     found = [(layout, written) for layout, written in found if 0 not in layout[2]]
     sets = [touched(layout) for layout, _ in found]
     clashing = {
@@ -87,7 +87,7 @@ def test_a_search_finds_a_clash_where_there_is_one(found: list[tuple[Layout, boo
 
 @st.composite
 def cut(draw: st.DrawFn, block: tuple[slice, ...]) -> list[tuple[slice, ...]]:
-    """A block of an array cut in two, and its parts again: pieces that fit together without a gap."""
+    """A block of an array cut in two, and each part again: pieces that fit together without gaps."""
     dim = draw(st.integers(0, len(block) - 1))
     first, last, step = block[dim].start, block[dim].stop, block[dim].step
     if draw(st.integers(0, 3)) == 0 or last - first <= step:
@@ -103,7 +103,7 @@ def cut(draw: st.DrawFn, block: tuple[slice, ...]) -> list[tuple[slice, ...]]:
 @settings(max_examples=300)
 @given(st.data())
 def test_pieces_of_one_array(data: st.DataObject) -> None:
-    """They are told apart; moved by one element, some clash, and that is found too."""
+    """The pieces do not clash. Moved by one element some of them do, and that is found."""
     base = torch.empty(data.draw(st.sampled_from([(64,), (8, 12), (12, 8), (4, 5, 6), (3, 4, 2, 5)])))
     pieces = [base[p] for p in data.draw(cut(tuple(slice(0, n, 1) for n in base.shape)))]
     assert not memory.share_memory(pieces)
@@ -115,7 +115,7 @@ def test_pieces_of_one_array(data: st.DataObject) -> None:
     assert memory.share_memory([*pieces[:moved], strayed, *pieces[moved + 1 :]])
 
 
-# ---- in how much work
+# ---- the amount of work
 
 MATRIX = torch.empty(2048, 2048)
 MANY: dict[str, Callable[[int], list[Tensor]]] = {
@@ -139,7 +139,7 @@ MANY: dict[str, Callable[[int], list[Tensor]]] = {
 @pytest.mark.parametrize("count", [2, 16, 1000])
 @pytest.mark.parametrize("views", MANY)
 def test_work_grows_with_the_number_of_views_alone(views: str, count: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Neither with its square nor with their bytes: few are compared, and none is written out."""
+    """It grows neither with the square of their number nor with their bytes: few are compared, and none is written out."""
     compared, sums = [], []
     monkeypatch.setattr(regions, "meet", lambda a, b: compared.append((a, b)) or meet(a, b))
     reaches = regions._reaches
@@ -157,7 +157,7 @@ def test_work_grows_with_the_number_of_views_alone(views: str, count: int, monke
 
 @pytest.mark.parametrize("count", [2, 16, 1000])
 def test_one_written_element_among_many_views_that_are_read(count: int) -> None:
-    """Gradients may share memory with each other, as expanded and tied ones do, but with nothing that is written."""
+    """Gradients may share memory with each other, as expanded and tied ones do, but not with anything that is written."""
     read = [torch.empty(1).expand(7) for _ in range(count)] + [MATRIX[0:3].expand(3, 2048)] * count
     aside = [MATRIX[3 + i] for i in range(count)]
     assert not memory.share_memory(aside, read)

@@ -1,6 +1,6 @@
-"""Checkpoints of every optimizer with every option: into the same, into a plain one, through torch's; and damaged ones.
+"""Checkpoints of every optimizer with every option: into the same, into a plain one, through torch's, and damaged ones.
 
-Optimizers and options are read from their declarations (declared.py), so new ones are covered without being named here.
+Optimizers and options are read from their declarations (declared.py), so that new ones are covered at once.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ CHOSEN = {"number": (0.5,), "integer": (3,), "flag": (True,)}
 
 
 def values(option: Option) -> tuple[Any, ...]:
-    """Values of an option that are worth a checkpoint."""
+    """The values of an option that are tried in checkpoints."""
     if option.kind == "numbers":
         return ((0.5, 0.25, 0.75)[: option.count],)
     return options._CHOICES[option.name] if option.kind == "choice" else CHOSEN[option.kind]
@@ -46,7 +46,7 @@ def train(opt: Any, steps: int, start: int = 0) -> None:
 
 
 def variants(optimizer: str) -> Iterator[dict[str, Any]]:
-    """Each value of each option, with momentum where there is one; not what cannot run here."""
+    """Each value of each option, with momentum where there is one, except what cannot run here."""
     yield {}
     base = {"momentum": 0.5} if any(o.name == "momentum" for o in own_options(optimizer)) else {}
     for option in [*own_options(optimizer), *RECIPE]:
@@ -68,7 +68,7 @@ def _refusal(optimizer: str, given: tuple[tuple[str, Any], ...]) -> str:
 
 
 def can_run(optimizer: str, given: dict[str, Any]) -> bool:
-    """A backend may not be here, and no optimizer is differentiable."""
+    """Whether an optimizer can be stepped: a backend may be missing, and none is differentiable."""
     refusal = _refusal(optimizer, tuple(given.items()))
     assert not refusal or given.keys() & {"backend", "differentiable", "nesterov"}, refusal
     return not refusal
@@ -82,17 +82,17 @@ def through_file(saved: dict[str, Any]) -> dict[str, Any]:
 
 
 def resumed(opt: Any, dtype: torch.dtype, saved: dict[str, Any], **given: Any) -> Any:
-    """Another optimizer over copies of the weights, with a state dict loaded."""
+    """A new optimizer over copies of the weights that has loaded a state dict."""
     other = build(type(opt).__name__, dtype, **given)
     with torch.no_grad():
         for p, q in zip(other.param_groups[0]["params"], opt.param_groups[0]["params"], strict=True):
             p.copy_(q)
-    other.load_state_dict(copy.deepcopy(saved))  # torch takes the tensors themselves
+    other.load_state_dict(copy.deepcopy(saved))  # torch uses the loaded tensors themselves
     return other
 
 
 def twin_of(opt: Any) -> Any:
-    """torch's optimizer of the name, over copies of the weights; None if it has none."""
+    """torch's optimizer of that name, over copies of the weights; None if torch has none."""
     cls = getattr(torch.optim, type(opt).__name__, None)
     return cls and cls([p.detach().clone().requires_grad_() for p in opt.param_groups[0]["params"]])
 
@@ -100,7 +100,7 @@ def twin_of(opt: Any) -> Any:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_a_checkpoint_goes_on_as_if_never_saved(optimizer, dtype):
-    """With every option: through a file into the same, into one made without options, and through torch's optimizer."""
+    """With every option: through a file, into an optimizer made without options, and through torch's optimizer."""
     for given in variants(optimizer):
         opt = build(optimizer, dtype, **given)
         train(opt, 2)
@@ -110,7 +110,7 @@ def test_a_checkpoint_goes_on_as_if_never_saved(optimizer, dtype):
         if twin is not None:
             twin.load_state_dict(copy.deepcopy(saved))
             back = resumed(opt, dtype, through_file(twin.state_dict()), **given)
-            # torch keeps state in the weights' dtype, and so rounds what is in another.
+            # torch casts state to the weights' dtype, and so rounds state in another one.
             others += [back] if dtype == torch.float32 and given.get("state_dtype") != "bfloat16" else []
         train(opt, 2, start=2)
         for other in others:
@@ -120,7 +120,7 @@ def test_a_checkpoint_goes_on_as_if_never_saved(optimizer, dtype):
 
 @pytest.mark.parametrize("optimizer", [name for name in OPTIMIZERS if hasattr(torch.optim, name)])
 def test_torchs_checkpoint_loads_with_every_option(optimizer):
-    """What an option adds to the state, torch's lacks: it is made at the next step."""
+    """State that an option adds is missing in torch's checkpoint, and is made in the next step."""
     twin = twin_of(build(optimizer, torch.float32))
     train(twin, 2)
     for given in variants(optimizer):
@@ -145,12 +145,12 @@ def damaged(opt: Any, key: str, left: str) -> dict[str, Any]:
 @pytest.mark.parametrize("left", ["nothing", "None"])
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_state_of_which_a_part_is_missing_is_refused_by_its_key(optimizer, left):
-    """Zeros in its place would be another run: a first moment that starts anew, steps counted from one."""
+    """Zeros in its place would start another run, with a new first moment or a step count of one."""
     opt = build(optimizer, torch.float32)
     train(opt, 2)
     for key in states(opt)[1]:
         if set(states(opt)[1]) == {key}:
-            continue  # nothing left: a new start
+            continue  # nothing is left, so that the parameter starts anew
         with refuses(opt, ValueError, f"parameter 1 of group 0 but no '{key}'", type(opt).__name__):
             opt.load_state_dict(damaged(opt, key, left))
     train(opt, 1, start=2)
@@ -158,7 +158,7 @@ def test_state_of_which_a_part_is_missing_is_refused_by_its_key(optimizer, left)
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 def test_state_that_an_option_asks_for_may_be_missing(optimizer):
-    """Switched on after the last step, it has not been made yet: amsgrad's maximum, a copy in float32."""
+    """An option that was switched on after the last step has no state yet: amsgrad's maximum, a copy in float32."""
     for given in variants(optimizer):
         opt = build(optimizer, torch.bfloat16, **given)
         train(opt, 2)

@@ -1,4 +1,4 @@
-"""SAM as an optimizer: closures, schedulers, AMP, checkpoints, and whatever can come between its halves."""
+"""SAM as an optimizer: closures, schedulers, AMP, checkpoints, and what can come between its halves."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def test_step_with_a_closure_takes_both_halves() -> None:
 
 
 def both(sam: SAM) -> None:
-    """A step whose halves see the same gradients."""
+    """Take a step whose halves see the same gradients."""
     sam.first_step()
     sam.second_step()
 
@@ -155,7 +155,9 @@ def test_groups_and_schedulers_are_the_optimizers() -> None:
 
 @backends
 def test_parameters_with_a_gradient_in_one_half_only(backend: str) -> None:
-    """One that went up and gets no gradient goes back; one that gets its first steps from where it is."""
+    """A parameter that ascended and gets no gradient goes back; one that has its first gradient is stepped from where
+    it is.
+    """
     params = [Parameter(torch.ones(3)) for _ in range(3)]
     sam = SAM(gradfused.SGD(params, lr=0.5, backend=backend), RHO)
     for _ in range(2):
@@ -223,7 +225,7 @@ def test_rho_may_move() -> None:
 
 @pytest.mark.parametrize("unscaled", [False, True])
 def test_grad_scaler(unscaled: bool) -> None:
-    """A power of two scales without rounding: nothing may differ from the same steps without a scaler."""
+    """A power of two scales without rounding, so that the steps equal those without a scaler, to the bit."""
     (model, sam), (other, plain) = made(), made()
     scaler = torch.amp.GradScaler("cpu", init_scale=256.0)
     for index in range(4):
@@ -244,7 +246,9 @@ def test_grad_scaler(unscaled: bool) -> None:
 @backends
 @pytest.mark.parametrize("overflow", ["ascent", "descent"])
 def test_overflow_in_either_half(overflow: str, backend: str) -> None:
-    """In the ascent: an ordinary step follows. In the descent: no step, and the weights are back."""
+    """After an overflow in the ascent an ordinary step follows; after one in the descent there is no step and the
+    weights are back.
+    """
     p = Parameter(torch.ones(3))
     sam = SAM(gradfused.SGD([p], lr=0.5, backend=backend), RHO)
     scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
@@ -342,7 +346,7 @@ def test_copies_between_the_halves(how: Callable[[Any], Any]) -> None:
 
 
 def test_a_loaded_state_is_used_from_the_next_ascent_on() -> None:
-    """Master copies that were replaced may not be read any more."""
+    """Master copies that were replaced must no longer be read."""
     run = Run(CASES["sgd-momentum"], {"precision": "master"}, ((4, 3), (5,)), dtype=torch.bfloat16)
     sam = SAM(run.optimizer, RHO)
     run.fill()
@@ -352,7 +356,7 @@ def test_a_loaded_state_is_used_from_the_next_ascent_on() -> None:
         p.data.fill_(2.0)
         sam.state[p]["master"].fill_(2.0 + 0.75 * 2.0**-7)
         p.grad = torch.ones_like(p)
-    sam.rho = 0.5 * 2.0**-7 * math.sqrt(17)  # half of half a unit for each of 17 weights
+    sam.rho = 0.5 * 2.0**-7 * math.sqrt(17)  # a quarter of a unit for each of 17 weights
     sam.first_step()
     for p in run.params:
         assert torch.equal(p.detach(), torch.full_like(p, 2.0 + 2.0**-6))

@@ -1,4 +1,4 @@
-"""SAM's options wherever they come from, and its backups of parameters that change or go."""
+"""SAM's options, wherever they are given, and its backups of parameters that change or disappear."""
 
 from __future__ import annotations
 
@@ -119,7 +119,7 @@ def test_backups_of_parameters_that_left_are_freed(how: str, backend: str) -> No
 
 
 def test_everything_goes_with_the_optimizer() -> None:
-    """Without a cycle that waits for the collector."""
+    """Everything is freed without the garbage collector, since there is no cycle."""
     gc.collect()
     gc.disable()
     try:
@@ -136,7 +136,7 @@ def test_everything_goes_with_the_optimizer() -> None:
 @backends
 @pytest.mark.parametrize("change", [torch.float64, torch.ones(7, 2)], ids=["dtype", "shape"])
 def test_a_parameter_may_change_between_steps(change: Any, backend: str) -> None:
-    """Through ``.data``, as pruning and casting do: its backup is made anew."""
+    """Pruning and casting do so through ``.data``: the backup is made anew."""
     p = Parameter(torch.ones(3))
     sam = SAM(gradfused.SGD([p], lr=0.5, backend=backend), RHO)
     step(sam, [p])

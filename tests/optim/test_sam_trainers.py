@@ -1,4 +1,4 @@
-"""SAM inside trainers: which half a call of step() is, and whose attributes are whose."""
+"""SAM inside trainers: which half a call of step() takes, and where attributes are kept."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def weights(model: nn.Module) -> dict[str, Any]:
 
 
 def trained(steps: int) -> SAM:
-    """What a trainer should come to."""
+    """The result that a trainer should arrive at."""
     model, sam = made()
     for index in range(steps):
         sam.step(lambda i=index: backward(model, i))
@@ -96,7 +96,7 @@ def test_step_once_a_batch_is_refused_at_once(loop: Callable[[SAM], Callable[[],
 @pytest.mark.parametrize("loop", [bare, bare_scaled, accelerated, accelerated_scaled, forwarded])
 @backends
 def test_step_after_a_first_step_is_the_second(loop: Callable[[SAM], Callable[[], object]], backend: str) -> None:
-    """So a trainer's own call of step() may take the descent, once the ascent was asked for by its name."""
+    """So a trainer's own call of step() may take the descent, once the ascent was called by its name."""
     model, sam = made(backend=backend)
     step = loop(sam)
     backward(model, 0)
@@ -112,7 +112,7 @@ def test_step_after_a_first_step_is_the_second(loop: Callable[[SAM], Callable[[]
 
 @backends
 def test_accelerate_and_an_overflow_in_the_descent(backend: str) -> None:
-    """The step has to be called: the weights go back, and training goes on."""
+    """The step is called, so that the weights go back, and training goes on."""
     model, sam = made(backend=backend)
     amp, before = scaler(), weights(model)
     wrapped = Accelerated(sam, amp)
@@ -132,7 +132,7 @@ def test_accelerate_and_an_overflow_in_the_descent(backend: str) -> None:
 
 @pytest.mark.parametrize("scaled", [False, True])
 def test_lightning_with_automatic_optimization(scaled: bool) -> None:
-    """It brings a closure, but to a scaler."""
+    """It passes a closure, except to a scaler."""
     model, sam = made()
     plugin = MixedPrecision(model, scaler() if scaled else None)
     wrapped = Inheriting(sam, plugin.optimizer_step)
@@ -159,7 +159,7 @@ def test_lightning_with_manual_optimization(scaled: bool, how: str) -> None:
 
 
 def test_lightnings_closure_that_does_nothing_is_refused() -> None:
-    """It makes one up for step() without a closure: both halves would see the same gradients."""
+    """It makes one up for step() without a closure, with which both halves would see the same gradients."""
     model, sam = made()
     wrapped, before = Inheriting(sam), weights(model)
     backward(model, 0)
@@ -200,7 +200,7 @@ def test_half_of_another_name() -> None:
 
 @backends
 def test_gradients_of_zero_take_the_optimizers_step(backend: str) -> None:
-    """The ascent leads nowhere, so that one gradient is enough: what makes an optimizer's state does this."""
+    """The ascent does not move the weights, so one gradient is enough. Code that makes an optimizer's state does this."""
     (model, sam), (other, plain) = made(backend=backend), made(backend=backend)
     for m in (model, other):
         for p in m.parameters():
@@ -211,15 +211,15 @@ def test_gradients_of_zero_take_the_optimizers_step(backend: str) -> None:
     assert all(sam.state[p] for p in model.parameters())
     assert not sam.ascended
     sam.zero_grad()
-    sam.step()  # nor is anything to be done without gradients
+    sam.step()  # nor is there anything to do without gradients
 
 
-# ---- whose attributes are whose
+# ---- where attributes are kept
 
 
 @pytest.mark.parametrize("kind", WRAPPERS)
 def test_halves_through_a_wrapper(kind: type) -> None:
-    """Taken by turns through the wrapper and without it."""
+    """The halves are called through the wrapper and without it, in turns."""
     model, sam = made()
     wrapped = kind(sam)
     for index in range(4):
@@ -348,7 +348,9 @@ def test_a_scheduler_before_the_first_step_warns(on: str) -> None:
 
 @ways
 def test_step_hooks(way: Callable[[nn.Module, SAM], None]) -> None:
-    """The optimizer's are called once a step, around the descent and as for a step of its own; SAM's around its ``step``."""
+    """The optimizer's are called once a step, around the descent, as for its own steps; SAM's are called around
+    ``step``.
+    """
     model, sam = made()
     calls: list[tuple[str, Any, bool]] = []
     for name, optimizer in (("sam", sam), ("base", sam.base_optimizer)):

@@ -1,4 +1,4 @@
-"""Copies of an optimizer: deepcopy, pickle, state dicts through torch.save, and going on from each of them."""
+"""Copies of an optimizer by deepcopy, pickle and state dicts through torch.save, and training that goes on from each."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def make(variant, model, **recipe):
 
 
 def through_file(value):
-    """``value`` saved and loaded the safe way."""
+    """``value`` saved and loaded with weights_only=True."""
     file = io.BytesIO()
     torch.save(value, file)
     file.seek(0)

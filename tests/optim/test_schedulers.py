@@ -1,4 +1,6 @@
-"""Learning rates and other options that move between steps: by schedulers, by hand, and as tensors changed in place."""
+"""Learning rates and other options that change between steps: by schedulers, by hand, and as tensors that change in
+place.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +13,7 @@ import gradfused
 
 
 def trained_with(schedule):
-    """A scenario: 6 steps, with ``schedule(opt)`` stepped after each."""
+    """A scenario of 6 steps, with a step of ``schedule(opt)`` after each."""
 
     def scenario(make):
         model = small_model()
@@ -136,7 +138,7 @@ def test_scheduler_moves_a_tensor_lr_in_place():
 
 @every_backend
 def test_betas_as_tensors_changed_in_place(backend):
-    """torch takes tensor betas in fewer combinations than we do: compare with the same numbers as floats."""
+    """torch accepts tensors as betas in fewer combinations, so the result is compared with that of floats."""
     with_tensors, with_floats = small_model(), small_model()
     beta1, beta2 = torch.tensor(0.9, dtype=torch.float64), torch.tensor(0.99, dtype=torch.float64)
     ours = gradfused.AdamW(with_tensors.parameters(), lr=0.01, betas=(beta1, beta2), backend=backend)

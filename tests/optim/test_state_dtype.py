@@ -34,7 +34,7 @@ def test_new_moments_are_of_float32_beside_a_float32_copy(precision: str, dtype:
 @short
 @pytest.mark.parametrize("saved", [None, "bfloat16", "float32"])
 def test_moments_beside_a_float32_copy_keep_the_dtype_they_were_saved_in(saved: str | None, dtype: str) -> None:
-    """Those of an older version in 16 bits, too; a dtype that is asked for is had."""
+    """Those that an older version saved in 16 bits too, unless another dtype is asked for."""
     options = {"precision": "master", "state_dtype": saved}
     run = Run(CASES["adamw"], options, SHAPES, dtype=DTYPES[dtype]).step()
     state = copy.deepcopy(run.optimizer.state_dict())
@@ -52,7 +52,7 @@ def test_moments_beside_a_float32_copy_keep_the_dtype_they_were_saved_in(saved: 
 @short
 @backends
 def test_training_with_a_float32_copy_goes_as_in_float32(dtype: str, backend: str) -> None:
-    """Squares of small gradients are zero in float16: with moments of its own the loss grew where float32's halves."""
+    """In float16 the squares of small gradients are zero: with moments in it the loss grew where float32's halves."""
     torch.manual_seed(0)
     data, target, start = torch.randn(64, 16), torch.randn(64), torch.randn(16) * 0.1
 
@@ -81,7 +81,7 @@ def test_training_with_a_float32_copy_goes_as_in_float32(dtype: str, backend: st
 @pytest.mark.parametrize("made_in", [False, True])
 @backends
 def test_steps_in_inference_mode(made_in: bool, precision: str | None, backend: str) -> None:
-    """As outside of it; state that began there can be stepped elsewhere, unless the parameter itself began there."""
+    """Steps give the same result. State made there can be used outside, unless the parameter itself was made there."""
 
     def parameter() -> Parameter:
         p = Parameter(torch.linspace(1, 2, 9, dtype=torch.bfloat16, device=device_of(backend)), requires_grad=False)

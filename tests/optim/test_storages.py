@@ -1,4 +1,6 @@
-"""Storages that were freed, shrunk, moved or exchanged between two steps are followed or refused; nobody writes elsewhere."""
+"""Storages that were freed, shrunk, moved or exchanged between two steps are followed or refused, and no step writes
+elsewhere.
+"""
 
 from __future__ import annotations
 
@@ -51,7 +53,7 @@ every_backend = pytest.mark.parametrize("backend", BACKENDS)
 @every_operand
 @pytest.mark.parametrize("left", [0, 1])
 def test_freed_and_shrunk_storages_are_refused_and_mended(operand, left, backend):
-    """As offloading code leaves them: the tensor is there, its memory is not, or not all of it."""
+    """Offloading code leaves such tensors: their memory is gone, or a part of it."""
     optimizer, params = make(backend)
     tensor = OPERANDS[operand](optimizer, params[1])
     assert tensor is not None
@@ -79,7 +81,7 @@ def test_freed_and_shrunk_storages_are_refused_and_mended(operand, left, backend
 @every_backend
 @every_operand
 def test_storages_shrunk_in_place_are_refused(operand, backend):
-    """Resized twice, so that what is left of them begins at the old address: a step may not write past its end."""
+    """The storage begins at its old address, so that only its size tells: a step must not write past its end."""
     optimizer, params = make(backend)
     tensor = OPERANDS[operand](optimizer, params[1])
     assert tensor is not None
@@ -115,7 +117,7 @@ def test_moved_storages_are_followed(operand, how, backend):
 
 
 class Wrapper(torch.Tensor):
-    """A tensor without memory of its own, as DTensor is."""
+    """A tensor without memory, like DTensor."""
 
     @staticmethod
     def __new__(cls, inner: Tensor) -> Tensor:
@@ -157,7 +159,7 @@ def test_state_of_another_kind_is_refused(key, foreign, backend):
 @every_backend
 @pytest.mark.parametrize("operand", ["parameter", "gradient", "backup", "exp_avg"])
 def test_storages_freed_between_the_halves(operand, backend):
-    """The descent is refused, is still due, and can be taken once the memory is back."""
+    """The descent is refused, remains due, and can be taken once the memory is back."""
     base, params = make(backend)
     sam = gradfused.SAM(base, rho=0.05)
     sam.first_step()
@@ -180,7 +182,7 @@ def test_storages_freed_between_the_halves(operand, backend):
 
 @every_backend
 def test_autograd_learns_of_everything_that_a_step_writes(backend):
-    """Parameters, state and gradients that are left at zero, as of torch's fused step."""
+    """Parameters, state and gradients that are zeroed count as written, as in torch's fused step."""
     p = nn.Parameter(torch.ones(4))
     optimizer = gradfused.Adam([p], amsgrad=True, ema=0.9, zero_grad_in_step=True, backend=backend)
     p.grad = torch.ones(4)
@@ -208,7 +210,7 @@ def test_a_graph_over_what_a_step_writes_is_refused(backend):
 
 @every_backend
 def test_a_refused_step_has_changed_nothing(backend):
-    """Of three parameters the last one's state is freed: neither of the others moves, counts or gains state."""
+    """The state of the last of three parameters is freed: the others neither move nor count nor get state."""
     params = [nn.Parameter(torch.ones(8)) for _ in range(3)]
     optimizer = gradfused.AdamW(list(zip("abc", params, strict=True)), backend=backend, clip_norm=1.0)
     params[2].grad = torch.ones(8)

@@ -1,4 +1,4 @@
-"""The average of the weights in their place: what is refused meanwhile, and how averages are loaded."""
+"""The average of the weights in place of the weights: what is refused meanwhile, and how averages are loaded."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def test_swap_ema_leaves_alone_what_is_averaged_no_more() -> None:
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_an_average_is_loaded_as_it_was_saved(dtype: str) -> None:
-    """In float32, and without a copy of it, as torch does with state of the parameters' dtype."""
+    """It stays in float32 and is not copied, as torch does with state in the parameters' dtype."""
     run = Run(CASES["adamw"], {"ema": 0.9}, SHAPES, dtype=DTYPES[dtype]).step(2)
     saved = run.optimizer.state_dict()
     fresh = Run(CASES["adamw"], {"ema": 0.9}, SHAPES, dtype=DTYPES[dtype])

@@ -1,4 +1,4 @@
-"""What trainers ask of an optimizer: who unscales, whether a step was skipped, whose attributes are whose."""
+"""What trainers ask of an optimizer: who unscales, whether a step was skipped, where attributes are kept."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def backward(model: nn.Module, amp: torch.amp.GradScaler | None, index: int, poi
 
 
 def pair(backend: str, **options: Any) -> list[tuple[nn.Module, torch.optim.Optimizer]]:
-    """Ours and torch's on the same weights."""
+    """Our optimizer and torch's on the same weights."""
     ours, theirs = small_model(), small_model()
     return [
         (ours, gradfused.AdamW(ours.parameters(), lr=0.01, backend=backend, **options)),
@@ -44,7 +44,7 @@ def pair(backend: str, **options: Any) -> list[tuple[nn.Module, torch.optim.Opti
 @pytest.mark.parametrize("scaled", [False, True])
 @every_backend
 def test_lightnings_mixed_precision(scaled: bool, clip: float, backend: str) -> None:
-    """It clips what it unscaled, and an overflow skips the step."""
+    """It clips the gradients that it has unscaled, and an overflow skips the step."""
     runs = pair(backend)
     for model, opt in runs:
         plugin = MixedPrecision(model, scaler() if scaled else None, clip)
@@ -89,7 +89,7 @@ def test_accelerate_sees_that_a_step_was_skipped(scheduled: str, unscaled: bool,
 
 @every_backend
 def test_zero_grad_in_step_comes_before_step_was_skipped(backend: str) -> None:
-    """A step that is not called cannot clear infinite gradients, which would then stay for good."""
+    """A step that is not called cannot zero infinite gradients, which would then stay for good."""
     model, opt = pair(backend, zero_grad_in_step=True)[0]
     amp = scaler()
     wrapped = Accelerated(opt, amp)
@@ -107,14 +107,14 @@ def test_zero_grad_in_step_comes_before_step_was_skipped(backend: str) -> None:
 
 
 def calls_of(opt: torch.optim.Optimizer) -> list[Tensor | None]:
-    """The scale that each call of its step finds."""
+    """Record the scale that each call of the optimizer's step finds."""
     calls: list[Tensor | None] = []
     opt.register_step_pre_hook(lambda optimizer, args, kwargs: calls.append(getattr(optimizer, "grad_scale", None)))
     return calls
 
 
 class OwnUnscale(torch.amp.GradScaler):
-    """As FSDP's, which tells every process of an overflow in any of them: here of one in another process."""
+    """A GradScaler like FSDP's, which tells every process of an overflow in any: here in another process."""
 
     def unscale_(self, optimizer: torch.optim.Optimizer) -> None:
         super().unscale_(optimizer)
@@ -132,7 +132,7 @@ def test_the_scaler_leaves_unscaling_to_the_step(kind: type[torch.amp.GradScaler
         backward(model, amp, index, poison=index == 1)
         amp.step(opt)
         amp.update()
-    assert [float(scale) for scale in calls] == [256.0, 256.0]  # with an overflow too: the step skips itself
+    assert [float(scale) for scale in calls] == [256.0, 256.0]  # with an overflow too, as the step skips itself
     assert not opt._step_supports_amp_scaling  # what a trainer is told
 
 
@@ -145,7 +145,7 @@ def test_a_scaler_with_its_own_unscaling_uses_it() -> None:
 
 
 def test_the_answer_may_be_overwritten() -> None:
-    """As people do who want the scaler to unscale."""
+    """Users do so to make the scaler unscale."""
     model, opt = pair("cpu")[0]
     calls, amp = calls_of(opt), scaler()
     opt._step_supports_amp_scaling = False
@@ -156,7 +156,7 @@ def test_the_answer_may_be_overwritten() -> None:
 
 @pytest.mark.parametrize("kind", WRAPPERS)
 def test_a_scaler_that_is_given_a_wrapper(kind: type) -> None:
-    """The scale would stay with the wrapper: the gradients are unscaled before."""
+    """The scale would be set on the wrapper: the gradients are unscaled before."""
     runs = pair("cpu")
     for model, opt in runs:
         amp, wrapped = scaler(), kind(opt)
@@ -168,7 +168,7 @@ def test_a_scaler_that_is_given_a_wrapper(kind: type) -> None:
 
 
 def test_a_refused_step_leaves_no_scale_behind() -> None:
-    """Which would divide the next gradients once more."""
+    """It would divide the next gradients once more."""
     model, other = small_model(), small_model()
     opt, plain = (gradfused.SGD(m.parameters(), lr=0.05) for m in (model, other))
     amp = scaler()
@@ -191,7 +191,7 @@ def test_a_refused_step_leaves_no_scale_behind() -> None:
 
 @pytest.mark.parametrize("kind", WRAPPERS)
 def test_swap_ema_through_a_wrapper(kind: type) -> None:
-    """The optimizer itself must know of it: a step within is refused, and the rest of master weights is kept."""
+    """The optimizer itself must know: a step meanwhile is refused, and master weights keep their digits."""
     p = nn.Parameter(torch.ones(3, dtype=torch.bfloat16))
     opt = gradfused.SGD([p], lr=2.0**-9, precision="master", ema=0.5)
     wrapped = kind(opt)

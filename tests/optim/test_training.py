@@ -1,4 +1,4 @@
-"""gradfused optimizers in ordinary training loops do what their torch twins do."""
+"""gradfused's optimizers do in ordinary training loops what torch's do."""
 
 from __future__ import annotations
 
@@ -274,7 +274,7 @@ def test_tied_weights(variant):
 
 @every_backend
 def test_the_same_parameter_twice_in_a_group(backend):
-    """torch warns, and steps it twice; so that a step stays one pass, it is stepped once here."""
+    """torch warns and steps it twice. Here it is stepped once, so that a step stays one pass."""
     model, other = small_model(), small_model()
     weight, bias = model.head.parameters()
     with pytest.warns(UserWarning, match="duplicate"):
@@ -327,7 +327,7 @@ def test_float64(backend):
 @every_backend
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_low_precision(dtype, backend):
-    """torch rounds in other places, so within a few of the dtype's steps."""
+    """torch rounds at other places, so the results agree within a few units of the dtype."""
     ours_model, theirs_model = small_model(dtype), small_model(dtype)
     ours = gradfused.SGD(ours_model.parameters(), lr=0.1, momentum=0.9, backend=backend)
     theirs = torch.optim.SGD(theirs_model.parameters(), lr=0.1, momentum=0.9)

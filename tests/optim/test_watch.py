@@ -1,4 +1,4 @@
-"""What the native watch over an optimizer notices, asking tensors through DLPack's exchange and through their methods."""
+"""What the native watch over an optimizer notices, reading tensors through DLPack's exchange and through their methods."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ EXCHANGE = getattr(Tensor, "__dlpack_c_exchange_api__", None)
 
 @pytest.fixture(params=["exchange", "exchange without shim", "methods", "methods without shim"])
 def optimizer(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> gradfused.AdamW:
-    """Three parameters after a step, in a table whose watch asks in one of these ways."""
+    """An optimizer over three parameters after a step, whose table's watch reads tensors in one of the two ways."""
     if "exchange" in request.param and EXCHANGE is None:
         pytest.skip("this torch has no DLPack exchange")
     monkeypatch.setattr(native, "EXCHANGE", EXCHANGE if "exchange" in request.param else None)
@@ -43,7 +43,7 @@ def param(opt: gradfused.AdamW, i: int = 0) -> Tensor:
 
 
 def still(opt: gradfused.AdamW) -> bool:
-    """Whether the table of the last step serves the next."""
+    """Whether the table of the last step serves the next step."""
     return opt._tables[0].backend.refresh(opt.param_groups, opt.state, {}) is not None
 
 
@@ -56,7 +56,7 @@ def replace_state(opt: gradfused.AdamW, key: str) -> None:
 
 
 def restride(tensor: Tensor, *strides: int) -> Tensor:
-    """The same memory, walked otherwise."""
+    """Give a tensor other strides over the same memory."""
     return tensor.detach().as_strided(tensor.shape, strides)
 
 
@@ -106,7 +106,7 @@ def test_moved_gradient_is_taken_over(optimizer: gradfused.AdamW) -> None:
 
 
 def test_view_into_a_larger_storage_stays(optimizer: gradfused.AdamW) -> None:
-    """An offset counts: the view ends with its storage."""
+    """The offset counts: the view ends with its storage."""
     memory = torch.randn(30 + 8)
     param(optimizer).grad = memory[8:].view(6, 1, 5)
     assert still(optimizer)
