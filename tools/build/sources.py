@@ -8,10 +8,10 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 CSRC = ROOT / "csrc"
 
-CPU_FOLDERS = ("bind", "plan", "device", "cpu", "lpg")
+CPU_FOLDERS = ("bind", "plan", "cpu", "lpg")
 #: Compiled once per instruction set.
 CPU_KERNEL_FOLDERS = ("cpu/kernels", "lpg/kernels")
-CUDA_FOLDERS = ("bind", "plan", "device", "cuda")
+CUDA_FOLDERS = ("bind", "plan", "cuda")
 #: Compiled once per family of rules, lean and full.
 APPLY = "csrc/cuda/apply.cu"
 
@@ -27,10 +27,15 @@ def cuda_kernels() -> tuple[str, ...]:
     return tuple(source for source in sources(("cuda",), "*.cu") if source != APPLY)
 
 
+def rules() -> list[tuple[str, str, str]]:
+    """(name, C++ type, family) of each rule in csrc/rules.def."""
+    text = (CSRC / "rules.def").read_text()
+    return re.findall(r"^GRADFUSED_RULE\((\w+), *(\w+), *(\w+)", text, re.MULTILINE)
+
+
 def rule_families() -> dict[str, list[str]]:
-    """The families of csrc/rules.def, each with the C++ types of its rules."""
-    rules = re.findall(r"^GRADFUSED_RULE\(\w+, *(\w+), *(\w+)", (CSRC / "rules.def").read_text(), re.MULTILINE)
-    return {family: [rule for rule, its in rules if its == family] for _, family in rules}
+    """The families of rules, each with the C++ types of its rules."""
+    return {family: [rule for _, rule, its in rules() if its == family] for _, _, family in rules()}
 
 
 def apply_parts() -> tuple[tuple[str, tuple[str, ...]], ...]:

@@ -330,10 +330,11 @@ def kernels(module: Path, cuobjdump: str) -> Iterator[Kernel]:
 
 
 def has_lean_kernels(rule: str) -> bool:
-    """Whether a rule takes no trust ratio and has no more than three states."""
+    """Whether a rule's header declares no trust ratio and no more states than lean kernels keep in registers."""
     headers = (path.read_text() for path in sorted((CSRC / "math").glob("*.h")))
     own = next(text for text in headers if re.search(rf"\b(struct|using) {rule}\b", text))
-    return "Trust trust = " not in own and "states = 4" not in own
+    [most] = re.findall(r"kLeanStates = (\d+);", (CSRC / "plan" / "needs.h").read_text())
+    return "Trust trust = " not in own and all(int(n) <= int(most) for n in re.findall(r"\bstates = (\d+);", own))
 
 
 def expected_bodies(kernel: Kernel) -> int:
