@@ -11,51 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..step.schema import Settings as Settings
+
 WIDE_SCOPES = ("global", "group", "param")
-
-
-@dataclass(frozen=True, slots=True)
-class Settings:
-    """One parameter group's options as numbers: validated, defaults filled in, nothing left to interpret."""
-
-    # the rule's
-    lr: float = 0.0
-    weight_decay: float = 0.0
-    momentum: float = 0.0
-    dampening: float = 0.0
-    beta1: float = 0.0
-    beta2: float = 0.0
-    beta3: float = 0.0
-    eps: float = 0.0
-    lr_decay: float = 0.0
-    momentum_decay: float = 0.0
-    trust_coefficient: float = 0.0  # LARS's coefficient
-    nesterov: bool = False
-    decoupled: bool = (
-        False  # weight decay is not added to the gradient: the rule decays the weights itself, or not at all
-    )
-    proximal: bool = False
-    adapt: bool = False  # scale by the rule's trust ratio
-    # the transforms'
-    centralize_at: str = "gradient"
-    norm_scope: str = "none"  # what shares a norm: none, global, group, param or unit
-    perturb: tuple[float, float, float, float, float] = (1.0, 0.0, 0.0, 0.0, 1.0)  # a, b, e, lo, hi of s(n)
-    agc: bool = False
-    radius: float = 1.0
-    clip_value: float = float("inf")
-    noise: float = 0.0
-    noise_decay: float = 0.0
-    seed: int = 0
-    sign: float = 1.0  # reverse and maximize together
-    skip_nonfinite: bool = False
-    adaptive: bool = False  # norms are of g * (|p| + eta): adaptive SAM
-    eta: float = 0.0
-    # the riders'
-    ema: float = 0.0
-    zero_grad_in_step: bool = False
-    # an lr on a GPU, which kernels read at each step; it is compared by its address
-    lr_tensor: Tensor | None = field(default=None, compare=False)
-    lr_address: int = 0
 
 
 @dataclass(frozen=True, slots=True)

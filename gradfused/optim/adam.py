@@ -5,7 +5,8 @@ from __future__ import annotations
 from torch import Tensor
 from typing_extensions import Unpack
 
-from ..step.options import Recipe, items
+from ..step.options import items
+from ..step.schema import Recipe
 from .base import Optimizer, Params
 from .rule import Rule, given
 

@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 from typing_extensions import Unpack
 
-from ..step.options import Recipe
+from ..step.schema import Recipe
 from .adam import Adam
 from .base import Params
 from .rule import given

@@ -20,6 +20,7 @@ from ..step.amp import LeavesScalingToStep, forget_scale
 from ..step.groups import GroupOptions, OptionsCache
 from ..step.memory import check_disjoint, has_values
 from ..step.rows import check_parameter, may_train, named_parameters, parameter_name
+from ..step.schema import DEFAULTS
 from ..step.spelling import refuse_misspelt, refuse_unknown
 from ..step.state import States
 from ..step.table import Outcome, StepTable, zero_gradients
@@ -48,10 +49,10 @@ class Optimizer(torch.optim.Optimizer):
     _step_supports_amp_scaling = LeavesScalingToStep()
 
     def __init__(self, params: Params, **given: Any) -> None:
-        refuse_unknown([name for name in given if name not in self._own_options], options.DEFAULTS, type(self).__name__)
+        refuse_unknown([name for name in given if name not in self._own_options], DEFAULTS, type(self).__name__)
         self._begin()
         self._complete = False
-        super().__init__(params, options.DEFAULTS | given)
+        super().__init__(params, DEFAULTS | given)
         self._check_memory()
         self._complete = True
 

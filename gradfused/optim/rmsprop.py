@@ -7,7 +7,8 @@ from typing import Any
 from torch import Tensor
 from typing_extensions import Unpack
 
-from ..step.options import Recipe, number
+from ..step.options import number
+from ..step.schema import Recipe
 from .base import Optimizer, Params
 from .rule import Rule, given
 

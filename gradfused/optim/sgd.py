@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 from typing_extensions import Unpack
 
-from ..step.options import Recipe
+from ..step.schema import Recipe
 from .base import Optimizer, Params
 from .rule import Rule, given
 

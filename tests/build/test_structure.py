@@ -26,6 +26,7 @@ LAYERS: list[tuple[str, ...]] = [
         "gradfused._version",
         "gradfused.gpu",
         "gradfused.step",
+        "gradfused.step.schema",
         "gradfused.step.amp",
         "gradfused.step.regions",
         "gradfused.step.memory",

@@ -11,7 +11,7 @@ from twins import small_model
 
 import gradfused
 from gradfused.backends import Settings
-from gradfused.step import options
+from gradfused.step import schema
 
 OPTIMIZERS = ["SGD", "Adam", "AdamW"]
 INF, NAN = math.inf, math.nan
@@ -29,15 +29,15 @@ def settings(**recipe) -> Settings:
 
 
 def test_the_recipe_is_documented_typed_and_has_defaults():
-    assert list(options.DEFAULTS) == list(options.Recipe.__annotations__)
-    for name in options.DEFAULTS:
-        assert f"{name}: " in options.Recipe.__doc__
+    assert list(schema.DEFAULTS) == list(schema.Recipe.__annotations__)
+    for name in schema.DEFAULTS:
+        assert f"{name}: " in schema.Recipe.__doc__
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_defaults_reach_every_group(name):
     opt = getattr(gradfused, name)(one())
-    assert {k: opt.param_groups[0][k] for k in options.DEFAULTS} == options.DEFAULTS
+    assert {k: opt.param_groups[0][k] for k in schema.DEFAULTS} == schema.DEFAULTS
 
 
 @pytest.mark.parametrize(

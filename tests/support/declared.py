@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import gradfused
-from gradfused.step import options
+from gradfused.step import schema
 
 OPTIMIZERS: dict[str, type[Any]] = {
     name: cls
@@ -47,7 +47,7 @@ class Option:
         raise AssertionError(f"{name}: {annotation} is of no known kind")
 
 
-RECIPE = [Option.declared(*item) for item in typing.get_type_hints(options.Recipe).items()]
+RECIPE = [Option.declared(*item) for item in typing.get_type_hints(schema.Recipe).items()]
 
 
 def own_options(optimizer: str) -> Iterator[Option]:
