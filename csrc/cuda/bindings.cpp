@@ -41,18 +41,18 @@ PYBIND11_MODULE(GRADFUSED_CUDA_MODULE, m) {
   m.def("device_count", &device_count);
   bind::define(m);
 
-  py::class_<cuda::Table, Rows> table(m, "Table", py::module_local());
+  py::class_<cuda::Engine, Rows> table(m, "Engine", py::module_local());
   bind::define_plan(table);
   table
       .def(
           "stats",
-          [](cuda::Table& t, int device, uintptr_t stream, uintptr_t grad_scale, uintptr_t found_inf) {
+          [](cuda::Engine& t, int device, uintptr_t stream, uintptr_t grad_scale, uintptr_t found_inf) {
             t.stats(device, reinterpret_cast<void*>(stream), scalar(grad_scale), scalar(found_inf));
           },
           py::arg("device"), py::arg("stream"), py::arg("grad_scale"), py::arg("found_inf"), py::call_guard<py::gil_scoped_release>())
       .def(
           "apply",
-          [](cuda::Table& t, int device, uintptr_t stream, uintptr_t grad_scale, uintptr_t found_inf) {
+          [](cuda::Engine& t, int device, uintptr_t stream, uintptr_t grad_scale, uintptr_t found_inf) {
             t.apply(device, reinterpret_cast<void*>(stream), scalar(grad_scale), scalar(found_inf));
             t.count_taken();
           },

@@ -15,7 +15,7 @@ Launch launcher(Rule rule, bool full) {
 
 }  // namespace
 
-void Table::upload(int device, void* stream) {
+void Engine::upload(int device, void* stream) {
   if (!stream_checked_ || stream != stream_) {
     check_stream(device, stream);
     stream_ = stream;
@@ -24,14 +24,14 @@ void Table::upload(int device, void* stream) {
   for (const DevicePatch& p : patches()) launch_patch(const_cast<void*>(p.to), p.bytes.data(), p.bytes.size(), device, stream);
 }
 
-void Table::stats(int device, void* stream, const float* grad_scale, const float* found_inf) {
+void Engine::stats(int device, void* stream, const float* grad_scale, const float* found_inf) {
   upload(device, stream);
   job_.grad_scale = grad_scale;
   job_.found_inf = found_inf;
   launch_stats(job_, device, stream);
 }
 
-void Table::apply(int device, void* stream, const float* grad_scale, const float* found_inf) {
+void Engine::apply(int device, void* stream, const float* grad_scale, const float* found_inf) {
   if (rows_.empty()) return;
   upload(device, stream);
   job_.grad_scale = grad_scale;

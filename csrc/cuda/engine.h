@@ -6,7 +6,7 @@
 
 namespace gradfused::cuda {
 
-class Table : public device::DevicePlan {
+class Engine : public device::DevicePlan {
  public:
   using DevicePlan::DevicePlan;
 

@@ -37,7 +37,7 @@ template <class A> struct DirectPack {
 template <class A> class FullStepper {
   using T = typename A::Compute;
   static constexpr int width = A::width, states = AnyRule::states;
-  struct Held {
+  struct TileSlot {
     T item[width];
   };
 
@@ -96,7 +96,7 @@ template <class A> class FullStepper {
       weights = known ? known->weight_squares : 0;
     } else {
       squares = sum_group(g_.own_squares(mean_), g_.lanes);
-      if (settings_.agc) weights = sum_group(g_.own_squares_of(static_cast<const Kept<A>&>(weights_), task_.block.todo), g_.lanes);
+      if (settings_.agc) weights = sum_group(g_.own_squares_of(static_cast<const KeptWeights<A>&>(weights_), task_.block.todo), g_.lanes);
     }
     factor_ = T(settings_.agc ? math::agc_factor(settings_.radius, sqrt(weights), sqrt(squares))
                               : math::perturb_factor(settings_.perturb, sqrt(squares)));
@@ -165,7 +165,7 @@ template <class A> class FullStepper {
       }
       T weights[width], x[width];
       if (todo & kHeld) {
-        const Held held = g_.template slot<Held>(i);
+        const TileSlot held = g_.template slot<TileSlot>(i);
 #pragma unroll
         for (int k = 0; k < width; ++k) x[k] = held.item[k];
         weights_.widen(loaded, todo, weights);
@@ -205,10 +205,10 @@ template <class A> class FullStepper {
   // x joins the mean, and with kHold the tile.
   __device__ __forceinline__ void sum(int i, uint32_t todo, const T* x) {
     seen_.template add<width>(x);
-    Held held;
+    TileSlot held;
 #pragma unroll
     for (int k = 0; k < width; ++k) held.item[k] = x[k];
-    if (todo & kHold) g_.template slot<Held>(i) = held;
+    if (todo & kHold) g_.template slot<TileSlot>(i) = held;
   }
 
   // Of the gradient as the rule is given it, or of the direction with what decay adds to it; and of the weights.

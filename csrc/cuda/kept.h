@@ -6,7 +6,7 @@
 namespace gradfused::cuda {
 namespace {
 
-template <class A> struct Kept {
+template <class A> struct KeptWeights {
   using T = typename A::Compute;
   static constexpr int width = A::width;
 

@@ -15,7 +15,7 @@ template <class A> __device__ __forceinline__ void measure_piece(const Job& job,
   const Settings& settings = job.settings[r.row.group].settings;
   const double mean = centre ? g.mean(double(c.count)) : 0.0;
   const bool weighed = (r.needs & Need::split) && settings.agc;
-  Kept<A> weights;
+  KeptWeights<A> weights;
   if (settings.adaptive || weighed) weights.open(r.row, c.begin);
   const double squares = sum_block(settings.adaptive ? g.own_squares_reached(weights, r.needs, T(settings.eta)) : g.own_squares(T(mean)));
   const double weight_squares = weighed ? sum_block(g.own_squares_of(weights, r.needs)) : 0.0;

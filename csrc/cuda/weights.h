@@ -46,13 +46,13 @@ template <int kCount> __device__ __forceinline__ void draw_bits(const BlockRow& 
   }
 }
 
-template <class A> struct Weights : Kept<A> {
+template <class A> struct Weights : KeptWeights<A> {
   using T = typename A::Compute;
   using Raw = typename A::Raw;
-  using Kept<A>::more;
+  using KeptWeights<A>::more;
   static constexpr int width = A::width;
 
-  struct Loaded : Kept<A>::Loaded {
+  struct Loaded : KeptWeights<A>::Loaded {
     typename A::RiderRaw ema;
   };
 
@@ -65,13 +65,13 @@ template <class A> struct Weights : Kept<A> {
 
   __device__ __forceinline__ void open(const Row& row, int64_t from) {
     begin = from;
-    Kept<A>::open(row, from);
+    KeptWeights<A>::open(row, from);
     param = A::handle(row.param, row.param.data, from);
     ema = A::rider(row.ema, from);
   }
 
   __device__ __forceinline__ Loaded load(int i, uint32_t todo) const {
-    Loaded v{Kept<A>::load(i, todo), {}};
+    Loaded v{KeptWeights<A>::load(i, todo), {}};
     if ((todo & (Need::ema | kStep)) == (Need::ema | kStep)) v.ema = A::load_rider(ema, i);
     return v;
   }

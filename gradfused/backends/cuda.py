@@ -67,7 +67,7 @@ class CudaPart(DevicePart):
 
     @staticmethod
     def make(groups: int) -> Any:
-        return native().Table(groups)
+        return native().Engine(groups)
 
     def _arguments(self, scaling: Scaling) -> tuple[int, int, int, int]:
         device, stream = self.device, self.stream()

@@ -40,7 +40,7 @@ INTERPRETED_PROGRAMS = 2
 
 
 @dataclass(frozen=True)
-class Kernels:
+class StepKernels:
     """The kernels, and what they were told of the table's layout."""
 
     stats: Any
@@ -87,12 +87,12 @@ def uninterpretable() -> str | None:
 
 
 @cache
-def kernels() -> Kernels:
+def kernels() -> StepKernels:
     """The kernels, imported. Whether they are interpreted is decided now, by TRITON_INTERPRET."""
     layout, chunk, stats, apply = (
         import_module(f"gradfused.triton_kernels.{name}") for name in ("layout", "chunk", "stats", "apply")
     )
-    return Kernels(
+    return StepKernels(
         stats=stats.stats,
         apply=apply.apply,
         layout=layout.define(cpu.native().LAYOUT),

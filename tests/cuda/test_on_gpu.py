@@ -246,7 +246,7 @@ def test_freed_while_at_work() -> None:
 def test_an_unfit_stream_is_refused() -> None:
     if torch.cuda.device_count() < 2:
         pytest.skip("needs two GPUs")
-    native = cuda.native().Table(1)
+    native = cuda.native().Engine(1)
     with pytest.raises(ValueError, match="belongs to device"):
         native.apply(0, torch.cuda.Stream("cuda:1").cuda_stream, 0, 0)
 

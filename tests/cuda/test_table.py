@@ -266,7 +266,7 @@ def test_steps_are_counted_on_the_device(backend: str) -> None:
 
 
 def test_families_do_not_mix(backend: str) -> None:
-    table = cuda.native().Table(1)
+    table = cuda.native().Engine(1)
     p = torch.zeros(4, device=device_of(backend))
     for rule, states in (("sgd", 0), ("adam", 2)):
         operand = (p.data_ptr(), "float32", [], [])
