@@ -1,4 +1,4 @@
-"""Which backend runs, who decides, and what is said where one cannot."""
+"""Which backend runs, who decides, and what is reported where one cannot run."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from gradfused.backends.base import Backend
 
 @pytest.fixture
 def _unbuilt(_fresh_log):
-    """As on a source tree that was never built."""
+    """Makes the package look like a source tree that was never built."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(cpu, "_native", None)
         patch.setattr(cpu, "_error", "cannot load the compiled module gradfused._cpu (gone): install a wheel")

@@ -1,4 +1,4 @@
-"""What the environment says of backends and instruction sets, and backends without torch or after a fork."""
+"""Environment variables for backends and instruction sets, and backends without torch or after a fork."""
 
 from __future__ import annotations
 
@@ -100,7 +100,7 @@ def test_isa_can_be_chosen_in_the_process():
 
 
 def test_an_isa_that_is_refused_stops_auto_too(monkeypatch):
-    """A mistake in the environment is no reason to go on slowly."""
+    """A mistake in the environment is reported instead of running slowly."""
 
     def isa():
         raise ValueError("GRADFUSED_CPU_ISA: this machine and build have generic, got 'mmx'")
@@ -117,7 +117,7 @@ def test_an_isa_that_is_refused_stops_auto_too(monkeypatch):
 
 
 def test_imported_before_torch_and_without_its_openmp():
-    """The native module alone: threads of its own, and no torch anywhere."""
+    """The native module alone has threads of its own and needs no torch."""
     code = """
 import importlib.util, sys
 spec = importlib.util.spec_from_file_location("gradfused._cpu", sys.argv[1])

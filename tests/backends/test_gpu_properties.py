@@ -1,4 +1,4 @@
-"""What is asked of a GPU, NVIDIA's, AMD's or Intel's, with answers made up."""
+"""What is read of NVIDIA's, AMD's and Intel's GPUs, with made-up answers."""
 
 from __future__ import annotations
 

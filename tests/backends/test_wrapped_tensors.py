@@ -1,4 +1,4 @@
-"""Tensors without memory of their own: the reference backend works on them, the others refuse them."""
+"""Tensors without memory: the reference backend works on them, and the others refuse them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from gradfused.backends import choose, cpu
 
 
 class TraceableWrapper(Wrapper):
-    """The same, as torch.compile wants them."""
+    """A Wrapper that torch.compile can trace."""
 
     def __tensor_flatten__(self):
         return ["inner"], None
@@ -49,7 +49,7 @@ def test_auto_runs_gradients_without_memory_on_the_reference():
 
 @pytest.mark.usefixtures("_fresh_log")
 def test_auto_runs_parameters_without_memory_on_the_reference():
-    """They all have address 0, which is no overlap."""
+    """All of them have address 0, which does not count as an overlap."""
     inner = [torch.zeros(3), torch.zeros(3)]
     wrappers = [Wrapper(t) for t in inner]
     opt = gradfused.SGD(wrappers, lr=1.0, momentum=0.5)

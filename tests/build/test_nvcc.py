@@ -1,4 +1,4 @@
-"""What setup.py finds out about nvcc, and what it says where there is none that will do."""
+"""What the build finds out about nvcc, and what it says where no nvcc will do."""
 
 from __future__ import annotations
 

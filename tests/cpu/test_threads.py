@@ -1,4 +1,4 @@
-"""Where threads cannot be started, those that there are take the step, to the same bits."""
+"""Where threads cannot be started, the existing ones take the step, to the same bits."""
 
 from __future__ import annotations
 
@@ -111,7 +111,7 @@ def run(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
 
 @pytest.fixture(scope="module")
 def shim(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A library that counts out threads, to be loaded before all others."""
+    """A library that limits the number of threads, to be loaded before all others."""
     if COMPILER is None:
         pytest.skip("no C compiler: what stands in for pthread_create cannot be built")
     folder: Path = tmp_path_factory.mktemp("shim")
@@ -181,7 +181,7 @@ def test_the_work_is_done_by_the_threads_there_are(scene: str, shim: str) -> Non
 
 
 def test_where_memory_for_threads_runs_out() -> None:
-    """Under a limit of address space, in which no stack fits."""
+    """The limit of the address space leaves no room for a stack."""
     code = """
 import resource
 pages = int(open("/proc/self/statm").read().split()[0])

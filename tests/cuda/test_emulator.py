@@ -1,4 +1,4 @@
-"""The emulator that the CUDA sources are tested with: right kernels give what a GPU gives, wrong ones are reported."""
+"""The emulator for the CUDA sources: right kernels give what a GPU gives, and wrong ones are reported."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def selftest(build: str, tmp_path_factory: pytest.TempPathFactory) -> Selftest:
 
 
 def results(run: subprocess.CompletedProcess[str]) -> list[list[str]]:
-    """The words of each line that a case printed by itself. After every case a sum must come out right."""
+    """The words of each line that a case printed. After every case a sum must be right."""
     assert run.returncode == 0, run.stdout + run.stderr
     lines = run.stdout.split("\n")
     assert lines[-3:] == ["479604 479604", "cudaSuccess", ""], run.stdout

@@ -145,7 +145,7 @@ def test_no_step_waits_for_the_device() -> None:
 
 
 def captured(net: nn.Module, optimizer: torch.optim.Optimizer, x: torch.Tensor) -> Callable[[], None]:
-    """A whole training step as a graph, after warming up on another stream as torch asks."""
+    """Capture a whole training step in a graph, after warming up on another stream as torch asks."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):

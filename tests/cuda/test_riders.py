@@ -1,4 +1,4 @@
-"""What the CUDA kernels do besides rules on plain weights: riders, trust ratios, ascents, in every order and shape."""
+"""What the CUDA kernels do besides applying rules to plain weights: precision, averages, trust ratios and ascents."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ short = pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 
 
 def outcomes(case: str, options: Mapping[str, Any], shapes: Any, steps: int = 3, **how: Any) -> list[dict[str, Tensor]]:
-    """Of CUDA's kernels and of the CPU's."""
+    """The outcomes of the CUDA kernels and of the CPU's."""
     runs = [Run(CASES[case], options, shapes, backend=b, **how).step(steps) for b in ("cuda", "cpu")]
     assert all(run.guards_intact() for run in runs)
     return [run.outcome() for run in runs]
@@ -127,7 +127,7 @@ def test_a_refused_step_leaves_the_product_of_momenta(case: str, backend: str) -
 )
 @pytest.mark.parametrize("case", ["lamb", "lars", "lars-plain"])
 def test_trust_ratios_of_long_rows(case: str, recipe: str, backend: str) -> None:
-    """Units longer than a block's, rows of many chunks, and rows that end beside a chunk's end."""
+    """Units longer than those of a block, rows of many chunks, and rows that end next to a chunk's end."""
     ours = Run(CASES[case], RECIPES[recipe], LARGE, backend=backend).step(2).outcome()
     exact = Run(CASES[case], RECIPES[recipe], LARGE, backend="reference", exact=True).step(2).outcome()
 
@@ -198,7 +198,9 @@ def test_no_grid_changes_a_bit(
 
 
 class Ascent:
-    """Parameters, their gradients, and the table of an ascent over them; copies of the weights to read, if asked for."""
+    """Parameters, their gradients, and the table of an ascent over them; with copies of the weights to read, if asked
+    for.
+    """
 
     def __init__(
         self, backend: str, dtype: torch.dtype, *, layout: str = "contiguous", sources: bool = False, **options: Any
@@ -241,7 +243,7 @@ def test_ascents(dtype: str, layout: str, options: dict[str, Any], backend: str)
 @pytest.mark.parametrize("adaptive", [False, True])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_ascents_from_copies_of_the_weights(dtype: str, adaptive: bool, backend: str) -> None:
-    """Of 16-bit weights in float32."""
+    """16-bit weights have copies in float32."""
     ours, theirs = (Ascent(b, DTYPES[dtype], sources=True, adaptive=adaptive) for b in (backend, "reference"))
     eps = torch.finfo(DTYPES[dtype]).eps
     assert_close(ours.climb(), theirs.climb(), eps * 1.01, eps * 1e-2)

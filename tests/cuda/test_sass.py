@@ -1,4 +1,6 @@
-"""The machine code of the CUDA kernels: no spill and no narrow access in a hot loop, no more registers than planned."""
+"""The machine code of the CUDA kernels: no spill and no narrow access in a hot loop, and no more registers than
+planned.
+"""
 
 from __future__ import annotations
 
@@ -32,7 +34,7 @@ STEP = (
 
 
 def listing(*code: str) -> list[str]:
-    """As cuobjdump prints it."""
+    """Instructions as cuobjdump prints them."""
     lines = ["Fatbin elf code:\n", "arch = sm_90\n", "\tcode for sm_90\n", f"\t\tFunction : {SYMBOL}\n"]
     for i, text in enumerate(code):
         lines.append(f"        /*{16 * i:04x}*/                   {text} ;          /* 0x000000000c047981 */\n")

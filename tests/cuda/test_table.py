@@ -1,4 +1,4 @@
-"""What the CUDA backend does around its kernels: launches, uploads, devices, and results that no grid or order changes."""
+"""What the CUDA backend does around its kernels: launches, uploads and devices. No grid and no order changes a result."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def test_results_do_not_depend_on_the_order_of_threads(
 
 @pytest.fixture
 def other_grid(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[int], ModuleType]:
-    """Loads the emulated module once more, for a device of so many processors."""
+    """Loads the emulated module once more, for a device with another number of processors."""
 
     def load(processors: int) -> ModuleType:
         path = build.build()
@@ -93,7 +93,7 @@ def launches(work: Callable[[], object]) -> int:
 )
 @pytest.mark.sanitized_cuda
 def test_launches_of_a_steady_step(recipe: str, most: int, backend: str) -> None:
-    """One, or two with a wide norm, whatever the number of tensors and groups."""
+    """There is one launch, or two with a norm of several rows, whatever the number of tensors and groups."""
     run = Run(CASES["adamw"], RECIPES[recipe], SHAPES * 20, backend=backend).step()
     assert launches(run.optimizer.step) == most
 
@@ -154,7 +154,7 @@ def test_many_addresses_take_several_uploads(backend: str) -> None:
 
 @pytest.mark.sanitized_cuda
 def test_a_gradient_may_come_back_misaligned(backend: str) -> None:
-    """Whether 16-byte accesses fit is seen at each step."""
+    """Each step checks whether accesses of 16 bytes are possible."""
     straight, crooked = (
         Run(CASES["adam"], RECIPES["centralize-clip"], LARGE, backend=backend).step() for _ in range(2)
     )
@@ -247,7 +247,7 @@ def test_skipped_steps_outlive_tables_and_copies(backend: str) -> None:
 
 
 def test_steps_are_counted_on_the_device(backend: str) -> None:
-    """And a checkpoint of torch's, which counts on the CPU, goes on."""
+    """A checkpoint of torch, which counts on the CPU, can be continued."""
     run = Run(CASES["adamw"], RECIPES["plain"], SHAPES, backend=backend)
     theirs = [torch.nn.Parameter(p.detach().clone()) for p in run.params]
     twin = torch.optim.AdamW([{"params": theirs[:4]}, {"params": theirs[4:], "lr": 0.005}], lr=0.01, weight_decay=0.1)

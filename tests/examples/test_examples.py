@@ -1,4 +1,4 @@
-"""The case studies: each runs at tiny scale, and what docs/techniques.md shows is what its records hold."""
+"""The case studies run at tiny scale, and docs/techniques.md shows what their records hold."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ MOST_BYTES = 150_000  # of an image in the repository
 
 @pytest.fixture(autouse=True)
 def _path(monkeypatch):
-    """The scripts import each other as they do when run from the command line."""
+    """Lets the scripts import each other as they do when run from the command line."""
     monkeypatch.syspath_prepend(str(EXAMPLES))
 
 
@@ -154,7 +154,7 @@ def test_bad_arguments_say_what_is_allowed(arguments, message, capsys):
 
 
 def made_up(higher, outcome):
-    """A study whose runs are computed, not trained."""
+    """A study whose runs are computed instead of trained."""
     study = module("study")
     candidates = tuple({"x": x} for x in (1.0, 2.0, 3.0))
     return study.Study(
@@ -209,7 +209,7 @@ def test_tuning_sees_no_test_image():
 
 
 class Falling(nn.Module):
-    """Two classes, whose loss is what it is told."""
+    """Two classes, whose loss is given."""
 
     def __init__(self, losses):
         super().__init__()

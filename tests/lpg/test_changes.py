@@ -1,6 +1,6 @@
-"""LPG when what it was given changes between forward and backward.
+"""LPG when its inputs change between forward and backward.
 
-What autograd sees is an error, as in F.cross_entropy, and what it cannot see changes nothing.
+A change that autograd sees is an error, as in F.cross_entropy. One that it cannot see changes nothing.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ VALUES = [10**9, INT64.min, -(10**9), -1, -100, 3, INT64.max]
 
 
 class Call:
-    """A loss of fresh tensors, and what became of it."""
+    """A loss of fresh tensors, and what became of the call."""
 
     def __init__(self, backend: str, size: tuple[int, int], scope: str = "class", **options: Any) -> None:
         device, classes = device_of(backend), size[1]
@@ -75,7 +75,7 @@ def test_what_autograd_sees_is_an_error_as_in_torch(name: str, change: str, back
 @backends
 @pytest.mark.parametrize("change", [c for c in SEEN if c != "detached"])
 def test_logits_too_since_they_are_not_copied(change: str, backend: str) -> None:
-    """F.cross_entropy keeps log-probabilities of its own in their place."""
+    """F.cross_entropy keeps log-probabilities of its own instead."""
     call = Call(backend, (9, 5))
     SEEN[change](call.logits)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
@@ -98,7 +98,7 @@ def test_the_module_s_inputs_alike(name: str, backend: str) -> None:
 @pytest.mark.parametrize("size", SIZES, ids=str)
 @pytest.mark.parametrize("scope", ["class", "sample"])
 def test_targets_that_change_unseen_are_as_they_were(scope: str, size: tuple[int, int], backend: str) -> None:
-    """As of forward, whatever the buffer holds by then: a data loader's worker may fill it again."""
+    """Backward uses the targets of forward, whatever the buffer holds by then: a data loader may have filled it again."""
     if backend == "triton" and size != SIZES[0]:
         pytest.skip("slow to interpret")
     call = Call(backend, size, scope)

@@ -1,4 +1,4 @@
-"""What lpg_cross_entropy and LPGCrossEntropyLoss refuse, and how they live with autograd, autocast and compilation."""
+"""What lpg_cross_entropy and LPGCrossEntropyLoss refuse, and how they work with autograd, autocast and compilation."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def test_refusals(changed: dict[str, Any], error: type[Exception], says: str, ba
 
 
 class Index:
-    """Something that says which integer it is."""
+    """An object that can be used as an integer."""
 
     def __init__(self, value: int) -> None:
         self.value = value
@@ -202,7 +202,7 @@ def test_without_gradients(backend: str) -> None:
 @both
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_autocast(dtype: torch.dtype, backend: str) -> None:
-    """As torch's cross_entropy: the loss is float32 and the gradient of the logits' dtype."""
+    """As with torch's cross_entropy, the loss is float32 and the gradient has the dtype of the logits."""
     logits, target = batch(9, 4, dtype)
     u = logits.requires_grad_()
     with torch.autocast("cpu", torch.bfloat16):

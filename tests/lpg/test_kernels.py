@@ -1,4 +1,4 @@
-"""The CPU kernels of LPG: the same bits whatever the threads and the instruction set, and how near their exp is."""
+"""The CPU kernels of LPG give the same bits whatever the threads and the instruction set; the accuracy of their exp."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ pytestmark = [
 
 
 def all_of(logits: Tensor, target: Tensor, smoothing: float) -> list[Tensor]:
-    """Everything the kernels make of a batch."""
+    """All results of the kernels for a batch."""
     classes = logits.shape[-1]
     weight = torch.rand(classes, generator=torch.Generator().manual_seed(2)).to(
         torch.float64 if logits.dtype == torch.float64 else torch.float32
@@ -56,7 +56,7 @@ def test_threads_change_nothing(size: tuple[int, int], dtype: torch.dtype) -> No
 
 
 def dense(n: int, classes: int, pixels: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Logits (n, C, pixels) seen as (n, pixels, C), and targets by row."""
+    """Logits (n, C, pixels) viewed as (n, pixels, C), and targets by row."""
     logits, target = batch(n * pixels, classes, dtype, ignored=5)
     return logits.view(n, pixels, classes).transpose(1, 2).contiguous().transpose(1, 2), target
 
@@ -64,7 +64,9 @@ def dense(n: int, classes: int, pixels: int, dtype: torch.dtype) -> tuple[Tensor
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("size", [(2, 3, 4500), (3, 70, 37), (1, 5, 1), (2, 600, 20)], ids=str)
 def test_dense_predictions_are_rows(size: tuple[int, int, int], dtype: torch.dtype) -> None:
-    """Whatever the layout, as by row, for any number of threads; sums run over other pieces, so not to the bit."""
+    """The result is that of rows in every layout and for any number of threads, up to rounding, as sums run over other
+    pieces.
+    """
     logits, target = dense(*size, dtype)
     alone = all_of(logits, target, 0.1)
     torch.set_num_threads(2)
@@ -114,7 +116,9 @@ def test_large_classes(size: tuple[int, int], scope: str) -> None:
 
 
 def probabilities(x: Tensor) -> Tensor:
-    """exp of float32 numbers of 0 or less, as the kernels make it: each is a class beside a greatest of 0 that has factor 1."""
+    """exp of float32 numbers of 0 or less as the kernels compute it: each is the logit of a class whose rival has logit
+    0.
+    """
     logits = torch.cat([torch.zeros(1), x])[None]
     problem = Problem(logits, torch.zeros(1, dtype=torch.long))
     measured = lpg_cpu.forward(problem, False)
@@ -143,7 +147,7 @@ def test_exp_at_its_ends() -> None:
 
 
 def test_memory_around_is_untouched() -> None:
-    """Rows end where they end, whatever is sixteen wide."""
+    """Nothing beyond the end of a row is read or written, though the kernels work on sixteen numbers at a time."""
     for classes in (1, 2, 15, 16, 17, 31, 33):
         logits, target = batch(5, max(2, classes))
         frame = torch.full((7, logits.shape[1] + 40), torch.nan)
@@ -176,7 +180,7 @@ def test_sums_of_classes_are_the_reference_s() -> None:
 
 @pytest.mark.parametrize("options", [{}, {"momentum": 0.5}], ids=str)
 def test_no_pass_makes_a_softmax(options: dict[str, Any]) -> None:
-    """Forward allocates a few numbers a row, backward the gradient alone: nothing else of (n, C)."""
+    """Forward allocates a few numbers for each row, and backward only the gradient: nothing else of size (n, C)."""
     logits, target = batch(2000, 100)
     loss_of = LPGCrossEntropyLoss(100, backend="cpu", **options)
     u = logits.requires_grad_()

@@ -1,4 +1,4 @@
-"""LPGCrossEntropyLoss: which classes each mode picks, what it remembers, and that processes agree."""
+"""LPGCrossEntropyLoss: which classes each mode picks, what it remembers, and how processes agree."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ both = pytest.mark.parametrize("backend", ["reference", pytest.param("cpu", mark
 
 
 def with_confidence(q: list[float]) -> Tensor:
-    """Three-class logits whose row i gives class i the probability q[i] and the others half of the rest each."""
+    """Logits of three classes: row i gives class i the probability q[i], and each other class half of the rest."""
     return torch.tensor([[math.log(p if i == j else (1 - p) / 2) for j in range(3)] for i, p in enumerate(q)]).double()
 
 
@@ -79,7 +79,9 @@ def test_longtail_bounds_each_class_by_its_rank(backend: str) -> None:
 
 @both
 def test_noisy_finds_the_class_that_is_contradicted(backend: str) -> None:
-    """Equal confidence, but class 2's missing probability is all on one wrong class: the longest gradient there is."""
+    """All are equally confident, but class 2's missing probability is all on one wrong class: its gradient is the
+    longest.
+    """
     spread = torch.tensor([0.4, 0.2, 0.2, 0.2]).log()
     rows = [spread, spread.roll(1), torch.tensor([0.6, 1e-6, 0.4, 1e-6]).log(), spread.roll(3)]
     loss_of = LPGCrossEntropyLoss(4, radius=0.1, mode="noisy", backend=backend)
@@ -132,7 +134,10 @@ def test_evaluation_is_plain_and_forgets_nothing(backend: str) -> None:
 
 @both
 def test_momentum_follows_averages(backend: str) -> None:
-    """A class's first batch counts whole, later ones by 1 - momentum, and a batch without it leaves it as it was."""
+    """A class's first batch counts in full, later ones by 1 - momentum.
+
+    A batch without the class leaves its average alone.
+    """
     loss_of = LPGCrossEntropyLoss(4, radius=0.2, momentum=0.75, sign=[1, -1, 1, -1], backend=backend)
     means, seen = torch.zeros(4, 4).double(), set()
     for seed in range(4):
@@ -195,7 +200,7 @@ BAD = {
 @pytest.mark.parametrize("momentum", [0.0, 0.75])
 @pytest.mark.parametrize("mode", ["balanced", "noisy"])
 def test_a_bad_batch_leaves_no_trace(mode: str, momentum: float, bad: str, backend: str) -> None:
-    """Between good batches or before the first: statistics and signs are those of a module that never saw it."""
+    """After it, or before any good one, statistics and signs are those of a module that never saw it."""
     if backend == "triton" and (mode, bad) not in (("noisy", "one nan"), ("balanced", "inf")):
         pytest.skip("slow to interpret")
     ours = LPGCrossEntropyLoss(4, radius=0.2, mode=mode, momentum=momentum, backend=backend).to(device_of(backend))
@@ -216,7 +221,9 @@ def test_a_bad_batch_leaves_no_trace(mode: str, momentum: float, bad: str, backe
 @every
 @pytest.mark.parametrize("momentum", [0.0, 0.75])
 def test_masked_classes_count(momentum: float, backend: str) -> None:
-    """-inf is how classes are masked: probabilities of 0, also where the own class is masked and the loss infinite."""
+    """Classes are masked with -inf: their probability is 0, also where the target's class is masked and the loss
+    infinite.
+    """
     module = LPGCrossEntropyLoss(4, momentum=momentum, backend=backend).to(device_of(backend))
     logits, target = torch.zeros(4, 4, device=device_of(backend)), torch.arange(4, device=device_of(backend))
     logits[:, 3] = -math.inf
@@ -228,7 +235,7 @@ def test_masked_classes_count(momentum: float, backend: str) -> None:
 @every
 @pytest.mark.parametrize("momentum", [0.0, 0.75])
 def test_a_checkpoint_with_nan_in_it_recovers(momentum: float, backend: str) -> None:
-    """A class without statistics counts as not seen; its next batch counts whole."""
+    """A class without statistics counts as not seen, and its next batch counts in full."""
     ours = LPGCrossEntropyLoss(4, radius=0.2, momentum=momentum, backend=backend).to(device_of(backend))
     twin = copy.deepcopy(ours)
     logits, target = (t.to(device_of(backend)) for t in batch(12, 4))
@@ -243,7 +250,7 @@ def test_a_checkpoint_with_nan_in_it_recovers(momentum: float, backend: str) -> 
 
 
 def test_nothing_that_reverses_remembers_a_batch() -> None:
-    """Buffers of the other modules do not depend on what goes through them."""
+    """The buffers of the other modules do not depend on what passes through them."""
     model = torch.nn.Sequential(GradientReversal(0.5), ReversalLinear(4, 3, lambda_=0.25))
     schedule = DANNSchedule(model, 10)
     before = copy.deepcopy(dict(model.named_buffers()))
@@ -292,7 +299,7 @@ def _synchronised(rank: int, momentum: float) -> tuple[dict[str, Tensor], list[T
 
 @pytest.mark.parametrize("momentum", [0.0, 0.5])
 def test_processes_agree(momentum: float, tmp_path: Path) -> None:
-    """Synchronised statistics are those of one process with the whole batch; with momentum, the deltas too."""
+    """Synchronised statistics are those of one process with the whole batch. With momentum the deltas are, too."""
     found = in_two_processes(_synchronised, tmp_path, momentum)
     whole = LPGCrossEntropyLoss(6, momentum=momentum)
     for step in range(3):

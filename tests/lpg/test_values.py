@@ -1,4 +1,4 @@
-"""lpg_cross_entropy on every backend against float64 written out, torch's cross-entropy, and numbers worked by hand."""
+"""lpg_cross_entropy on every backend against the float64 oracle, torch's cross-entropy, and numbers worked by hand."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def run(
     upstream: Tensor | None = None,
     **options: Any,
 ) -> tuple[Tensor, Tensor]:
-    """(loss, gradient) on the CPU."""
+    """The loss and the gradient, on the CPU."""
     device = device_of(backend)
     u = logits.detach().to(device).requires_grad_()
     options = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in options.items()}
@@ -175,7 +175,7 @@ def test_pgd_reaches_the_closed_form(solver: Any, scope: str, backend: str) -> N
 @backends
 @pytest.mark.parametrize("scope", ["class", "sample"])
 def test_pgd_with_too_few_steps_falls_short_alike(scope: str, backend: str) -> None:
-    """The reference iterates; the kernels take the closed form within what the steps can reach."""
+    """The reference iterates. The kernels use the closed form, limited to what the steps can reach."""
     logits, target = batch(40, 9, torch.float64)
     solver = PGD(steps=3, step_size=0.02)
     found = run(logits, target, signs(9), 0.3, backend, scope=scope, solver=solver)
@@ -292,7 +292,7 @@ def test_logits_far_from_zero(offset: float, backend: str) -> None:
 
 @backends
 def test_certain_samples_keep_their_small_gradients(backend: str) -> None:
-    """p - 1 loses what is left of a gradient of 1e-9; the kernels sum the other classes."""
+    """Computing p - 1 would lose a gradient of 1e-9; the kernels sum the probabilities of the other classes."""
     if backend == "reference":
         pytest.skip("is torch's formula")
     logits = torch.zeros(3, 5)
@@ -368,7 +368,7 @@ def test_small_gradients_keep_their_direction(
 
 @backends
 def test_a_class_whose_gradients_cancel_is_left_alone(backend: str) -> None:
-    """With smoothing the optimum has no gradient, so no direction either."""
+    """With smoothing the optimum has no gradient, and so no direction."""
     logits = torch.zeros(4, 2, dtype=torch.float64)
     options = {"label_smoothing": 1.0, "reduction": "sum"}
     _, gradient = run(logits, torch.tensor([0, 0, 1, 1]), torch.ones(2), 0.5, backend, **options)

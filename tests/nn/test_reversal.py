@@ -226,7 +226,7 @@ def test_export() -> None:
 
 
 def train_rank(rank: int) -> list[Tensor | None]:
-    """One of two processes: half of the batch, a step in DDP, and the gradients."""
+    """What one of two processes does: half of the batch and a step in DDP. Returns the gradients."""
     model = domain_model()
     parallel = nn.parallel.DistributedDataParallel(model)
     half = leaf(8, 5, dtype=torch.float32).detach().chunk(2)[rank]
@@ -281,7 +281,7 @@ def test_lambda_survives_copies_casts_and_deferred_memory(make) -> None:
 
 
 def test_the_layer_is_not_the_optimizers_reverse() -> None:
-    """On the domain loss alone they are the same to an extractor; a task's loss is reversed by the optimizer too."""
+    """They agree for an extractor on the domain loss alone; the optimizer reverses a task's loss too."""
 
     def moved(layer: bool, with_task: bool) -> Tensor:
         extractor = nn.Parameter(torch.tensor([1.0, -2.0, 3.0]))

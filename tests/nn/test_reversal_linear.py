@@ -131,7 +131,7 @@ def test_autocast_leaves_float64() -> None:
 
 
 class Recorder(TorchDispatchMode):
-    """Every operation that makes memory, and how many elements."""
+    """Records every operation that allocates memory, and the number of elements."""
 
     def __init__(self) -> None:
         super().__init__()

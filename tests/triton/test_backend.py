@@ -162,7 +162,9 @@ def test_results_do_not_depend_on_the_grid(
 
 
 def test_noise_is_that_of_the_cpu(backend: str) -> None:
-    """To the bit: the same words, the same polynomials, nothing contracted. In packs of four and one at a time."""
+    """The noise is equal to the bit: the same words and polynomials, and nothing contracted, in packs and one at a
+    time.
+    """
     recipe = {"noise": 0.3, "seed": 2**63 + 12345, "noise_decay": 0.55}
 
     def outcome(backend: str) -> dict[str, torch.Tensor]:
@@ -182,7 +184,7 @@ def test_noise_is_that_of_the_cpu(backend: str) -> None:
 
 
 def test_gradients_that_moved_are_followed(backend: str) -> None:
-    """To another place, aligned or not: kernels are chosen anew."""
+    """They move to an aligned or a misaligned place, for which kernels are chosen anew."""
     straight, crooked = (
         Run(CASES["adam"], RECIPES["clip-norm"], ((9, 33), (50,)), backend=backend).step() for _ in "ab"
     )
@@ -300,7 +302,7 @@ def test_launches_of_a_step(backend: str, monkeypatch: pytest.MonkeyPatch) -> No
 
 @pytest.mark.parametrize(("case", "at"), [("lamb", "update"), ("lars", "update"), ("lars", "decayed")])
 def test_trust_in_what_takes_several_chunks(at: str, case: str, backend: str) -> None:
-    """Rehearsed means and norms of whole rows need each other, in an order that depends on the rule."""
+    """Late means and norms of whole rows need each other, in an order that depends on the rule."""
 
     def outcome(backend: str, exact: bool = False) -> dict[str, torch.Tensor]:
         recipe = {"centralize": True, "centralize_at": at}
@@ -362,7 +364,7 @@ def test_without_the_module_that_plans(backend: str) -> None:
 def test_auto_takes_it_where_cuda_was_not_built(
     backend: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """On a GPU: cuda, then triton, then the reference."""
+    """On a GPU, "auto" takes cuda, then triton, then the reference."""
     gradfused.backends._log_fallback.cache_clear()
     usable = {name: Availability(name) for name in ("cpu", "triton", "reference")}
     monkeypatch.setattr(

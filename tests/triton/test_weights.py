@@ -1,4 +1,4 @@
-"""The Triton backend, interpreted where there is no GPU: how weights are kept, what rides on them, and SAM's ascent."""
+"""The Triton backend, interpreted where there is no GPU: precision and averages of weights, and SAM's ascent."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def run(backend: str, case: str, rider: str, dtype: str, **how: Any) -> Run:
 
 
 def assert_as_on_the_cpu(case: str, rider: str, dtype: str, backend: str, **how: Any) -> None:
-    """The arithmetic is the same: what differs is float32's last bit, where a sum in float64 did."""
+    """The arithmetic is that of the CPU: only the last bit of float32 may differ, where a sum in float64 did."""
     ours, theirs = (run(b, case, rider, dtype, **how) for b in (backend, "cpu"))
     assert_close(ours.outcome(), theirs.outcome(), 1e-6, 1e-6)
     assert ours.guards_intact()
@@ -75,12 +75,12 @@ def test_layouts(rider: str, layout: str, backend: str) -> None:
 
 @pytest.mark.parametrize("case", ["lamb", "lars", "adan", "nadam"])
 def test_rules_on_short_weights(case: str, backend: str) -> None:
-    """What is weighed are the weights with their remainder."""
+    """The norms are those of the weights with their remainder."""
     assert_as_on_the_cpu(case, "kahan", "bfloat16", backend)
 
 
 def test_riders_of_their_own(backend: str) -> None:
-    """Each group keeps its weights in another way, and one as they are, in two dtypes: all in one kernel."""
+    """Each group keeps its weights in another way, one of them plainly, in two dtypes: one kernel handles all."""
 
     def outcome(backend: str) -> dict[str, torch.Tensor]:
         made = Run(CASES["adamw"], {}, SHAPES, backend=backend, dtype=torch.bfloat16)
@@ -104,7 +104,7 @@ def test_riders_of_their_own(backend: str) -> None:
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.skipif(not can_mix_dtypes(), reason=GRAD_DTYPE_MISSING)
 def test_random_rounding_is_that_of_the_cpu(dtype: torch.dtype, layout: str, backend: str) -> None:
-    """To the bit, on every exponent: subnormals, what overflows, infinities and NaN."""
+    """The results are equal to the bit on every exponent: subnormals, overflow, infinities and NaN."""
     special = [0.0, -0.0, 65504.0, 65519.0, 3.3895e38, -3.4e38, 1e-45, -1e-40, math.inf, -math.inf, math.nan]
     numbers = torch.tensor([s * (1 + m / 7) * 2.0**e for e in range(-149, 127) for m in range(4) for s in (1, -1)])
     numbers = torch.cat([numbers, torch.tensor(special).repeat(5)])
@@ -141,7 +141,7 @@ def take(table: StepTable) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 @pytest.mark.parametrize("adaptive", [False, True])
 def test_ascent_and_descent(adaptive: bool, dtype: torch.dtype, backend: str) -> None:
-    """Up by rho along the gradient, and from the backup down, which leaves the weights where one step would."""
+    """The weights go up by rho along the gradient, and down from the backup to where a single step would lead."""
     rho = (0.0, 0.05, 1e-12, 0.0, math.inf)
     settings = Settings(norm_scope="global", perturb=rho, adaptive=adaptive, eta=0.01 * adaptive)
 

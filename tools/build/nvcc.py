@@ -26,7 +26,7 @@ RUNTIME = "libcudart_static.a"
 
 
 class Unavailable(Exception):
-    """Why gradfused._cuda cannot be built here, and the remedy."""
+    """The reason why gradfused._cuda cannot be built here, with the remedy."""
 
 
 @dataclass(frozen=True)
@@ -49,12 +49,12 @@ class Toolkit:
 
     @property
     def archs_text(self) -> str:
-        """As GRADFUSED_CUDA_ARCHS takes it."""
+        """The targets as GRADFUSED_CUDA_ARCHS takes them."""
         return " ".join(map(str, self.archs)) + ("+PTX" if self.ptx else "")
 
     @property
     def target_flags(self) -> tuple[str, ...]:
-        """One machine code a compute capability, and the PTX."""
+        """Flags for the machine code of each compute capability, and for the PTX."""
         flags = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in self.archs]
         if self.ptx:
             flags.append(f"-gencode=arch=compute_{self.archs[-1]},code=compute_{self.archs[-1]}")
@@ -62,7 +62,7 @@ class Toolkit:
 
 
 def output_of(*command: str, timeout: float = 60) -> tuple[int, str]:
-    """Exit status and everything a command printed."""
+    """The exit status of a command and everything that it printed."""
     try:
         result = subprocess.run(command, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=timeout)
     except (OSError, subprocess.TimeoutExpired) as error:
@@ -71,7 +71,7 @@ def output_of(*command: str, timeout: float = 60) -> tuple[int, str]:
 
 
 def find_nvcc() -> str:
-    """Its path, from where the user points, else the usual places."""
+    """The path of nvcc: where the user points, else in the usual places."""
     if chosen := os.environ.get("CUDACXX"):
         if found := shutil.which(chosen):
             return found
@@ -97,7 +97,7 @@ def check_version(nvcc: str) -> None:
 
 
 def with_host_compiler(nvcc: str, cxx: list[str]) -> tuple[str, ...]:
-    """The nvcc command that uses our C++ compiler, once it is known to take it."""
+    """The nvcc command that uses our C++ compiler, after checking that nvcc accepts it."""
     # A CXX of several words (ccache g++) is more than -ccbin takes: nvcc then finds its own.
     named = len(cxx) == 1 and "NVCC_CCBIN" not in os.environ
     command = (nvcc, "-ccbin", cxx[0]) if named else (nvcc,)
@@ -155,7 +155,7 @@ def wanted_archs() -> tuple[set[int], bool]:
 
 
 def listed(archs: set[int]) -> str:
-    """In order, with commas."""
+    """Compute capabilities in order, with commas."""
     return ", ".join(map(str, sorted(archs)))
 
 

@@ -31,7 +31,7 @@ WIDE = 128
 
 
 class Limit(NamedTuple):
-    """What a kernel may take.
+    """The limits of a kernel.
 
     Attributes:
         registers: They bound how many threads run at once.
@@ -62,7 +62,7 @@ LIMITS = {
 
 
 class Instruction(NamedTuple):
-    """One of SASS."""
+    """One instruction of SASS."""
 
     address: int
     guard: str | None
@@ -76,7 +76,7 @@ class Instruction(NamedTuple):
 
     @property
     def bits(self) -> int:
-        """Width of an access to global memory, 0 of anything else."""
+        """The width of an access of global memory; 0 for anything else."""
         if self.base not in ("LDG", "STG", "LD", "ST"):
             return 0
         widths = (re.fullmatch(r"[US]?(8|16|64|128|256)", part) for part in self.opcode.split("."))
@@ -98,7 +98,7 @@ Code = list[Instruction]
 
 @dataclass(frozen=True)
 class Loop:
-    """What a hot loop does in one round."""
+    """What a hot loop does in one iteration."""
 
     address: int
     loads: int
@@ -110,12 +110,12 @@ class Loop:
 
     @property
     def states(self) -> float:
-        """Of a step: per unrolled round it loads the weight, gradient and states, and stores all but the gradient."""
+        """The rule's states: an unrolled step loads weight, gradient and states, and stores all but the gradient."""
         unrolled = self.loads - self.stores
         return self.stores / unrolled - 1 if unrolled > 0 else -1
 
     def flaws(self, limit: Limit) -> list[str]:
-        """What does not belong in it."""
+        """What must not be in the loop."""
         said = []
         if self.local > (limit.inside if self.states >= 3 or not limit.strict else 0):
             said.append(f"{self.local} accesses of local memory")
@@ -139,7 +139,7 @@ class Kernel:
 
     @property
     def kind(self) -> str:
-        """Key of LIMITS."""
+        """Its key in LIMITS."""
         found = re.search(r"\d(?:step_[a-z]+_(lean|full)|(stats|patch))E", self.symbol)
         if not found:
             return self.symbol
@@ -147,13 +147,13 @@ class Kernel:
 
     @property
     def family(self) -> str:
-        """Of the rules that it takes steps with; empty if it takes none."""
+        """The family of rules that it takes steps with; empty if it takes none."""
         found = re.search(r"\dstep_([a-z]+)_(?:lean|full)E", self.symbol)
         return found[1] if found else ""
 
     @property
     def inside(self) -> int:
-        """Local accesses within hot loops."""
+        """The number of local accesses within hot loops."""
         return sum(loop.local for loop in self.loops)
 
     @property
@@ -162,7 +162,7 @@ class Kernel:
         return sum(loop.stores > 0 for loop in self.loops)
 
     def faults(self) -> list[str]:
-        """Where it breaks its limits."""
+        """How it breaks its limits."""
         limit = LIMITS.get(self.kind)
         if limit is None:
             return ["no limits are written down for it"]
@@ -177,7 +177,7 @@ class Kernel:
 
 
 def parse(lines: Iterable[str]) -> Iterator[tuple[str, str, Code]]:
-    """Target, symbol and code of each kernel that cuobjdump --dump-sass lists."""
+    """The target, symbol and code of each kernel in the output of cuobjdump --dump-sass."""
     arch, symbol, code = "", "", Code()
     for line in lines:
         if match := LINE.match(line):
@@ -195,7 +195,7 @@ def parse(lines: Iterable[str]) -> Iterator[tuple[str, str, Code]]:
 
 
 def flow(code: Code) -> tuple[list[list[int]], set[int]]:
-    """Where each instruction may go on, and the entries: the kernel's and those of functions it calls."""
+    """The instructions that may follow each one, and the entries: of the kernel and of the functions that it calls."""
     place = {instruction.address: i for i, instruction in enumerate(code)}
     following: list[list[int]] = [[] for _ in code]
     entries = {0}
@@ -245,7 +245,7 @@ def cycles(nodes: set[int], following: list[list[int]]) -> Iterator[set[int]]:
 
 
 def loops(nodes: set[int], following: list[list[int]], code: Code) -> Iterator[set[int]]:
-    """The hot ones among these instructions: those around no other that is hot."""
+    """The hot loops among these instructions that contain no other hot loop."""
     for cycle in cycles(nodes, following):
         if not any(code[i].bits >= WIDE for i in cycle):
             continue
@@ -256,7 +256,7 @@ def loops(nodes: set[int], following: list[list[int]], code: Code) -> Iterator[s
 
 
 def flight(body: Code) -> int:
-    """The most bytes a thread has asked for before it waits for one of them."""
+    """The most bytes that a thread has requested before it waits for one of them."""
     most, pending = 0, dict[str, int]()
     for instruction in body:
         used = re.findall(r"\bR\d+\b", instruction.operands)
@@ -296,7 +296,7 @@ def hot_loops(code: Code) -> tuple[Loop, ...]:
 
 
 def find_cuobjdump() -> str | None:
-    """That of Triton's package, else the one on PATH."""
+    """The cuobjdump in Triton's package, else the one on PATH."""
     triton = importlib.util.find_spec("triton")
     bundled = Path(str(triton and triton.origin)).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     return str(bundled) if bundled.exists() else shutil.which("cuobjdump")
@@ -338,7 +338,7 @@ def has_lean_kernels(rule: str) -> bool:
 
 
 def expected_bodies(kernel: Kernel) -> int:
-    """How many loops are to take a step: one a dtype and rule in the lean kernels, one a dtype for all rules in the full ones."""
+    """The number of loops that must take a step: one for each dtype, and in lean kernels for each dtype and rule."""
     rules = rule_families().get(kernel.family, [])
     lean = sum(map(has_lean_kernels, rules))
     return LIMITS[kernel.kind].bodies * (lean if kernel.kind == "step_lean" else bool(rules))
@@ -361,13 +361,13 @@ def missing_loops(found: list[Kernel]) -> list[str]:
 
 
 def all_faults(found: list[Kernel]) -> list[str]:
-    """Everything that is not as it should be."""
+    """All faults of the kernels."""
     named = ((f"sm_{k.arch} {k.kind}" + (f" of {k.family}" if k.family else ""), k) for k in found)
     return [f"{name}: {fault}" for name, k in named for fault in k.faults()] + missing_loops(found)
 
 
 def table(found: list[Kernel]) -> str:
-    """A line a kernel."""
+    """A table with a line for each kernel."""
     head = (
         "kernel",
         "family",
@@ -390,7 +390,7 @@ def table(found: list[Kernel]) -> str:
 
 
 def loop_table(kernel: Kernel) -> str:
-    """A line a hot loop, with everything that the strictest limits would forbid."""
+    """A line for each hot loop, with everything that the strictest limits would forbid."""
     return "\n".join(
         f"  {loop.address:#8x}  loads {loop.loads}  stores {loop.stores}  {loop.flight:3d} B in flight  "
         + "; ".join(loop.flaws(Limit(0, 0)))

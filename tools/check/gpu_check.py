@@ -34,7 +34,7 @@ FEW_CASES = "every_recipe and (adamw-amsgrad or sgd-nesterov) and (full or agc o
 
 @dataclass(frozen=True)
 class Step:
-    """A command and what it needs.
+    """A command with its requirements.
 
     Attributes:
         name: Of the step and its log.
@@ -53,7 +53,7 @@ class Step:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What came of a step."""
+    """The result of a step."""
 
     name: str
     result: str
@@ -73,14 +73,14 @@ def find_tool(name: str) -> str | None:
 
 
 def pytest(*arguments: str, parallel: bool = False) -> tuple[str, ...]:
-    """pytest over the tests here and the package built there; in 4 processes where xdist is."""
+    """A pytest command over the tests here and the package built there, in 4 processes if xdist is installed."""
     jobs = ("-n", "4") if parallel and importlib.util.find_spec("xdist") else ()
     options = ("-q", "-rs", "-p", "no:cacheprovider", "-c", str(ROOT / "pyproject.toml"), "--rootdir", str(ROOT), *jobs)
     return (sys.executable, "-m", "pytest", *options, *arguments)
 
 
 def all_steps(out: Path) -> Iterator[Step]:
-    """In the order they are taken."""
+    """The steps in the order in which they are taken."""
     python, tests = sys.executable, str(ROOT / "tests")
     build = (
         python,
@@ -120,13 +120,16 @@ def all_steps(out: Path) -> Iterator[Step]:
 
 
 def environment(step: Step) -> dict[str, str]:
-    """The package is the one built here, and nothing else of this checkout is on the path."""
+    """The environment in which the package is the one built here, and nothing else of this checkout is on the path."""
     archs = {"GRADFUSED_CUDA_ARCHS": os.environ.get("GRADFUSED_CUDA_ARCHS", "native")}
     return {**os.environ, **archs, "PYTHONPATH": str(PACKAGES), "PYTHONUNBUFFERED": "1", **step.env}
 
 
 def run_commands(step: Step, log: Path, limit: float) -> str:
-    """Runs a step; returns what went wrong, or nothing. From the package's folder: Python looks there first."""
+    """Runs a step and returns what went wrong, or nothing.
+
+    All steps but the build run in the folder of the built package, since Python looks there first.
+    """
     end = time.monotonic() + limit
     with log.open("w") as file:
         for command in step.commands:
@@ -147,7 +150,7 @@ def run_commands(step: Step, log: Path, limit: float) -> str:
 
 
 def traffic(log: Path) -> str:
-    """Launches, bytes and time of the step that ncu saw."""
+    """Launches, bytes and time of the step that ncu profiled."""
     text = log.read_text(errors="replace")
     lines = [line for line in text.splitlines() if line.startswith('"')]
     rows = [row for row in csv.DictReader(lines) if row["Metric Value"]]
@@ -162,7 +165,7 @@ def traffic(log: Path) -> str:
 
 
 def take(step: Step, out: Path, limit: float) -> Outcome:
-    """Runs one step and says what came of it."""
+    """Runs a step and returns its outcome."""
     if missing := [name for name in step.needs if not find_tool(name) and not importlib.util.find_spec(name)]:
         return Outcome(step.name, "skipped", 0, f"found no {missing[0]}")
     log = out / f"{step.name}.log"
@@ -177,7 +180,7 @@ def take(step: Step, out: Path, limit: float) -> Outcome:
 
 
 def missing_modules() -> list[str]:
-    """What the build or the tests would stop at; the build finds pybind11 in torch too, and ninja on PATH."""
+    """The modules without which the build or the tests would fail. pybind11 may be torch's, and ninja on PATH."""
     wanted = {"torch": "torch with CUDA", "pytest": "pytest", "hypothesis": "hypothesis"}
     missing = [what for name, what in wanted.items() if not importlib.util.find_spec(name)]
     if not importlib.util.find_spec("setuptools") or int(version("setuptools").split(".")[0]) < OLDEST_SETUPTOOLS:

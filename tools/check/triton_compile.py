@@ -35,7 +35,7 @@ TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
 
 @dataclass
 class Report:
-    """What came of a compilation.
+    """What a compilation resulted in.
 
     Attributes:
         registers: Of a thread.
@@ -56,7 +56,7 @@ class Report:
 
 @triton.jit
 def probe(to):
-    """The least that a compiler can be asked for: its failure is the compiler's, not our kernels'."""
+    """The smallest kernel: if it does not compile, the fault is the compiler's and not our kernels'."""
     tl.store(to, 1.0)
 
 
@@ -71,13 +71,13 @@ def compiled(source: Any, target: str, options: dict[str, Any] | None = None) ->
 
 
 def cuobjdump() -> str | None:
-    """The program that comes with Triton."""
+    """The path of the cuobjdump in Triton's package, or None."""
     found = Path(str(triton.__file__)).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     return str(found) if found.exists() else None
 
 
 def read_cuda(kernel: Any) -> Report:
-    """From the machine code: see check_sass."""
+    """Reads a kernel's machine code for NVIDIA; see check_sass.py."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(kernel.asm["cubin"])
         file.flush()
@@ -99,7 +99,7 @@ def read_cuda(kernel: Any) -> Report:
 
 
 def read_amd(kernel: Any) -> Report:
-    """From the assembly and its metadata."""
+    """Reads a kernel's assembly for AMD and its metadata."""
     text = kernel.asm["amdgcn"]
     numbers = {key: int(n) for key, n in re.findall(r"\.(vgpr_(?:count|spill_count)): +(\d+)", text)}
     counts = Counter(re.findall(r"\b((?:global|buffer|flat)_(?:load|store)_\w+)", text))
@@ -126,7 +126,7 @@ def unable(target: str) -> str | None:
 
 
 def said(error: Exception) -> str:
-    """An error in a line."""
+    """An error in one line."""
     lines = str(error).strip().splitlines()
     return f"{type(error).__name__}: {lines[-1] if lines else ''}"
 
@@ -134,7 +134,7 @@ def said(error: Exception) -> str:
 def attempt(
     check: Callable[[Any, str], tuple[Report, list[str]]], variant: Any, target: str
 ) -> tuple[Report, list[str]]:
-    """What came of a variant and what is wrong with it, not compiling included."""
+    """The report on a variant and its faults, of which a failed compilation is one."""
     try:
         return check(variant, target)
     except Exception as error:
