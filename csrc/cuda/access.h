@@ -14,14 +14,14 @@ namespace {
 using math::BFloat16;
 using math::Half;
 
-// What one access brings: it stays as it is stored, 4 registers of 16 bytes, until an element is computed with.
+// The elements of one access. They stay as they are stored, in 4 registers, until one of them is computed with.
 template <class S> struct alignas(16) Vector {
   S item[16 / sizeof(S)];
 };
 template <class T> struct One {
   T item[1];
 };
-// The same as words: what is loaded in some branch and used behind it would be split into 16-bit halves at once, and waited for.
+// The same as words: otherwise nvcc splits a pack that is loaded in a branch into 16-bit halves at once, and waits for the load.
 struct alignas(16) Words {
   uint32_t item[4];
 };
@@ -34,7 +34,7 @@ template <class T> __device__ __forceinline__ T* global(T* p) {
   return p;
 }
 
-// Written out: for compute capability 10.0 and 12.0 nvcc 13.0 splits such an access into the elements that are computed with. The
+// In assembly, since nvcc 13.0 splits such an access into elements for compute capability 10.0 and 12.0. The
 // intrinsics __ldca and __stwb would be strong accesses.
 __device__ __forceinline__ uint4 load_16_bytes(const void* p) {
 #ifdef __CUDA_ARCH__
@@ -67,7 +67,7 @@ template <class S, class T> struct Plain {
   static __device__ __forceinline__ void store(Handle x, int i, const Pack& v) { store_16_bytes(x + i, math::bits<uint4>(v)); }
 
   using Raw = Words;
-  // What has been stored, rounded as it is.
+  // The elements as the store rounded them.
   static __device__ __forceinline__ Raw stored(Handle, int, const Raw& v) { return v; }
   static __device__ __forceinline__ Raw load_raw(Handle x, int i) { return math::bits<Words>(load_16_bytes(x + i)); }
   static __device__ __forceinline__ void store_raw(Handle x, int i, const Raw& v) { store_16_bytes(x + i, math::bits<uint4>(v)); }
@@ -145,7 +145,7 @@ template <class S, class T> struct Plain {
     store_16_bytes(x.data + int64_t(i) * int64_t(sizeof(S)), math::bits<uint4>(v));
   }
 
-  // x as the operand holds it.
+  // x rounded to the dtype of the operand.
   static __device__ __forceinline__ T rounded(Handle, T x) {
     S stored;
     math::put(x, stored);
@@ -155,7 +155,7 @@ template <class S, class T> struct Plain {
     return math::half_unit(std::is_same_v<S, BFloat16> ? DType::bfloat16 : DType::float16);
   }
 
-  // Whether weights that are accessed in this way may be of 16 bits: others are as precise as they are.
+  // Whether weights that are accessed in this way may be of 16 bits.
   static constexpr bool may_be_short = may_widen;
   static __device__ __forceinline__ T rounded_randomly(Handle, T x, uint32_t random) {
     if constexpr (std::is_same_v<S, BFloat16>) return math::random_bfloat16(x, random);
@@ -237,11 +237,11 @@ template <class T> struct Any {
   }
 };
 
-// Where a row's weights are before the step, as the parameter's dtype has them.
+// The operand that a row's weights are read from, in the parameter's dtype.
 __device__ __forceinline__ const Operand& kept_weights(const Row& row) { return row.source.data ? row.source : row.param; }
 
-// Runs f with the access that suits a chunk: one uniform branch a chunk. Operands of mixed dtypes go an element at a time, but for what may
-// be float32 beside 16-bit weights, so that there are six bodies, not one a combination. Without kWide there is no float64.
+// Runs f with the access that suits a chunk: one uniform branch a chunk. Operands of mixed dtypes are accessed an element at a time, except
+// those that may be float32 beside 16-bit weights, so that there are six bodies and not one a combination. Without kWide there is no float64.
 template <bool kWide = true, class F>
 __device__ __forceinline__ void with_access(const Row& row, const char* grad, bool plain, const F& f) {
   if (plain && reinterpret_cast<uintptr_t>(grad) % 16 == 0) {

@@ -14,8 +14,8 @@ namespace {
 
 constexpr __host__ __device__ bool same(const char* a, const char* b) { return *a == *b && (*a == '\0' || same(a + 1, b + 1)); }
 
-// Runs f with the rule, among those of this family. What runs big bodies is given as a functor: the compiler leaves lambdas of that size
-// as calls, through local memory.
+// Runs f with the rule, one of this family. Big bodies are given as functors: the compiler does not inline lambdas of that size, and calls
+// go through local memory.
 template <class F> __device__ __forceinline__ void with_rule(Rule rule, const F& f) {
   switch (rule) {
 #define GRADFUSED_RULE(name, type, family)                                                 \
@@ -37,7 +37,7 @@ constexpr int most_states() {
   return most;
 }
 
-// A rule that a body is compiled for alone.
+// The only rule that a body is compiled for.
 template <class R> struct OneRule {
   static constexpr int states = R::states;
   const BlockRow& block;  // in shared memory: fewer registers
@@ -58,7 +58,7 @@ template <class T> struct DirectOne {
   template <class R> __device__ __forceinline__ void operator()(R) const { OneRule<R>(block, Rule()).direct(x, weight, state); }
 };
 
-// Any rule of the family, told apart where it runs: one body in place of one a rule.
+// Any rule of the family, chosen at run time: one body for all of them.
 struct AnyRule {
   static constexpr int states = most_states();
   const BlockRow& block;
@@ -73,7 +73,7 @@ struct AnyRule {
   }
 };
 
-// Writes the rule's numbers for a row to block.coef, and what is in the numbers of all rules beside them.
+// Writes the rule's numbers for a row to block.coef, and those that all rules have to block.move.
 template <class T>
 __device__ void set_coef(BlockRow& block, const Row& row, const Settings& settings, const Count& count, const DeviceRow* trusted) {
   with_rule(row.rule, [&](auto rule) {

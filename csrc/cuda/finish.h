@@ -1,4 +1,4 @@
-// What the last block of a launch does, when nobody reads any more what it writes: a warp a row, in a fixed order.
+// What the last block of a launch does once all others are done: a warp puts a row's chunks together, in a fixed order.
 #pragma once
 
 #include "cuda/row.h"

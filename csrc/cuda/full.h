@@ -1,6 +1,5 @@
-// One chunk's walk through a step in which anything may be asked for: noise, norms by unit, late centring, float64, trust ratios, and
-// weights that are kept in another way than in one array. One loop does it all, and is told by bits what: a body an access for all rules of
-// a family.
+// A chunk's step with all that a row may need: noise, norms by unit, late centring, float64, trust ratios, and weights that are kept in other
+// ways than in one array. Bits tell one loop what to do, so that there is one body an access for all rules of a family.
 #pragma once
 
 #include "cuda/enter.h"
@@ -13,7 +12,7 @@ template <class A> struct States {
   typename A::Raw of[AnyRule::states];
 };
 
-// x <- the directions the rule takes: told apart once a pack.
+// x <- the rule's directions. The rule is chosen once a pack.
 template <class A> struct DirectPack {
   using T = typename A::Compute;
   const BlockRow& block;
@@ -103,7 +102,7 @@ template <class A> class FullStepper {
     return squares;
   }
 
-  // What this launch does with each element in the end.
+  // The bits of a launch's last walk over a unit.
   __device__ __forceinline__ uint32_t last_walk(bool decayed, bool directed) const {
     switch (task_.phase) {
       case Phase::step: return kDirect | kMove | kStep | (decayed ? kCentreBefore : 0) | (directed ? kCentreAfter : 0);
@@ -116,8 +115,8 @@ template <class A> class FullStepper {
     }
   }
 
-  // Where something is centred late whose mean is not known, a walk for that mean comes first. What fits in the tile stays there, and the
-  // states then move in that walk.
+  // If the mean of late centring is not known yet, a walk that computes it comes first. A unit that fits in the tile stays there, and its
+  // states are then written in the first walk.
   __device__ __forceinline__ void walk_unit(const Unit* known) {
     const bool decayed = needs(Need::centre_decayed), directed = needs(Need::centre_update);
     uint32_t last = last_walk(decayed, directed), todo = last;
@@ -202,7 +201,7 @@ template <class A> class FullStepper {
     for (int k = 0; k < width; ++k) x[k] = x[k] - mean;
   }
 
-  // x joins the mean, and with kHold the tile.
+  // Adds x to the mean, and with kHold puts it into the tile.
   __device__ __forceinline__ void sum(int i, uint32_t todo, const T* x) {
     seen_.template add<width>(x);
     TileSlot held;
@@ -211,7 +210,7 @@ template <class A> class FullStepper {
     if (todo & kHold) g_.template slot<TileSlot>(i) = held;
   }
 
-  // Of the gradient as the rule is given it, or of the direction with what decay adds to it; and of the weights.
+  // Adds to the sums of squares for a trust ratio: of the weights, and of the rule's direction with weight decay or of its gradient.
   __device__ __forceinline__ void weigh(uint32_t todo, T* x, const T* weights) {
     if (todo & kTrustsUpdate) {
 #pragma unroll
@@ -242,8 +241,8 @@ template <class A> class FullStepper {
   Gradient<A> g_;
   typename A::Handle state_[states]{};
   T mean_ = T(0), factor_ = T(1);          // of the unit
-  RunningMean<T> seen_;                    // by this thread, of what is centred late
-  double total_ = 0, weight_squares_ = 0;  // and of what the chunk leaves behind
+  RunningMean<T> seen_;                    // this thread's, of what is centred late
+  double total_ = 0, weight_squares_ = 0;  // this thread's, of what the chunk leaves behind
 };
 
 struct FullChunk {

@@ -1,5 +1,5 @@
-// A unit's gradient, or a piece of a row's, as the threads that share it read it: from memory once, afterwards from the tile if it fits.
-// Each thread finds in the tile what it put there itself, so no barrier is needed.
+// The gradient of a unit or a piece of a row, read from memory once and afterwards from the tile if it fits. Each thread reads from the tile
+// only what it put there itself, so no barrier is needed.
 #pragma once
 
 #include "cuda/access.h"
@@ -22,7 +22,7 @@ template <int kCount, class T> __device__ __forceinline__ double sum_squares(con
   return exact;
 }
 
-// The mean of what a group's threads take in.
+// The mean of the values that the threads of a group read.
 template <class T> struct RunningMean {
   T anchor = T(0);
   double sum = 0;
@@ -37,7 +37,7 @@ template <class T> struct RunningMean {
     count += kCount;
   }
 
-  // Of the `numel` values that a group took in, known to all its threads: around the mean of what its first thread took in.
+  // The mean of the group's `numel` values, known to all its threads, computed around the mean of the first thread's.
   __device__ __forceinline__ double of_group(int lanes, double numel) const {
     const double own = count ? double(anchor) + sum / double(count) : 0.0;
     const double first = math::anchor(sum_group(int(threadIdx.x) % lanes ? 0.0 : own, lanes));
@@ -53,11 +53,11 @@ template <class A> struct Gradient {
 
   const Operand& operand;
   const char* const data;
-  const int lane, lanes;  // this thread's place among those that share
+  const int lane, lanes;  // this thread's place in its group, and the group's size
   char* const tile;       // the group's part of the block's
   const T unscale;
   typename A::Handle from{};
-  int count = 0;  // 0 where this group has nothing to do
+  int count = 0;  // 0 if this group has nothing to do
   bool held = false;
 
   __device__ Gradient(const Operand& row, const char* address, int sharing, char* block_tile, double scale)
@@ -79,7 +79,7 @@ template <class A> struct Gradient {
     for (int i = lane * width; i < count; i += lanes * width) f(i);
   }
 
-  // f(i, load(i)), several loads under way at a time: with one, too few bytes are in flight.
+  // f(i, load(i)), with several loads at a time: with one, too few bytes are in flight.
   template <int kAhead = 4, class L, class F> __device__ __forceinline__ void for_each_loaded(L load, F f) const {
     const int step = lanes * width;
     int i = lane * width;
@@ -103,7 +103,7 @@ template <class A> struct Gradient {
 
   __device__ __forceinline__ bool fits() const { return count <= lanes * (kTileBytes / kThreads) / int(sizeof(T)); }
 
-  // The mean of the unscaled gradient, of `numel` elements, known to all that share it. What fits is held from now on.
+  // The mean of the unscaled gradient of `numel` elements, known to all threads of the group. What fits in the tile is held from now on.
   __device__ __forceinline__ double mean(double numel) {
     const bool fitting = fits();
     RunningMean<T> seen;
@@ -136,10 +136,10 @@ template <class A> struct Gradient {
     return total;
   }
 
-  // Of 16-bit weights with float32 copies a load is three: more than these have no room in the registers.
+  // A load of 16-bit weights with a float32 copy is three accesses: the registers have room for no more of them.
   static constexpr int kRidersAhead = sizeof(typename A::RiderRaw) > 16 ? 1 : 4;
 
-  // This thread's part of the sum of squares of the weights of the same elements, and what those are kept in.
+  // This thread's part of the sum of squares of the same elements' weights.
   template <class W> __device__ __forceinline__ double own_squares_of(const W& weights, Needs needs) const {
     double total = 0;
     const auto add = [&](int, const typename W::Loaded& v) {

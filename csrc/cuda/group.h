@@ -30,7 +30,7 @@ __device__ __forceinline__ double sum_block(double x) {
 
 __device__ __forceinline__ double sum_group(double x, int lanes) { return lanes > kLanes ? sum_block(x) : sum_lanes(x, lanes); }
 
-// Whether all other blocks are done, and what they wrote is visible. The counter is 0 again afterwards.
+// Whether all other blocks are done; if so, what they wrote is visible. Resets the counter to 0.
 __device__ __forceinline__ bool last_block(unsigned* ticket) {
   __shared__ bool last;
   __threadfence();

@@ -1,4 +1,4 @@
-// What the kernels of a step are given: one table in device memory, cut into chunks.
+// The launches of a step's kernels, each over one table in device memory.
 #pragma once
 
 #include "plan/layout.h"

@@ -1,4 +1,4 @@
-// The weights before a step: read from where they are kept, in all the digits that belong to them.
+// The weights before a step, with all the digits that are kept of them.
 #pragma once
 
 #include "cuda/gradient.h"
@@ -10,14 +10,14 @@ template <class A> struct KeptWeights {
   using T = typename A::Compute;
   static constexpr int width = A::width;
 
-  // As they came from memory: nothing waits for them until they are widened.
+  // As loaded: no instruction waits for them until they are widened.
   struct Loaded {
     typename A::Raw own;
     typename A::RiderRaw more;
   };
 
   typename A::Handle own{};
-  typename A::Rider more{};  // the copy or the remainder: no row has both
+  typename A::Rider more{};  // the float32 copy or the compensation: no row has both
 
   __device__ __forceinline__ void open(const Row& row, int64_t begin) {
     const Operand& kept = kept_weights(row);

@@ -1,5 +1,5 @@
-// One chunk's walk through a step that needs no more than centring, wide norms and what is done element by element in float32: few
-// enough registers for three blocks a multiprocessor.
+// A chunk's step with no more than centring, wide norms and elementwise work in float32, in few enough registers for three blocks a
+// multiprocessor.
 #pragma once
 
 #include "cuda/enter.h"
@@ -107,12 +107,12 @@ template <class R, class A> class LeanStepper {
 template <class A> struct LeanRule {
   const ChunkTask& task;
   template <class R> __device__ __forceinline__ void operator()(R) const {
-    // The others' rows are never lean.
+    // Rows of other rules are never lean.
     if constexpr (R::trust == math::Trust::none && R::states <= kLeanStates) LeanStepper<OneRule<R>, A>(task).run();
   }
 };
 
-// A body a rule where accesses are wide, one for all where they are not.
+// One body a rule for wide accesses, one for all rules for the others.
 struct LeanChunk {
   const ChunkTask& task;
   template <class A> __device__ __forceinline__ void operator()(A) const {

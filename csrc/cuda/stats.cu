@@ -1,5 +1,5 @@
-// The first launch of a step whose recipe has a wide norm: centred sums of squares of every row, and means of units that lie in several
-// chunks. Reads each gradient once.
+// The launch of the phases `means` and `norms`: centred sums of squares of rows, and means of units that take several chunks. It reads each
+// gradient once.
 #include "cuda/kept.h"
 #include "cuda/launch.h"
 
@@ -50,7 +50,7 @@ __device__ double finish_split_row(const Job& job, const DeviceRow& r, bool cent
   };
   if (row.whole && centre) mean = mean_of_chunks(job, r.chunk0, r.chunk1, double(row.numel));
   const int64_t units = row.numel / row.unit_length;
-  if (row.unit_length <= kBlockUnit) {  // short units of a tensor centred whole: their norms are taken in the update
+  if (row.unit_length <= kBlockUnit) {  // short units of a tensor that is centred as a whole: their norms are taken in the step
     for (int64_t u = threadIdx.x % kLanes; u < units; u += kLanes) job.units[r.unit0 + u].mean = mean;
     return sum_chunks(r.chunk0, r.chunk1, squares);
   }
@@ -66,7 +66,7 @@ __device__ double finish_split_row(const Job& job, const DeviceRow& r, bool cent
   return total;
 }
 
-// By the last block: a warp a row, in a fixed order.
+// Called by the last block: a warp a row, in a fixed order.
 __device__ void finish(const Job& job) {
   for (int i = int(threadIdx.x) / kLanes; i < job.row_count; i += kWarps) {
     const DeviceRow& r = job.rows[i];

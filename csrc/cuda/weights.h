@@ -1,4 +1,4 @@
-// The weights of a unit or piece: read from where they are kept, and written back in the way that is asked for, with what rides on that.
+// The weights of a unit or piece: read, and written back in the row's precision, with what is kept along with them.
 #pragma once
 
 #include "cuda/kept.h"
@@ -7,14 +7,14 @@
 namespace gradfused::cuda {
 namespace {
 
-// Four random words, a function of the row, the step and the place of four elements. `mark` tells draws of one kind from another's.
+// Four random words for four neighbouring elements of a row in a step. `mark` tells one kind of draws from another.
 __device__ __forceinline__ void draw_words(const BlockRow& block, uint64_t quad, uint32_t mark, uint32_t* four) {
   uint64_t c0 = uint32_t(quad), c1 = uint32_t(quad >> 32) | mark, c2 = block.param_number, c3 = block.taken;
   math::philox(block.seed, c0, c1, c2, c3);
   four[0] = uint32_t(c0), four[1] = uint32_t(c1), four[2] = uint32_t(c2), four[3] = uint32_t(c3);
 }
 
-// to[] <- of four neighbours that share a draw those from element i on: i is a multiple of kCount, `q` counts the fours among kCount.
+// Copies to to[] the values of elements i to i + kCount - 1 that are among the `q`-th four of them; i is a multiple of kCount.
 template <int kCount, class V> __device__ __forceinline__ void pick(const V* four, int64_t i, int q, V* to) {
 #pragma unroll
   for (int k = 0; k < 4; ++k) {
@@ -76,7 +76,7 @@ template <class A> struct Weights : KeptWeights<A> {
     return v;
   }
 
-  // Takes the step's weights `w` to where they are kept.
+  // Stores the new weights `w`, and what is kept along with them.
   __device__ __forceinline__ void store(int i, uint32_t todo, const Loaded& v, const math::Mix<T>& mix, T* w) const {
     if (todo & Need::ema) {
       T average[width];
