@@ -2,9 +2,9 @@
 #   PYTHON      the interpreter .venv is made from
 #   TORCH       which torch .venv and the wheel check get
 #   BENCH_ARGS  options of the benchmark
-#   MAX_JOBS    parallel compiles; default: the CPUs at hand
+#   MAX_JOBS    how many compilers run at a time; default: the number of CPUs
 #   OUT         where gpu-check leaves its logs
-#   STEPS       which steps gpu-check takes, as in "build bench"; default: all
+#   STEPS       which steps gpu-check takes, for instance "build bench"; default: all
 #   GRADFUSED_CUDA, GRADFUSED_CUDA_ARCHS   whether and for which GPUs to build CUDA: tools/build/nvcc.py
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
@@ -21,14 +21,14 @@ READY := $(VENV)/.gradfused-ready
 bench: native
 	@$(PY) -m gradfused.bench $(BENCH_ARGS)
 
-# A process a CPU. Waiting threads sleep: of two processes on the same CPUs, one would otherwise spin while the other works.
+# One process for each CPU. Threads sleep while they wait: otherwise those of one process would spin while another works.
 PYTEST := OMP_WAIT_POLICY=passive $(PY) -m pytest -n auto --dist worksteal
 
 test: native
 	@$(PYTEST) --cov --cov-fail-under=95
 
-# With the whole conformance suite on the Triton backend, interpreted (some 20 minutes on two cores), and every kernel compiled
-# for every target (10 a target).
+# Adds the whole conformance suite on the Triton backend, interpreted, which takes some 20 minutes on two cores, and compiles
+# every kernel for every target, which takes 10 minutes for each.
 test-all: native
 	@$(PYTEST) --interpret-all
 	@$(PY) tools/check/check_triton.py --all
@@ -40,7 +40,7 @@ lint: $(READY)
 	find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.def' | xargs $(VENV)/bin/clang-format --dry-run --Werror
 	$(PY) -m mypy
 
-# Every CPython of 3.10 to 3.13 on PATH or in pyenv; wheel-check: only the one in .venv.
+# wheel builds for every CPython of 3.10 to 3.13 on PATH or in pyenv, wheel-check only for the one in .venv.
 wheel: $(READY)
 	@$(PY) tools/build/wheels.py --torch "$(TORCH)" --all
 
@@ -50,19 +50,19 @@ wheel-check: $(READY)
 sanitize: $(READY)
 	@$(PY) tools/check/sanitize.py
 
-# With the python3 that holds a torch with CUDA, and nothing installed: such machines may be offline.
+# Uses the python3 that has torch with CUDA, and installs nothing, since such machines may be offline.
 gpu-check:
 	@$(PYTHON) tools/check/gpu_check.py --out "$(OUT)" $(STEPS)
 
-# Registers, spills and access widths of the CUDA kernels, from their machine code: no GPU needed.
+# Reads registers, spills and access widths from the machine code of the CUDA kernels. No GPU is needed.
 sass: native
 	@$(PY) tools/check/check_sass.py
 
-# The editable install compiled the modules once; this is the incremental rebuild.
+# The incremental rebuild of the native modules, which the editable install has compiled once.
 native: $(READY)
 	@$(PY) setup.py --quiet build_ext --inplace
 
-# torch first and by itself, so that TORCH decides which build of it is taken.
+# torch is installed first and by itself, so that TORCH decides which build of it is taken.
 $(READY): pyproject.toml setup.py
 	test -x $(PY) || $(PYTHON) -m venv $(VENV)
 	$(PY) -m pip install --quiet "$(TORCH)"
