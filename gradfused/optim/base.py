@@ -249,18 +249,17 @@ class Optimizer(torch.optim.Optimizer):
 
     def _kept_table(self, options: list[GroupOptions], sources: dict[Tensor, Tensor]) -> StepTable | None:
         """The table that describes this step: the last one's, or one of a few kept for models whose gradients come and go."""
-        capturing = gpu.capturing()
         for table in self._tables:
             if table.still_describes(self.param_groups, self.state, options, sources):
                 others = [known for known in self._tables if known is not table]
-                if capturing:  # the graph's from now on: it replays with the addresses that are in it
+                if table.on_device and gpu.capturing():  # the graph's from now on: it replays the addresses in it
                     table.pin()
                     self._captured.append(table)
                     self._tables = others
                 else:
                     self._tables = [table, *others]
                 return table
-        if capturing:
+        if gpu.capturing():
             raise RuntimeError(
                 "capturing step() in a CUDA graph: no table describes it, and building one cannot be captured. Take a "
                 "step with these parameters, gradients and options before the capture, and one between two captures"
