@@ -23,7 +23,7 @@ bool same_pairs(const py::dict& dict, const std::vector<std::pair<PyObject*, PyO
   if (size_t(PyDict_GET_SIZE(dict.ptr())) != known.size()) return false;
   auto pair = known.begin();
   PyObject *key, *value;
-  for (Py_ssize_t at = 0; PyDict_Next(dict.ptr(), &at, &key, &value); ++pair) {
+  for (Py_ssize_t position = 0; PyDict_Next(dict.ptr(), &position, &key, &value); ++pair) {
     if (pair->first != key || pair->second != value) return false;
   }
   return true;
@@ -126,7 +126,7 @@ bool Watch::gather_state(const Watched& row, const py::list& written) const {
   auto kept = row.kept.begin();
   PyObject *key, *value;
   Py_ssize_t place = 0;
-  for (Py_ssize_t at = 0; PyDict_Next(states_[size_t(row.state)].second, &at, &key, &value); ++place) {
+  for (Py_ssize_t position = 0; PyDict_Next(states_[size_t(row.state)].second, &position, &key, &value); ++place) {
     if (place != kept->place) continue;
     if (key != kept->key.ptr() || value != kept->tensor) return false;
     append(written, value);
@@ -135,7 +135,8 @@ bool Watch::gather_state(const Watched& row, const py::list& written) const {
   return false;
 }
 
-// No Python code runs in here, nor since the objects were compared with what they were, so that no other thread can take away what is not yet held.
+// No Python code runs in here, nor since the objects were compared with what they were, so that no other thread can take away what is not
+// yet held.
 bool Watch::gather(const Held& held) const {
   for (const Watched& row : rows_) {
     append(held.params, params_[row.number]);
@@ -162,15 +163,15 @@ bool Watch::gather_gradients(const Held& held) const {
   return true;
 }
 
-bool Watch::same_gradient(const Seen& seen, PyObject* grad, const std::vector<Rows*>& tables, size_t at) const {
+bool Watch::same_gradient(const Seen& seen, PyObject* grad, const std::vector<Rows*>& tables, size_t row) const {
   const View now = tensors_(grad);
   // A storage that was freed or shrunk is for whoever builds a table to refuse, and so is a gradient without memory of its own.
   if (!now.lies_as(view(seen)) || !tensors_.storage_holds(grad, now)) return false;
   for (Rows* table : tables) {
-    Operand moved = table->row(at).grad;
+    Operand moved = table->row(row).grad;
     if (now.address == reinterpret_cast<uintptr_t>(moved.data)) continue;
     moved.data = reinterpret_cast<char*>(now.address);
-    if (now.address == 0 || !table->move_grad(at, moved.data)) return false;
+    if (now.address == 0 || !table->move_grad(row, moved.data)) return false;
   }
   return true;
 }

@@ -20,9 +20,9 @@ namespace gradfused::bind {
 // is told of a tensor is asked again of the one that is there now.
 class Watch {
  public:
-  // `tensor`, `storage`, `exchange` and `shim` as Tensors has them; `groups` and `state` the optimizer's, `sources` where the weights of some parameters
-  // are read in their place. For each row of the table, in order, `rows` has its parameter's number among those of all groups, the
-  // parameter, its gradient, its state by key, and whether the step leaves the gradient at zero.
+  // `tensor`, `storage`, `exchange` and `shim` are as in Tensors; `groups` and `state` are the optimizer's; `sources` says where the
+  // weights of some parameters are read in their place. For each row of the table, in order, `rows` has its parameter's number among those
+  // of all groups, the parameter, its gradient, its state by key, and whether the step leaves the gradient at zero.
   Watch(pybind11::object tensor, pybind11::object storage, pybind11::object exchange, bool shim, pybind11::list groups,
         pybind11::dict state, pybind11::dict sources, pybind11::list rows);
 
@@ -69,7 +69,7 @@ class Watch {
   bool gather_state(const Watched& row, const pybind11::list& written) const;
   bool gather_gradients(const Held& held) const;
   bool lies_still(const Held& held, const std::vector<Rows*>& tables) const;
-  bool same_gradient(const Seen& seen, PyObject* grad, const std::vector<Rows*>& tables, size_t at) const;
+  bool same_gradient(const Seen& seen, PyObject* grad, const std::vector<Rows*>& tables, size_t row) const;
 
   Tensors tensors_;
   // Not owned, and followed only once they are known to be what the optimizer holds now.

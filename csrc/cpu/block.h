@@ -1,4 +1,4 @@
-// A chunk as its kernels walk it, in blocks that fit the L1 cache, and the statistics of a block's units.
+// A chunk is walked in blocks that fit the L1 cache; here are blocks and the statistics of a block's units.
 #pragma once
 
 #include "cpu/kernels.h"
@@ -19,10 +19,10 @@ template <class T> T* buffer(char* scratch, int which) { return reinterpret_cast
 struct Block {
   int64_t begin, count;
   int64_t units, length;  // within the block
-  int64_t unit0;          // the first one's place in Job's arrays
+  int64_t unit0;          // the index of the first one in CpuJob's arrays
 };
 
-// What the kernels of one chunk look at.
+// Everything that a chunk's kernels read.
 struct ChunkContext {
   const CpuJob& job;
   const int64_t index;
@@ -30,7 +30,7 @@ struct ChunkContext {
   const Row& row = job.rows[chunk.row];
   const Settings& settings = job.settings[row.group];
   const RowStep& now = job.steps[chunk.row];
-  // Something of units is measured here, and a unit fits.
+  // Blocks are made of whole units: units have a mean or norm of their own, and they fit a buffer.
   const bool whole_units = !needs(Need::long_units) && (row.centre || needs(Need::unit_norms));
 
   bool needs(Needs bits) const { return now.needs & bits; }
@@ -50,7 +50,7 @@ template <class T> struct PerUnit {
   T value[kBlock];
 };
 
-// means <- of each unit of a block the mean of value(x[i]).
+// means <- the mean of value(x[i]) over each unit of a block.
 template <class T, class Value> void means_of_units(const Block& b, const T* x, Value value, PerUnit<T>& means) {
   PerUnit<T> anchors;
   PerUnit<double> sums;
@@ -59,7 +59,7 @@ template <class T, class Value> void means_of_units(const Block& b, const T* x, 
   for (int64_t u = 0; u < b.units; ++u) means.value[u] = T(double(anchors.value[u]) + sums.value[u] / double(b.length));
 }
 
-// The mean of what comes block by block.
+// A mean that is computed block by block.
 template <class T> class BlockMean {
  public:
   template <class Value> void add(const T* x, int64_t n, Value value) {
@@ -76,7 +76,7 @@ template <class T> class BlockMean {
   int64_t count_ = 0;
 };
 
-// means <- stage 1's means; zero where the gradient is not centred.
+// means <- the means that centring subtracts from the gradient; zero without centring.
 template <class T> void means_of(const ChunkContext& context, const Block& b, const T* g, PerUnit<T>& means) {
   if (!context.needs(Need::centre_early)) {
     for (int64_t u = 0; u < b.units; ++u) means.value[u] = T(0);

@@ -12,9 +12,9 @@
 namespace gradfused::cpu {
 namespace {
 
-// Below this many elements a thread's start costs more than its help.
+// Below this many elements, starting a thread costs more than it gains.
 constexpr int64_t kWorthAThread = 32768;
-// Weights beyond this many elements are in no cache when the next pass comes to them.
+// A table of more elements than this is no longer in any cache when the next pass begins.
 constexpr int64_t kCached = 8 << 20;
 
 double read_scalar(const char* address, DType dtype, double otherwise) {
@@ -94,7 +94,7 @@ void Engine::run(Phase phase, int threads) {
   threads = int(std::clamp<int64_t>(elements / kWorthAThread, 1, std::max(1, threads)));
   while (scratch_.size() < size_t(threads)) scratch_.emplace_back(new char[size_t(kScratchBytes)]);
 
-  // Neighbouring chunks are small for small tensors: take several at a time.
+  // Small tensors have small chunks: take several neighbours at a time.
   const int64_t count = int64_t(todo.size()), grain = std::max<int64_t>(1, std::min<int64_t>(8, count / (8 * threads)));
   std::atomic<int64_t> next{0};
   parallel(threads, [&](int worker) {
@@ -110,7 +110,7 @@ double Engine::row_total(size_t row, const std::vector<double>& values) const {
   return total;
 }
 
-// The mean over chunks [begin, end), from each one's.
+// The mean over chunks [begin, end), computed from the means of the chunks.
 double Engine::mean_of_chunks(size_t begin, size_t end) const {
   const double first = math::anchor(chunk_mean_[begin]);
   double sum = 0, count = 0;

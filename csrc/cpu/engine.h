@@ -1,4 +1,4 @@
-// One optimizer's table of tensors and the order of a step: what is summed, combined and applied, in which passes.
+// The CPU's engine: the rows of one optimizer, and the phases of a step over them.
 #pragma once
 
 #include <cstddef>
@@ -14,7 +14,7 @@ class Engine : public Rows {
  public:
   using Rows::Rows;
 
-  // Whether stats() has anything to do.
+  // Whether stats() has to run before apply().
   bool needs_stats();
 
   // Writes the unscaled sum of squares of each row's gradient, as stage 1 leaves it, to sums[row]: 0 where no option needs it. What

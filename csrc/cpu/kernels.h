@@ -1,4 +1,4 @@
-// What the engine asks of an instruction set's kernels.
+// The interface between the engine and the kernels, which are compiled once for each instruction set.
 #pragma once
 
 #include "lpg/problem.h"
@@ -6,11 +6,11 @@
 
 namespace gradfused::cpu {
 
-// Units up to this length are worked on whole, in a core's own cache; longer ones are cut into segments whose sums are combined first.
+// Units up to this length are processed whole, in a core's own cache. Longer ones are cut into segments whose sums are combined first.
 constexpr int64_t kUnitMax = 16384;
-// Elements a thread takes at a time: the grain of the schedule and of partial sums, whatever the number of threads.
+// Elements a thread takes at a time. Partial sums are per chunk, so results do not depend on the number of threads.
 constexpr int64_t kCpuChunk = 65536;
-// Elements that go through the stages together: gradients, states and scratch stay in the L1 cache in between.
+// Elements that pass through the stages together, so that gradients, states and scratch stay in the L1 cache.
 constexpr int64_t kBlock = 1024;
 
 // A thread's private memory: buffers for the operands of one block, of float64 at most.
@@ -23,7 +23,7 @@ struct CpuChunk {
   int64_t begin, count;
 };
 
-// What a row needs besides its operands, worked out anew for each step.
+// What the kernels know of a row besides its operands; all but `needs` and `unit0` is computed for each step.
 struct RowStep {
   Needs needs = 0;
   Count count = {0, false, 1};
@@ -41,7 +41,7 @@ struct CpuJob {
   const Settings* settings;
   const RowStep* steps;
   const CpuChunk* chunks;
-  bool cached;         // the table may be found in a cache from one step to the next
+  bool cached;         // the table is small enough to stay in a cache from one step to the next
   double unscale;      // 1 / grad_scale
   double* chunk_mean;  // a slot a chunk, of the unscaled gradient or of what is centred late
   double* chunk_sum;   // squares that a trust ratio is made of

@@ -1,19 +1,117 @@
-// One chunk's walk through a step. Usually a block's statistics are taken first and one loop does the rest. Where something must be known
-// of a whole unit in between (a mean of what the rule makes of it), the stages are loops of their own.
+// How a chunk is stepped. Usually a block is measured first and a single loop does the rest. Where the mean of a unit is needed in between,
+// of the decayed gradient or of the rule's direction, each stage is a loop of its own.
 #pragma once
 
-#include "cpu/loops.h"
 #include "cpu/noise_run.h"
 #include "cpu/weights.h"
+#include "math/rules.h"
 
 namespace gradfused::cpu {
 namespace {
 
-// What is seldom stepped: a loop of its own for gradients that nothing perturbs is not worth compiling.
+// ---- loops over a block: one for each stage, and one for the whole step
+
+// to <- the transformed gradient (stages 0 to 6). g and to may not overlap.
+template <bool kNoisy, bool kDecayed, class T>
+void transform(const Block& b, const T* __restrict g, const float* __restrict noise, const T* __restrict p, T* __restrict to,
+               const PerUnit<T>& means, const PerUnit<T>& factors, math::Transform<T> t) {
+  for (int64_t u = 0; u < b.units; ++u) {
+    t.mean = means.value[u];
+    t.factor = factors.value[u];
+    for (int64_t i = u * b.length; i < (u + 1) * b.length; ++i) {
+      T x = math::perturbed(g[i], t);
+      if (kNoisy) x = x + t.sigma * T(noise[i]);
+      x = x * t.sign;
+      if (kDecayed) x = x + t.decay * p[i];
+      to[i] = x;
+    }
+  }
+}
+
+// The state of one element in registers.
+template <class R, class T> struct Register {
+  static constexpr int read = R::reads_state ? R::states : 0;
+  T s[kMaxStates];
+  Register(const T* s0, const T* s1, const T* s2, const T* s3, int64_t i)
+      : s{read > 0 ? s0[i] : T(0), read > 1 ? s1[i] : T(0), read > 2 ? s2[i] : T(0), read > 3 ? s3[i] : T(0)} {}
+  void store(T* s0, T* s1, T* s2, T* s3, int64_t i) const {
+    if (R::states > 0) s0[i] = s[0];
+    if (R::states > 1) s1[i] = s[1];
+    if (R::states > 2) s2[i] = s[2];
+    if (R::states > 3) s3[i] = s[3];
+  }
+};
+
+// g <- the direction the rule takes. The states move unless this is a rehearsal.
+template <class R, bool kKeep, class T>
+void direct(T* __restrict g, const T* __restrict p, T* __restrict s0, T* __restrict s1, T* __restrict s2, T* __restrict s3, int64_t n,
+            const typename R::template Coef<T> c) {
+  for (int64_t i = 0; i < n; ++i) {
+    Register<R, T> state(s0, s1, s2, s3, i);
+    g[i] = R::direction(g[i], p[i], state.s, c);
+    if (kKeep) state.store(s0, s1, s2, s3, i);
+  }
+}
+
+template <class T> void descend(T* __restrict p, const T* __restrict d, int64_t n, T shrink, T step) {
+  for (int64_t i = 0; i < n; ++i) p[i] = p[i] * shrink - step * d[i];
+}
+
+// How a gradient is transformed before the rule sees it.
+enum class Before { nothing, perturbed, perturbed_and_decayed };
+
+// transform(), direct() and descend() for a few neighbours from element i on.
+template <class R, Before kBefore, int kCount, class S, class T>
+GRADFUSED_MATH void step_few(const S* g, S* p, S* s0, S* s1, S* s2, S* s3, int64_t i, const math::Transform<T>& t,
+                             const typename R::template Coef<T>& c) {
+  T gradient[kCount], weight[kCount], state[kMaxStates][kCount];
+  widen_few(g + i, gradient);
+  widen_few(p + i, weight);
+  constexpr int read = Register<R, T>::read;
+  if (read > 0) widen_few(s0 + i, state[0]);
+  if (read > 1) widen_few(s1 + i, state[1]);
+  if (read > 2) widen_few(s2 + i, state[2]);
+  if (read > 3) widen_few(s3 + i, state[3]);
+  // A loop over a register's lanes is vectorised; GCC 12 would unroll it first.
+#pragma GCC unroll 1
+  for (int k = 0; k < kCount; ++k) {
+    T x = gradient[k], s[kMaxStates] = {read > 0 ? state[0][k] : T(0), read > 1 ? state[1][k] : T(0), read > 2 ? state[2][k] : T(0),
+                                        read > 3 ? state[3][k] : T(0)};
+    if (kBefore != Before::nothing) x = math::perturbed(x, t) * t.sign;
+    if (kBefore == Before::perturbed_and_decayed) x = x + t.decay * weight[k];
+    const T d = R::direction(x, weight[k], s, c);
+    weight[k] = weight[k] * c.shrink - c.step * d;
+    for (int j = 0; j < R::states; ++j) state[j][k] = s[j];
+  }
+  narrow_few(weight, p + i);
+  if (R::states > 0) narrow_few(state[0], s0 + i);
+  if (R::states > 1) narrow_few(state[1], s1 + i);
+  if (R::states > 2) narrow_few(state[2], s2 + i);
+  if (R::states > 3) narrow_few(state[3], s3 + i);
+}
+
+// The whole step in one loop, so that all streams advance together, which is fastest in memory. Inlined, it would lose __restrict.
+template <class R, Before kBefore, class S, class T>
+__attribute__((noinline)) void step_units(const Block& b, const S* __restrict g, S* __restrict p, S* __restrict s0, S* __restrict s1,
+                                          S* __restrict s2, S* __restrict s3, const PerUnit<T>& means, const PerUnit<T>& factors,
+                                          math::Transform<T> t, const typename R::template Coef<T> c) {
+  for (int64_t u = 0; u < b.units; ++u) {
+    t.mean = means.value[u];
+    t.factor = factors.value[u];
+    int64_t i = u * b.length;
+    const int64_t end = i + b.length;
+    for (; i + kFew<S> <= end; i += kFew<S>) step_few<R, kBefore, kFew<S>>(g, p, s0, s1, s2, s3, i, t, c);
+    for (; i < end; ++i) step_few<R, kBefore, 1>(g, p, s0, s1, s2, s3, i, t, c);
+  }
+}
+
+// ---- a chunk
+
+// Types that are seldom stepped: for them no extra loop is compiled for gradients that need no transform.
 template <class S> constexpr bool kSeldom = sizeof(S) == sizeof(double);
 template <> constexpr bool kSeldom<Half> = true;
 
-// One chunk's walk through a step, with rule R in type T.
+// Steps or measures one chunk with rule R, computing in type T.
 template <class R, class T> class Stepper {
  public:
   Stepper(const ChunkContext& context, char* scratch)
@@ -40,7 +138,7 @@ template <class R, class T> class Stepper {
     if (context_.needs(Need::unit_norms) && !context_.now.norms_known) context_.job.chunk_sq[context_.index] = squares_;
   }
 
-  // The chunk's part of what centre() would take the mean of, for units whose mean takes several chunks.
+  // chunk_mean <- the chunk's mean of what is centred late, for units whose mean takes several chunks.
   void late_mean() {
     BlockMean<T> mean;
     context_.for_each_block([&](const Block& b) {
@@ -53,7 +151,7 @@ template <class R, class T> class Stepper {
     context_.job.chunk_mean[context_.index] = mean.get();
   }
 
-  // Squares of the weights, and of what the rule's trust in its step depends on besides.
+  // chunk_weight_sq and chunk_sum <- sums of squares of the weights and of what the rule's trust ratio compares them with.
   void trust_norms() {
     double sum = 0, weights = 0;
     context_.for_each_block([&](const Block& b) {
@@ -107,13 +205,13 @@ template <class R, class T> class Stepper {
     step_units<R, Before::perturbed>(b, g, p, s[0], s[1], s[2], s[3], means_, factors_, t_, coef_);
   }
 
-  // Perturbing would leave every gradient as it is.
+  // Whether the transform would leave every gradient as it is.
   bool untouched() const {
     const bool by_one = context_.now.factor == 1.0 && t_.unscale == T(1) && t_.sign == T(1);
     return by_one && !context_.needs(Need::unit_norms) && !context_.needs(Need::centre_early) && t_.hi == T(INFINITY);
   }
 
-  // Every operand is a plain array of this type, and nothing rides on the weights.
+  // Whether every operand is a plain array of this dtype and the weights are only read and written.
   bool stored_as(DType dtype) const {
     const auto is = [dtype](const Operand& x) { return x.dims == 0 && x.dtype == dtype; };
     bool all = !ridden_ && is(context_.row.param) && is(context_.row.grad);
@@ -122,7 +220,7 @@ template <class R, class T> class Stepper {
   }
 
   void step_chunk() {
-    // The loop's start-up is not worth it for short units.
+    // For short units the single loop costs more to start than it saves.
     const bool short_units = context_.whole_units && context_.row.unit_length <= kShortUnit;
     const bool in_one_loop = t_.sigma == T(0) && !context_.needs(Need::centre_late) && !short_units;
     if constexpr (sizeof(T) == sizeof(float)) {
@@ -139,7 +237,7 @@ template <class R, class T> class Stepper {
     });
   }
 
-  // 16-bit arrays are widened in the loop: through buffers, each operand would be a stream alone.
+  // Converts 16-bit arrays in the loop itself: through buffers each operand would be a stream of its own.
   template <class S> void step_stored() {
     const auto array = [](const Operand& x, int64_t begin) { return reinterpret_cast<S*>(x.data) + begin; };
     const bool by_unit = context_.needs(Need::unit_norms) && !context_.now.norms_known;
@@ -165,7 +263,7 @@ template <class R, class T> class Stepper {
 
   void look_ahead(const Block& b) { direct<R, false>(g_, p_, s_[0], s_[1], s_[2], s_[3], b.count, coef_); }
 
-  // g_ <- the gradient as the rule sees it.
+  // g_ <- the gradient that the rule is given.
   void prepare(const Block& b) {
     const float* noise = nullptr;
     if (t_.sigma != T(0)) noise = draw(b);

@@ -1,5 +1,5 @@
-// An operand as a plain array of the type the kernels compute in: in place where it is one already, through a buffer where its
-// dtype or layout differs. The only place that knows of strides and dtypes.
+// Gives kernels an operand as a plain array of the type they compute in: in place where it is one, else through a buffer. Strides and
+// dtypes are handled only here.
 #pragma once
 
 #ifdef __SSE2__
@@ -71,7 +71,7 @@ template <class T> void store(const Operand& x, int64_t begin, int64_t n, const 
   }
 }
 
-// to[0 .. n) <- values, around the caches: a line that nobody has read would be fetched first, to be overwritten. Fence before others read.
+// to[0 .. n) <- values, bypassing the caches: an ordinary store would fetch each line first. Call fence() before others read.
 template <class T> void copy_around(const T* values, T* to, int64_t n) {
   int64_t i = 0;
 #ifdef __SSE2__
@@ -90,19 +90,19 @@ inline void fence() {
 #endif
 }
 
-// store() for elements that were not read, of a table too large for them to be found in a cache afterwards.
+// store() that bypasses the caches, for elements that were not read and of which the next step would find none in a cache.
 template <class T> void store_around(const Operand& x, int64_t begin, int64_t n, const T* values) {
   in_place<T>(x) ? copy_around(values, reinterpret_cast<T*>(x.data) + begin, n) : store(x, begin, n, values);
 }
 
-// The elements in memory of their own or copied into `buffer`; without kRead the buffer is left as it is, to be written.
+// The elements in place, or copied into `buffer`. Without kRead the buffer is not filled, because it will only be written.
 template <bool kRead = true, class T> T* open(const Operand& x, int64_t begin, int64_t n, T* buffer) {
   if (in_place<T>(x)) return reinterpret_cast<T*>(x.data) + begin;
   if (kRead) load(x, begin, n, buffer);
   return buffer;
 }
 
-// Writes back what open() copied.
+// Writes back the elements that open() copied.
 template <class T> void close(const Operand& x, int64_t begin, int64_t n, const T* values) {
   if (!in_place<T>(x)) store(x, begin, n, values);
 }

@@ -1,4 +1,4 @@
-// A block's weights: read from where they are kept, and written back in the way that is asked for, with what rides on that.
+// Reading and writing a block's weights, with their float32 copy, compensation and average.
 #pragma once
 
 #include "cpu/block.h"
@@ -10,10 +10,10 @@
 namespace gradfused::cpu {
 namespace {
 
-// Where the weights are before the step, as the parameter's dtype has them.
+// The operand that holds the weights before the step in the parameter's dtype.
 inline const Operand& kept_weights(const Row& row) { return row.source.data ? row.source : row.param; }
 
-// x <- values that its 16-bit format can hold, each to one of its two neighbours there, the nearer the likelier.
+// Rounds x stochastically to the parameter's 16-bit format: each value to one of its two neighbours, the nearer one more likely.
 template <class T> void round_randomly(const ChunkContext& context, const Block& b, T* x) {
   uint32_t words[4 * kQuads];
   for (int64_t done = 0; done < b.count;) {
@@ -28,7 +28,7 @@ template <class T> void round_randomly(const ChunkContext& context, const Block&
   }
 }
 
-// p <- `copy` where that rounds to it.
+// p <- `copy` where that rounds to p.
 template <class T> void believe_bfloat16(const T* __restrict copy, int64_t n, T* __restrict p) {
   for (int64_t i = 0; i < n; ++i) p[i] = math::believed_copy(copy[i], T(math::held_bfloat16(float(copy[i]))), p[i]);
 }
@@ -45,7 +45,8 @@ template <class T> void believe_half(const T* copy, int64_t n, T* p) {
   }
 }
 
-// The weights in `scratch` or in place, and there, unless `written`, as they are. The buffer of the transformed gradient is free by then.
+// The block's weights in float precision, in place or in `scratch`. With `written` the caller changes them, so a source is copied first.
+// Uses the buffer of the transformed gradient, which is free at this point.
 template <class T> T* open_weights(const ChunkContext& context, const Block& b, char* scratch, bool written = true) {
   const Row& row = context.row;
   T* const own = buffer<T>(scratch, kParam);
@@ -65,7 +66,7 @@ template <class T> T* open_weights(const ChunkContext& context, const Block& b, 
   return own;
 }
 
-// Takes the step's weights `p` to where they are kept. The gradient's buffers are free by now.
+// Stores the new weights `p` and everything kept beside them. The gradient's buffers are free at this point.
 template <class T> void close_weights(const ChunkContext& context, const Block& b, char* scratch, T* p) {
   const Row& row = context.row;
   if (context.needs(Need::ema)) {

@@ -1,5 +1,5 @@
-// The ascent of SAM (Foret et al. 2021) and ASAM (Kwon et al. 2021): stage 2 has brought the gradient to length rho; p goes up along it,
-// and what it was stays behind.
+// The ascent of SAM (Foret et al. 2021) and ASAM (Kwon et al. 2021): the transforms have scaled the gradient to length rho, p moves up
+// along it, and the backup keeps the old p.
 #pragma once
 
 #include "math/rule.h"
@@ -7,7 +7,7 @@
 namespace gradfused::math {
 namespace {
 
-// By how much a weight of this size may move: Settings::adaptive.
+// The scale of a weight's neighbourhood with Settings::adaptive.
 template <class T> GRADFUSED_MATH T reach(T p, T eta) { return (p < T(0) ? -p : p) + eta; }
 
 struct Ascend : RuleBase {

@@ -6,7 +6,7 @@
 namespace gradfused::math {
 namespace {
 
-// The product of a 32-bit word and a constant. Words are kept in the low half of 64 bits; the high half is of no account, so no masks.
+// The product of a 32-bit word and a constant. Words are kept in the low half of 64 bits; the high half is ignored, so no masks are needed.
 struct Multiply {
   GRADFUSED_MATH uint64_t operator()(uint64_t word, uint32_t by) const { return uint64_t(uint32_t(word)) * by; }
 };

@@ -1,4 +1,4 @@
-// Stages 0 to 6 of a step: what happens to a gradient before the update rule sees it.
+// The transforms (stages 0 to 6 of a step) that a gradient passes through before the update rule.
 #pragma once
 
 #include "math/device.h"
@@ -10,7 +10,7 @@ namespace {
 // s(n) = clamp(a + b / (n + e), lo, hi): clip, normalize, amplify and dampen are four numbers each.
 GRADFUSED_MATH double perturb_factor(const Perturb& f, double norm) { return clamp(f.a + f.b / (norm + f.e), f.lo, f.hi); }
 
-// Adaptive gradient clipping (Brock et al. 2021): a unit's gradient norm is held to radius times its weight norm.
+// Adaptive gradient clipping (Brock et al. 2021): a unit's gradient norm is limited to radius times its weight norm.
 GRADFUSED_MATH double agc_factor(double radius, double weight_norm, double norm) {
   // NaN must survive: maximum() lets it through.
   const double bound = radius * maximum(weight_norm, 1e-3) / maximum(1e-6, norm);
@@ -30,8 +30,8 @@ template <class T> struct Transform {
   T decay;    // coupled weight decay
 };
 
-// What the values of a unit are compared with while their mean is taken: its first value, or 0 where that is not finite. Equal values then
-// have just themselves for a mean, and are zero once centred, which rounded sums would not leave them.
+// The value subtracted from a unit's elements while their mean is computed: its first element, or 0 if that is not finite. The mean of
+// equal elements is then exact, so that they are exactly zero once centred.
 template <class T> GRADFUSED_MATH T anchor(T first) { return first - first == T(0) ? first : T(0); }
 
 template <class T> GRADFUSED_MATH T centred(T g, T unscale, T mean) { return g * unscale - mean; }

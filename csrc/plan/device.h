@@ -1,5 +1,5 @@
-// One optimizer's table on one device, cut into chunks and laid out as the kernels read it. Knows addresses in device memory, but no
-// device: whoever launches the kernels copies it there.
+// The rows of one optimizer on one device, cut into chunks and laid out as kernels read them. The plan computes addresses in device memory
+// but never accesses the device: the backend copies the table there.
 #pragma once
 
 #include <cstddef>

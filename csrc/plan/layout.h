@@ -1,4 +1,4 @@
-// The table in device memory: what a step's kernels read, whoever compiled them.
+// The table in device memory, as the kernels of CUDA and Triton read it.
 #pragma once
 
 #include <cstddef>

@@ -78,8 +78,8 @@ constexpr Needs need_of(Phase phase) { return 1u << int(phase); }
 // A rule with more states needs more registers than a lean kernel has: Adan's loops in 16 bits kept 15 values in local memory.
 constexpr int kLeanStates = 3;
 
-// What a row needs of a step, where units longer than `longest` are cut into several chunks. It depends only on settings whose change makes a
-// new table.
+// What a row needs of a step, where units longer than `longest` are cut into several chunks. It depends only on settings whose change makes
+// a new table.
 Needs needs_of(const Row& row, const Settings& settings, int64_t longest);
 
 }  // namespace gradfused

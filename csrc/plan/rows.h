@@ -1,4 +1,4 @@
-// The rows of a step and their groups' options, as every native backend keeps them between steps.
+// The rows of a table and their groups' settings, which every native backend keeps between steps.
 #pragma once
 
 #include <algorithm>
@@ -25,8 +25,8 @@ class Rows {
   const Row& row(size_t i) const { return rows_[i]; }
   Settings& settings(size_t i) { return settings_.at(i); }
 
-  // The gradient of a row lies elsewhere from now on, in the same layout. False, with nothing changed, if it may share memory with what a
-  // step writes: whether it does is for whoever makes tables to say.
+  // Sets a new address for a row's gradient, whose layout stays. False, with nothing changed, if it may share memory with what a step
+  // writes: a new table then has to check that exactly.
   [[nodiscard]] bool move_grad(size_t i, char* data) {
     Operand grad = rows_[i].grad;
     grad.data = data;
@@ -36,7 +36,7 @@ class Rows {
     return true;
   }
 
-  // Whether no gradient that is left at zero meets another one, which would have to be read before: asked after gradients moved.
+  // Whether gradients that are zeroed in the step overlap no other gradient, checked again after gradients moved.
   bool zeroes_apart() {
     const auto zeroes = [](const Settings& settings) { return settings.zero_grad_in_step; };
     if (!unchecked_ || std::none_of(settings_.begin(), settings_.end(), zeroes)) return true;
@@ -46,18 +46,18 @@ class Rows {
     return !unchecked_;
   }
 
-  // How many steps have written something, or were launched to do so. An interrupt of whoever takes them cannot miss one.
+  // How many steps have written tensors or were launched to. Counted natively, so that a Python interrupt cannot lose one.
   size_t taken() const { return taken_; }
   void count_taken(bool taken = true) { taken_ += taken; }
 
  protected:
   std::vector<Settings> settings_;
   std::vector<Row> rows_;
-  bool moved_ = false;  // since whoever asks last looked
+  bool moved_ = false;  // a gradient moved since the derived class last looked
   size_t taken_ = 0;
 
  private:
-  // What a step writes of the rows, gathered when it is first asked for: all rows are there by then.
+  // The memory that a step writes, and sources. Gathered at the first call, when all rows have been added.
   const Spans& written() {
     if (written_) return *written_;
     written_ = std::make_unique<Spans>();

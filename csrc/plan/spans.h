@@ -1,4 +1,4 @@
-// Stretches of memory, and whether another meets one of them.
+// Ranges of memory, and whether another range overlaps one of them.
 #pragma once
 
 #include <algorithm>
@@ -26,7 +26,7 @@ class Spans {
     if (span.first < span.second) spans_.push_back(span);
   }
 
-  // To be called once, after all are there: in order, those that meet made one. True if any did.
+  // Call once, after the last add(): sorts the ranges and merges those that overlap. True if any did.
   bool sort() {
     std::sort(spans_.begin(), spans_.end());
     size_t kept = 0;
