@@ -33,6 +33,16 @@ inline void add_rules(Layout& layout) {
   }
 }
 
+inline void add_needs(Layout& layout) {
+#define GRADFUSED_NEED(name) layout["Need_" #name] = int64_t(Need::name);
+  GRADFUSED_NEEDS(GRADFUSED_NEED)
+  GRADFUSED_NEED_SETS(GRADFUSED_NEED)
+#undef GRADFUSED_NEED
+#define GRADFUSED_PHASE(name) layout["Phase_" #name] = int64_t(Phase::name);
+  GRADFUSED_PHASES(GRADFUSED_PHASE)
+#undef GRADFUSED_PHASE
+}
+
 inline Layout layout() {
   using namespace device;
   Layout layout;
@@ -104,13 +114,7 @@ inline Layout layout() {
 
   add_values<Rule>(layout, "Rule");
   add_rules(layout);
-#define GRADFUSED_NEED(name) layout["Need_" #name] = int64_t(Need::name);
-  GRADFUSED_NEEDS(GRADFUSED_NEED)
-  GRADFUSED_NEED_SETS(GRADFUSED_NEED)
-#undef GRADFUSED_NEED
-#define GRADFUSED_PHASE(name) layout["Phase_" #name] = int64_t(Phase::name);
-  GRADFUSED_PHASES(GRADFUSED_PHASE)
-#undef GRADFUSED_PHASE
+  add_needs(layout);
   layout["chunk_elements"] = kChunk;
   layout["block_unit"] = kBlockUnit;
   return layout;

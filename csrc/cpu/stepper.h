@@ -90,14 +90,19 @@ GRADFUSED_MATH void step_few(const S* g, S* p, S* s0, S* s1, S* s2, S* s3, int64
   if (R::states > 3) narrow_few(state[3], s3 + i);
 }
 
+// What is subtracted from the gradients of each unit, and what they are multiplied by then.
+template <class T> struct UnitStatistics {
+  const PerUnit<T>&means, &factors;
+};
+
 // The whole step in one loop, so that all streams advance together, which is fastest in memory. Inlined, it would lose __restrict.
 template <class R, Before kBefore, class S, class T>
 __attribute__((noinline)) void step_units(const Block& b, const S* __restrict g, S* __restrict p, S* __restrict s0, S* __restrict s1,
-                                          S* __restrict s2, S* __restrict s3, const PerUnit<T>& means, const PerUnit<T>& factors,
-                                          math::Transform<T> t, const typename R::template Coef<T> c) {
+                                          S* __restrict s2, S* __restrict s3, UnitStatistics<T> units, math::Transform<T> t,
+                                          const typename R::template Coef<T> c) {
   for (int64_t u = 0; u < b.units; ++u) {
-    t.mean = means.value[u];
-    t.factor = factors.value[u];
+    t.mean = units.means.value[u];
+    t.factor = units.factors.value[u];
     int64_t i = u * b.length;
     const int64_t end = i + b.length;
     for (; i + kFew<S> <= end; i += kFew<S>) step_few<R, kBefore, kFew<S>>(g, p, s0, s1, s2, s3, i, t, c);
@@ -197,12 +202,12 @@ template <class R, class T> class Stepper {
   template <class S> void together(const Block& b, const S* g, S* p, S* const* s) {
     if constexpr (R::coupled) {
       if (t_.decay != T(0))
-        return step_units<R, Before::perturbed_and_decayed>(b, g, p, s[0], s[1], s[2], s[3], means_, factors_, t_, coef_);
+        return step_units<R, Before::perturbed_and_decayed>(b, g, p, s[0], s[1], s[2], s[3], {means_, factors_}, t_, coef_);
     }
     if constexpr (!kSeldom<S>) {
-      if (untouched()) return step_units<R, Before::nothing>(b, g, p, s[0], s[1], s[2], s[3], means_, factors_, t_, coef_);
+      if (untouched()) return step_units<R, Before::nothing>(b, g, p, s[0], s[1], s[2], s[3], {means_, factors_}, t_, coef_);
     }
-    step_units<R, Before::perturbed>(b, g, p, s[0], s[1], s[2], s[3], means_, factors_, t_, coef_);
+    step_units<R, Before::perturbed>(b, g, p, s[0], s[1], s[2], s[3], {means_, factors_}, t_, coef_);
   }
 
   // Whether the transform would leave every gradient as it is.

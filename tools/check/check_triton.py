@@ -108,8 +108,10 @@ def few(target: str) -> Iterator[Variant]:
         yield Variant("apply", "centre-clip", "adam", ("float32",), (0, 2, 3, 4))
         yield Variant("apply", "clip", "adam", ("float32", "any"), (0,), scaled=True)
         yield Variant("apply", "everything", "adam", ("float32",), (0, 4))
-        yield Variant("apply", "plain", "adan", ("float32",), (0,))
-        yield Variant("apply", "weighing", "lamb", ("float32",), (0,))
+        yield Variant("apply", "plain", max(RULES, key=states), ("float32",), (0,))
+        yield Variant(
+            "apply", "weighing", next(rule for rule in RULES if has("trust_update", rule)), ("float32",), (0,)
+        )
         yield Variant("apply", "master-ema-zero", "adam", ("bfloat16",), (0,))
         yield Variant("apply", "kahan", "adam", ("bfloat16",), (0,))
         yield Variant("stats", "stats", "", ("float32", "float64"), (0, 1, 2, 3, 4))
