@@ -290,10 +290,10 @@ def write(
             places = begin + tl.arange(0, HEIGHT)
             there = places < last
             row = tl.load(pieces.order + places, mask=there, other=0)
-            f = tl.load(factor + row, mask=there, other=0)
             p, rest, mask = probabilities(batch, row, there, cols, T, PACK)
             # Not p - 1: what is left of it near 1 is the probability of the other classes.
             own = share * (weight_sum * p - own_weight) - (1 - s) * own_weight * rest
             g = tl.where(cols[None, :] == y, own + (own_weight * delta)[None, :], slope * p + towards[None, :])
+            f = tl.load(factor + row, mask=there, other=0)  # here, or a kernel for sm_100 spills
             g = tl.where(kept, f[:, None] * g, 0)
             store(out, row[:, None] * classes + cols[None, :], g, mask)

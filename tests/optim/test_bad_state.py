@@ -88,14 +88,14 @@ def test_a_step_count_read_before_the_refusal_stays_as_it_was(backend):
 @every_backend
 def test_a_failing_backend_changes_nothing(backend, monkeypatch):
     """If making a table raises, state that was made for it is removed."""
-    from gradfused.backends import _TABLES
+    from gradfused.backends import _BACKENDS
 
     def fail(self, rows, settings):
         raise MemoryError("no room")
 
     opt, _ = named(torch.ones(2), torch.ones(3), backend=backend)
     with monkeypatch.context() as patch:
-        patch.setattr(_TABLES[backend], "__init__", fail)
+        patch.setattr(_BACKENDS[backend], "__init__", fail)
         with refuses(opt, MemoryError, "no room"):
             opt.step()
     assert not any(states(opt))

@@ -281,9 +281,11 @@ def test_devices_share_norms(recipe: str, backend: str, monkeypatch: pytest.Monk
 def test_launches_of_a_step(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """One, or two with a wide norm; one more where a late mean takes several chunks, and one for trust ratios."""
     launches: list[object] = []
-    launch = triton._Part._launch
+    launch = triton.TritonPart._launch
     monkeypatch.setattr(
-        triton._Part, "_launch", lambda self, kernel, *a, **k: (launches.append(kernel), launch(self, kernel, *a, **k))
+        triton.TritonPart,
+        "_launch",
+        lambda self, kernel, *a, **k: (launches.append(kernel), launch(self, kernel, *a, **k)),
     )
     counts, small = [], ((6, 5), (), (9, 3))
     for case, recipe, shapes in (
