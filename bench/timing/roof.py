@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -42,7 +43,7 @@ def roof_of(case: StepCase, workload: Workload) -> Roof:
         return Roof(lambda: sweep_with_torch(written, read), 3 * len(written) * read.nbytes)
     # The loop reads float32; a tensor of a 16-bit type has the same bytes as half as many of those.
     floats = [tensor.view(torch.float32) for tensor in (*written, read)]
-    return Roof(lambda: cpu.roof(floats[:-1], floats[-1:]), case.rule.streams * read.nbytes)
+    return Roof(lambda: sweep(floats[:-1], floats[-1:]), case.rule.streams * read.nbytes)
 
 
 def copy_on(device: torch.device, largest: int = COPY_BYTES) -> Roof:
@@ -63,6 +64,30 @@ def has_native_loop(case: StepCase) -> bool:
     float64 tensors are left to torch: halves of them, read as float32, may be subnormal numbers, which are slow.
     """
     return cpu.availability().usable and case.dtype != torch.float64
+
+
+def sweep(written: Sequence[torch.Tensor], read: Sequence[torch.Tensor]) -> None:
+    """Sweep memory once, in place and without arithmetic, which no optimizer step over the same tensors can beat.
+
+    Args:
+        written: Contiguous float32 tensors of equal length that are read and written; their values stay the same.
+        read: Tensors of the same kind that are only read.
+
+    Raises:
+        ValueError: The streams differ in length, are not contiguous float32 CPU tensors, or none is written.
+    """
+    streams = [*written, *read]
+    if not written:
+        raise ValueError("roof: expected at least one stream to write, got none")
+    for t in streams:
+        on_cpu = t.device.type == "cpu"
+        if t.dtype != torch.float32 or not on_cpu or not t.is_contiguous() or t.numel() != streams[0].numel():
+            raise ValueError(
+                "roof: expected contiguous float32 CPU tensors of one length, "
+                f"got {t.dtype} of shape {tuple(t.shape)} on {t.device}"
+            )
+    addresses = [[t.data_ptr() for t in some] for some in (written, read)]
+    cpu.native().roof(*addresses, streams[0].numel(), torch.get_num_threads())
 
 
 @torch.no_grad()

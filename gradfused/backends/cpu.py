@@ -86,32 +86,3 @@ class CpuBackend(natives.CompiledBackend):
 
     def apply(self, scaling: Scaling) -> bool:
         return bool(self._engine.apply(scaling.unscale, self._sums.data_ptr(), torch.get_num_threads()))
-
-
-def roof(written: Sequence[Tensor], read: Sequence[Tensor]) -> None:
-    """Sweep memory once, in place and without arithmetic, which no optimizer step over the same tensors can beat.
-
-    Args:
-        written: Contiguous float32 tensors of equal length that are read and written; their values stay the same.
-        read: Tensors of the same kind that are only read.
-
-    Raises:
-        ValueError: The streams differ in length, are not contiguous float32 CPU tensors, or none is written.
-    """
-    streams = [*written, *read]
-    if not written:
-        raise ValueError("roof: expected at least one stream to write, got none")
-    for t in streams:
-        if (
-            t.dtype != torch.float32
-            or t.device.type != "cpu"
-            or not t.is_contiguous()
-            or t.numel() != streams[0].numel()
-        ):
-            raise ValueError(
-                "roof: expected contiguous float32 CPU tensors of one length, "
-                f"got {t.dtype} of shape {tuple(t.shape)} on {t.device}"
-            )
-    native().roof(
-        [t.data_ptr() for t in written], [t.data_ptr() for t in read], streams[0].numel(), torch.get_num_threads()
-    )

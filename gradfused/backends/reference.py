@@ -76,20 +76,15 @@ def reach(row: Row, settings: Settings) -> Tensor:
     return weights_of(row).abs() + settings.eta
 
 
-def clamped(x: Tensor, lo: float, hi: float) -> Tensor:
-    """``x`` clamped to [lo, hi]; nan stays nan."""
-    return torch.clamp(x, lo, hi)
-
-
 def factor_of(norm: Tensor, settings: Settings) -> Tensor:
     """s(n) = clamp(a + b / (n + e), lo, hi)."""
     a, b, e, lo, hi = settings.perturb
-    return clamped(a + b / (norm + e), lo, hi)
+    return torch.clamp(a + b / (norm + e), lo, hi)
 
 
 def agc_factor(norm: Tensor, weight_norm: Tensor, radius: float) -> Tensor:
     """min(1, radius * max(||w||, 1e-3) / max(n, 1e-6)) (Brock et al. 2021)."""
-    return clamped(radius * clamped(weight_norm, 1e-3, math.inf) / clamped(norm, 1e-6, math.inf), 0.0, 1.0)
+    return torch.clamp(radius * weight_norm.clamp(min=1e-3) / norm.clamp(min=1e-6), 0.0, 1.0)
 
 
 def unit_norm(x: Tensor, row: Row) -> Tensor:
@@ -106,7 +101,7 @@ def perturbed(g: Tensor, row: Row, settings: Settings, norm: Tensor | None) -> T
         g = (unit_view(g, row) * s.to(g.dtype)).view_as(g)
     elif norm is not None:
         g = g * factor_of(norm, settings).to(device=g.device, dtype=g.dtype)
-    return clamped(g, -settings.clip_value, settings.clip_value) if settings.clip_value < math.inf else g
+    return torch.clamp(g, -settings.clip_value, settings.clip_value) if settings.clip_value < math.inf else g
 
 
 # ---- stage 3: noise
@@ -246,7 +241,6 @@ class ReferenceBackend(Backend):
 
     @torch.no_grad()
     def stats(self, scaling: Scaling) -> None:
-        """See Backend."""
         unscale = scaling.unscale
         for i, row in enumerate(self.rows):
             settings = self.settings[row.group]
@@ -273,7 +267,6 @@ class ReferenceBackend(Backend):
 
     @torch.no_grad()
     def apply(self, scaling: Scaling) -> bool:
-        """See Backend."""
         finite = self._finite()
         if finite:
             self._apply_rows(scaling.unscale)
@@ -283,8 +276,7 @@ class ReferenceBackend(Backend):
     def taken(self) -> int:
         return int(self._writes.done)
 
-    def release(self) -> None:
-        """See Backend. The rows serve one step only."""
+    def release(self) -> None:  # the rows serve one step only
         self.rows.clear()
         self._writes.forget()
 

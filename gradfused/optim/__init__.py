@@ -1,8 +1,7 @@
 """Optimizers: torch.optim's under its names and signatures, and others after their papers."""
 
 from .adagrad import Adagrad
-from .adam import Adam
-from .adamw import AdamW
+from .adam import Adam, AdamW
 from .adan import Adan
 from .base import Optimizer as Optimizer
 from .lamb import LAMB

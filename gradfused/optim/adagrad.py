@@ -24,9 +24,6 @@ class Adagrad(Optimizer):
         maximize: Ascend.
         differentiable: Must be False.
         **recipe: See gradfused.Recipe.
-
-    Raises:
-        TypeError, ValueError: An option is unknown, out of range or contradicts another.
     """
 
     _rule = Rule("adagrad", {"sum": None}, initial={"sum": "initial_accumulator_value"})

@@ -1,6 +1,8 @@
-"""Adam."""
+"""Adam and AdamW, which differ in their weight decay."""
 
 from __future__ import annotations
+
+from typing import Any
 
 from torch import Tensor
 from typing_extensions import Unpack
@@ -39,9 +41,6 @@ class Adam(Optimizer):
         differentiable: Must be False.
         decoupled_weight_decay: Decay the weights as AdamW does.
         **recipe: See gradfused.Recipe.
-
-    Raises:
-        TypeError, ValueError: An option is unknown, out of range or contradicts another.
     """
 
     _rule = Rule("adam", {"exp_avg": None, "exp_avg_sq": None, "max_exp_avg_sq": "amsgrad"})
@@ -65,3 +64,33 @@ class Adam(Optimizer):
     ) -> None:
         super().__init__(**given(locals()))
         _refuse_tensors(lr, betas, foreach=bool(foreach) and not capturable)
+
+
+class AdamW(Adam):
+    """Drop-in for ``torch.optim.AdamW`` (Loshchilov & Hutter 2019) with a gradient recipe fused into the step.
+
+    The arguments are Adam's, but weight decay is always decoupled: each step multiplies weights by
+    ``1 - lr * weight_decay``.
+    """
+
+    def __init__(
+        self,
+        params: Params,
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float | Tensor, float | Tensor] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 1e-2,
+        amsgrad: bool = False,
+        *,
+        maximize: bool = False,
+        foreach: bool | None = None,
+        capturable: bool = False,
+        differentiable: bool = False,
+        fused: bool | None = None,
+        **recipe: Unpack[Recipe],
+    ) -> None:
+        super().__init__(decoupled_weight_decay=True, **given(locals()))
+
+    def _numbers(self, group: dict[str, Any]) -> dict[str, Any]:
+        # Whatever a loaded state dict says, this is AdamW.
+        return super()._numbers(group) | {"decoupled": True}

@@ -26,9 +26,6 @@ class Adan(Optimizer):
             after it.
         maximize: Ascend.
         **recipe: See gradfused.Recipe.
-
-    Raises:
-        TypeError, ValueError: An option is unknown, out of range or contradicts another.
     """
 
     _rule = Rule("adan", dict.fromkeys(("exp_avg", "exp_avg_sq", "exp_avg_diff", "neg_pre_grad")), decoupled=True)

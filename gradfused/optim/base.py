@@ -44,6 +44,9 @@ class Optimizer(torch.optim.Optimizer):
 
     A subclass declares its rule. Its constructor's signature says which options it takes, and the options of the same
     names as fields of Settings are the rule's numbers.
+
+    Raises:
+        TypeError, ValueError: An option is unknown, out of range or contradicts another.
     """
 
     _step_supports_amp_scaling = LeavesScalingToStep()

@@ -23,9 +23,6 @@ class LAMB(Optimizer):
             and norms, say.
         maximize: Ascend.
         **recipe: See gradfused.Recipe.
-
-    Raises:
-        TypeError, ValueError: An option is unknown, out of range or contradicts another.
     """
 
     _rule = Rule("lamb", {"exp_avg": None, "exp_avg_sq": None}, decoupled=True)

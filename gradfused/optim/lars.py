@@ -25,9 +25,6 @@ class LARS(Optimizer):
         adapt: Take the trust ratio; False where steps shall be SGD's: biases and norms, say.
         maximize: Ascend.
         **recipe: See gradfused.Recipe.
-
-    Raises:
-        TypeError, ValueError: An option is unknown, out of range or contradicts another.
     """
 
     _rule = Rule("lars", {"momentum_buffer": "momentum"}, counts_steps=False, decoupled=True)  # adds the decay itself

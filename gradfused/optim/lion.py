@@ -20,9 +20,6 @@ class Lion(Optimizer):
         weight_decay: Decoupled weight decay.
         maximize: Ascend.
         **recipe: See gradfused.Recipe.
-
-    Raises:
-        TypeError, ValueError: An option is unknown, out of range or contradicts another.
     """
 
     _rule = Rule("lion", {"exp_avg": None}, counts_steps=False, decoupled=True)

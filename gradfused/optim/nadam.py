@@ -25,9 +25,6 @@ class NAdam(Optimizer):
         maximize: Ascend.
         differentiable: Must be False.
         **recipe: See gradfused.Recipe.
-
-    Raises:
-        TypeError, ValueError: An option is unknown, out of range or contradicts another.
     """
 
     _rule = Rule("nadam", {"exp_avg": None, "exp_avg_sq": None}, keeps_product=True)

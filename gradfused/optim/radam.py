@@ -24,9 +24,6 @@ class RAdam(Optimizer):
         maximize: Ascend.
         differentiable: Must be False.
         **recipe: See gradfused.Recipe.
-
-    Raises:
-        TypeError, ValueError: An option is unknown, out of range or contradicts another.
     """
 
     _rule = Rule("radam", {"exp_avg": None, "exp_avg_sq": None})

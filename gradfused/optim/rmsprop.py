@@ -28,9 +28,6 @@ class RMSprop(Optimizer):
         maximize: Ascend.
         differentiable: Must be False.
         **recipe: See gradfused.Recipe.
-
-    Raises:
-        TypeError, ValueError: An option is unknown, out of range or contradicts another.
     """
 
     _rule = Rule("rmsprop", {"square_avg": None, "momentum_buffer": "momentum", "grad_avg": "centered"})

@@ -24,9 +24,6 @@ class SGD(Optimizer):
         foreach, fused: Accepted and ignored: every step is fused.
         differentiable: Must be False.
         **recipe: See gradfused.Recipe.
-
-    Raises:
-        TypeError, ValueError: An option is unknown, out of range or contradicts another.
     """
 
     _rule = Rule("sgd", {"momentum_buffer": "momentum"}, counts_steps=False)

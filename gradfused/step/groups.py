@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from operator import is_, itemgetter
+from operator import attrgetter, is_, itemgetter
 from typing import Any
 
 import torch
@@ -15,6 +15,10 @@ from ..backends import Settings
 from . import options
 
 Group = dict[str, Any]
+_shape = attrgetter(
+    "rule", "states", "counts", "centre", "backend", "mu_product", "precision", "state_dtype", "ema", "copied"
+)
+_shape_in_settings = attrgetter("centralize_at", "norm_scope", "agc", "adapt", "skip_nonfinite", "zero_grad_in_step")
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,17 +26,13 @@ class GroupOptions:
     """What a parameter group's options ask for: validated, with nothing left to interpret.
 
     Attributes:
-        rule: The update rule's name.
         states: Keys of the state tensors in the rule's order.
         counts: Whether steps are counted in the state.
         centre: ``"off"``, ``"unit"``, ``"conv"`` or ``"tensor"``.
-        backend: The backend asked for.
-        settings: The numbers.
         initial: What new state tensors are filled with; zeros if empty.
         mu_product: Whether the product of the momenta is kept in the state.
         precision: How weights of 16 bits are kept.
         state_dtype: Dtype of new state tensors; None for the parameter's.
-        ema: Whether an average of the weights is kept.
         copied: Whether the sources are copies of 16-bit weights in float32 rather than the weights themselves.
     """
 
@@ -57,26 +57,7 @@ class GroupOptions:
     @property
     def structure(self) -> tuple[object, ...]:
         """The options that decide the shape of a table, which can be kept while these stay the same."""
-        s = self.settings
-        return (
-            self.rule,
-            self.states,
-            self.counts,
-            self.centre,
-            self.backend,
-            self.mu_product,
-            self.precision,
-            self.state_dtype,
-            self.ema,
-            self.copied,
-            s.centralize_at,
-            s.norm_scope,
-            s.agc,
-            s.adapt,
-            s.skip_nonfinite,
-            s.zero_grad_in_step,
-            s.noise > 0,
-        )
+        return *_shape(self), *_shape_in_settings(self.settings), self.settings.noise > 0
 
 
 def _may_change(value: Any) -> bool:

@@ -149,34 +149,6 @@ def test_unknown_backend():
         choose("tpu", cpu_params())
 
 
-# ---- the roof
-
-
-def test_roof_keeps_every_value():
-    written = [torch.arange(70_000.0) + i for i in range(3)]
-    read = [torch.arange(70_000.0) for _ in range(2)]
-    before = [t.clone() for t in written + read]
-    cpu.roof(written, read)
-    assert all(torch.equal(t, b) for t, b in zip(written + read, before, strict=True))
-    cpu.roof(written, [])
-    assert all(torch.equal(t, b) for t, b in zip(written, before, strict=False))
-
-
-@pytest.mark.parametrize(
-    ("written", "read", "message"),
-    [
-        ([], [torch.ones(4)], "expected at least one stream to write, got none"),
-        ([torch.ones(4)], [torch.ones(5)], r"of one length, got torch.float32 of shape \(5,\) on cpu"),
-        ([torch.ones(4, dtype=torch.float64)], [], "contiguous float32 CPU tensors .* got torch.float64"),
-        ([torch.ones(4, device="meta")], [], "on meta"),
-        ([torch.ones(8)[::2]], [torch.ones(4)], "contiguous"),
-    ],
-)
-def test_roof_refuses(written, read, message):
-    with pytest.raises(ValueError, match=f"roof: .*{message}"):
-        cpu.roof(written, read)
-
-
 # ---- the base class
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
+import torch
 from bench_cases import TINY, forgets, tiny_case, workload_of
 from gradfused.bench.cases import FUSED_PLAIN, OURS, ROOF
 from gradfused.bench.measure import CaseResult, measure_step
@@ -12,6 +13,7 @@ from gradfused.bench.peers import PEERS, StepPeer
 from gradfused.bench.timing import Budget, Clock, CpuWatch, Samples, Series, interleave, usable_cpus
 from gradfused.bench.timing import rounds as timing
 from gradfused.bench.timing.machine import TICKS, busy_seconds
+from gradfused.bench.timing.roof import sweep
 
 # ---- timing
 
@@ -138,3 +140,31 @@ def test_wrong_and_broken_variants_are_not_timed(clip_result):
 
 def test_competitors_are_peers_of_the_same_job(clip_result):
     assert {r.variant for r in clip_result.competitors()} == {"torch-loop", "torch-fused"}
+
+
+# ---- the roof
+
+
+def test_roof_keeps_every_value():
+    written = [torch.arange(70_000.0) + i for i in range(3)]
+    read = [torch.arange(70_000.0) for _ in range(2)]
+    before = [t.clone() for t in written + read]
+    sweep(written, read)
+    assert all(torch.equal(t, b) for t, b in zip(written + read, before, strict=True))
+    sweep(written, [])
+    assert all(torch.equal(t, b) for t, b in zip(written, before, strict=False))
+
+
+@pytest.mark.parametrize(
+    ("written", "read", "message"),
+    [
+        ([], [torch.ones(4)], "expected at least one stream to write, got none"),
+        ([torch.ones(4)], [torch.ones(5)], r"of one length, got torch.float32 of shape \(5,\) on cpu"),
+        ([torch.ones(4, dtype=torch.float64)], [], "contiguous float32 CPU tensors .* got torch.float64"),
+        ([torch.ones(4, device="meta")], [], "on meta"),
+        ([torch.ones(8)[::2]], [torch.ones(4)], "contiguous"),
+    ],
+)
+def test_roof_refuses(written, read, message):
+    with pytest.raises(ValueError, match=f"roof: .*{message}"):
+        sweep(written, read)
