@@ -12,18 +12,8 @@ from torch import Tensor
 from . import cpu, cuda, reference, triton
 from .base import Availability, Backend, Held, Row, Scaling, Settings
 
-__all__ = [
-    "NAMES",
-    "Availability",
-    "Backend",
-    "Held",
-    "Row",
-    "Scaling",
-    "Settings",
-    "availability",
-    "choose",
-    "choose_name",
-]
+__all__ = ["NAMES", "Availability", "Backend", "Held", "Row", "Scaling", "Settings"]
+__all__ += ["availability", "choose", "choose_name"]
 
 NAMES = ("auto", "cuda", "cpu", "triton", "reference")
 _BACKENDS: dict[str, type[Backend]] = {
@@ -32,25 +22,21 @@ _BACKENDS: dict[str, type[Backend]] = {
     "triton": triton.TritonBackend,
     "reference": reference.ReferenceBackend,
 }
-_REFUSALS = {"cpu": cpu.refusal, "cuda": cuda.refusal, "triton": triton.refusal}
+#: Those that cannot run everywhere and on every tensor.
+_MODULES = {"cpu": cpu, "cuda": cuda, "triton": triton}
 _log = logging.getLogger("gradfused")
 
 
 def availability() -> dict[str, Availability]:
     """Whether each backend runs here, and if not, why."""
-    return {
-        "cpu": cpu.availability(),
-        "cuda": cuda.availability(),
-        "triton": triton.availability(),
-        "reference": Availability("reference"),
-    }
+    found = {name: module.availability() for name, module in _MODULES.items()}
+    return found | {"reference": Availability("reference")}
 
 
 def _refusal(backend: Availability, tensors: Sequence[Tensor]) -> str | None:
-    reason, name = backend.reason, backend.name
-    if reason is None and name in _REFUSALS:
-        reason = next(filter(None, map(_REFUSALS[name], tensors)), None)
-    return reason
+    if backend.reason is not None or backend.name not in _MODULES:
+        return backend.reason
+    return next(filter(None, map(_MODULES[backend.name].refusal, tensors)), None)
 
 
 @cache

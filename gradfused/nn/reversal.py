@@ -101,11 +101,7 @@ class GradientReversal(_Reversing):
     non-persistent buffer too, so a state dict lacks it and moving it recompiles nothing.
 
     Args:
-        lambda_: Strength, 0 or more.
-
-    Raises:
-        TypeError: ``lambda_`` is not a number; in forward: the input is not floating point.
-        ValueError: ``lambda_`` is negative or not finite.
+        lambda_: Strength, a number of 0 or more.
     """
 
     def __init__(self, lambda_: float = 1.0) -> None:
@@ -124,19 +120,7 @@ class GradientReversal(_Reversing):
 class ReversalLinear(_Reversing, nn.Linear):
     """``nn.Linear`` behind gradient reversal, in as few passes as ``nn.Linear``: the first layer of a domain head.
 
-    Its state dict is that of ``nn.Linear``.
-
-    Args:
-        in_features: Size of the input's last dim.
-        out_features: Size of the output's last dim.
-        bias: Whether the layer has a bias.
-        lambda_: Strength, 0 or more; as in ``GradientReversal``.
-        device: Of weight and bias.
-        dtype: Of weight and bias.
-
-    Raises:
-        TypeError: ``lambda_`` is not a number; in forward: the input is not floating point.
-        ValueError: ``lambda_`` is negative or not finite.
+    Its state dict and its arguments are those of ``nn.Linear``, and ``lambda_`` is as in ``GradientReversal``.
     """
 
     def __init__(

@@ -32,6 +32,12 @@ _NOT_OPTIONS = frozenset(("params", "param_names"))
 _TABLES_KEPT = 4
 
 
+def evaluated(closure: Callable[[], float]) -> float:
+    """What a closure returns, with gradients recorded."""
+    with torch.enable_grad():
+        return closure()
+
+
 @torch.no_grad()
 def _overwrite(values: dict[Tensor, Tensor]) -> None:
     """Copy each value into the tensor that is its key."""
@@ -166,11 +172,8 @@ class Optimizer(torch.optim.Optimizer):
             TypeError, ValueError: A gradient, parameter, state or option cannot be used; nothing has changed.
             RuntimeError: The backend that was asked for cannot run; nothing has changed.
         """
-        loss = None
         try:
-            if closure is not None:
-                with torch.enable_grad():
-                    loss = closure()
+            loss = None if closure is None else evaluated(closure)
             self._take_step(Scaling.of(self))
         except BaseException:
             forget_scale(self)
@@ -182,8 +185,7 @@ class Optimizer(torch.optim.Optimizer):
 
         def step(self: Optimizer, closure: Callable[[], float] | None = None) -> None:
             if closure is not None:  # a hook may bring one
-                with torch.enable_grad():
-                    closure()
+                evaluated(closure)
             self._take_step(scaling, sources, moved)
 
         self._opt_called = True

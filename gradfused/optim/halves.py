@@ -144,18 +144,14 @@ class Halves:
             self._table = table = StepTable(self._groups, states, options, masters)
         return table
 
-    def ascend(self, scaling: Scaling) -> None:
-        """Move the weights up unless the gradients overflowed or are to be skipped. The descent is due in any case."""
-        with self.lock:
-            self.base._refuse_averaged("first_step()")
-            self._ascend(scaling)
-            self.ascended = True
-
     @_disable_dynamo
     @torch.no_grad()
-    def _ascend(self, scaling: Scaling) -> None:
+    def ascend(self, scaling: Scaling) -> None:
+        """Move the weights up unless the gradients overflowed or are to be skipped. The descent is due in any case."""
+        self.base._refuse_averaged("first_step()")
         if scaling.forbids:
             zero_gradients(self._groups)
+            self.ascended = True
             return
         scaling = replace(scaling, found_inf=None)  # so that no device looks for it again
         states, table = States(self._state), None
@@ -174,6 +170,7 @@ class Halves:
         finally:
             if self._table is not None:
                 self._table.release()
+        self.ascended = True
 
     def _went_up(self, table: StepTable) -> None:
         """The weights were moved: remember where they were. May be done twice."""

@@ -15,7 +15,7 @@ from torch._compile import _disable_dynamo
 from ..backends import Scaling
 from ..step.amp import LeavesScalingToStep, forget_scale
 from ..step.rows import named_parameters
-from .base import Optimizer
+from .base import Optimizer, evaluated
 from .halves import AscentOptions, Halves
 
 _ALONE = (
@@ -298,10 +298,7 @@ class SAM(torch.optim.Optimizer):
         halves = {"first": self.first_step, "second": self.second_step}
         if half not in halves:
             raise ValueError(f"half: expected 'first' or 'second', got {half!r}")
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        loss = None if closure is None else evaluated(closure)
         halves[half]()
         return loss
 
@@ -310,13 +307,11 @@ class SAM(torch.optim.Optimizer):
             raise RuntimeError(
                 "step(closure) between the halves of a step: take second_step(), step(half='second') or restore() first"
             )
-        with torch.enable_grad():
-            loss = closure()
+        loss = evaluated(closure)
         changed = self._halves.gradients_seen() if loss is None else None
         try:
             self.first_step()
-            with torch.enable_grad():
-                closure()
+            evaluated(closure)
             if changed is not None and not changed():
                 raise RuntimeError(_IDLE)
             self.second_step()

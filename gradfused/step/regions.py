@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import combinations
 from math import gcd
 from typing import TypeVar
 
@@ -226,10 +227,9 @@ class Search:
         return None
 
     def _clash_of_few_tiles(self, tiles: list[_Tile]) -> tuple[int, int] | None:
-        for i, a in enumerate(tiles):
-            for b in tiles[i + 1 :]:
-                if a.top < b.bottom and b.top < a.bottom and (found := self._compare(a.item, b.item)):
-                    return found
+        for a, b in combinations(tiles, 2):
+            if a.top < b.bottom and b.top < a.bottom and (found := self._compare(a.item, b.item)):
+                return found
         return None
 
     def _compare(self, a: Item, b: Item) -> tuple[int, int] | None:

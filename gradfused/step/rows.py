@@ -120,16 +120,8 @@ def make_row(
 ) -> Row:
     """The row of a parameter with a gradient; its state is created where it is missing.
 
-    Args:
-        name: The parameter's name in messages.
-        p: The parameter.
-        grad: Its gradient.
-        options: What its group's options ask for.
-        group: The index of its group.
-        number: Its number in the optimizer.
-        states: The optimizer's state.
-        backend: The backend that will take the step.
-        source: The tensor that its weights are read from, or with ``options.copied`` a copy of them in float32.
+    ``number`` is its number in the optimizer. ``source`` is the tensor that its weights are read from, or with
+    ``options.copied`` a copy of them in float32.
     """
     unit, centre, whole = _unit_shape(p, options)
     first = not states.has(p, options.states)
@@ -192,14 +184,7 @@ def check_memory(rows: Sequence[Row], zeroed: Sequence[bool]) -> bool:
     """Raise ValueError if a tensor that a step writes cannot be written, or shares memory with another that it uses.
 
     A gradient may be the very memory of its parameter, because each element is read before it is written; but not if
-    the step sets it to zero.
-
-    Args:
-        rows: The rows of the step.
-        zeroed: Whether the step sets the gradient of each row to zero.
-
-    Returns:
-        Whether a gradient that is set to zero shares memory with another one.
+    the step sets it to zero, as ``zeroed`` says for each row. Returns whether such a gradient shares memory with another.
     """
     written = [tensor for row in rows for tensor in _written(row)]
     grads = [(f"gradient of parameter {row.name}", row.grad) for row in rows]

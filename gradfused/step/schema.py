@@ -107,9 +107,7 @@ class Settings:
     momentum_decay: float = 0.0
     trust_coefficient: float = 0.0  # LARS's coefficient
     nesterov: bool = False
-    decoupled: bool = (
-        False  # weight decay is not added to the gradient: the rule decays the weights itself, or not at all
-    )
+    decoupled: bool = False  # weight decay is not added to the gradient: the rule decays the weights, or nobody does
     proximal: bool = False
     adapt: bool = False  # scale by the rule's trust ratio
     # the transforms'

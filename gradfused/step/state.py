@@ -71,10 +71,8 @@ class States:
         value = self._get(p, key)
         if value is None:
             dtype = state_dtype(key, p, asked)
-            with (
-                torch.inference_mode(False),
-                torch.no_grad(),
-            ):  # an inference tensor cannot be written to outside inference mode
+            # An inference tensor could not be written to outside inference mode.
+            with torch.inference_mode(False), torch.no_grad():
                 made = torch.empty_like(p, dtype=dtype, memory_format=torch.preserve_format, requires_grad=False)
                 made.copy_(initial) if isinstance(initial, Tensor) else made.fill_(initial)
             return self._set(p, key, made)

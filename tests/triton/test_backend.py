@@ -372,7 +372,7 @@ def test_auto_takes_it_where_cuda_was_not_built(
     monkeypatch.setattr(
         gradfused.backends, "availability", lambda: usable | {"cuda": Availability("cuda", "was not built")}
     )
-    monkeypatch.setattr(gradfused.backends, "_REFUSALS", {})
+    monkeypatch.setattr(gradfused.backends, "_MODULES", {})
     gpu = [torch.zeros(2, device="meta")]  # a stand-in for one
     assert choose("auto", gpu) is triton.TritonBackend
     assert [r.getMessage() for r in caplog.records] == ["using the slower triton backend: 'cuda' was not built"]
