@@ -9,24 +9,22 @@ import triton
 import triton.language as tl
 
 from . import layout as at
-from .access import ACCESSES, needs_of, read, read_bool, rows_of, settings_of
+from .access import ACCESSES, needs_of, read, read_bool, rows_of
 from .chunk import (
     BLOCK,
     TILES,
-    ChunkTask,
-    access_of,
-    chunk_at,
-    grad_of,
     is_last,
+    kind_at,
     mean_chunks,
     share,
     sum_row,
+    task_at,
     tile_of,
     unscale_of,
     write,
+    write_squares,
 )
-from .counts import count_empty_rows, count_step, finish_trust
-from .step import step_chunk
+from .step import count_empty_rows, count_step, finish_trust, step_chunk
 from .transforms import perturb_factor
 
 # ---- what all chunks of a launch share
@@ -57,18 +55,17 @@ def sum_rows(job, first, end, OF: tl.constexpr):
 
 
 @triton.jit
-def wide_factor(job, row, number, settings, global_squares):
+def wide_factor(task, global_squares):
     """s(n) of a norm that is wider than a unit; 1 where there is none."""
-    scope = read(settings + at.settings_norm_scope, tl.int8)
+    scope = read(task.settings + at.settings_norm_scope, tl.int8)
     squares = global_squares
     if scope == at.NormScope_group:
-        squares = sum_rows(
-            job, read(settings + at.settings_row0, tl.int32), read(settings + at.settings_row1, tl.int32), EVERY
-        )
+        first = read(task.settings + at.settings_row0, tl.int32)
+        squares = sum_rows(task.job, first, read(task.settings + at.settings_row1, tl.int32), EVERY)
     if scope == at.NormScope_param:
-        squares = read(read(job + at.job_squares, tl.int64) + number.to(tl.int64) * 8, tl.float64)
-    factor = perturb_factor(settings, tl.sqrt(squares))
-    return tl.where((needs_of(row) & at.Need_wide_norm) != 0, factor, 1.0)
+        squares = read(read(task.job + at.job_squares, tl.int64) + task.number.to(tl.int64) * 8, tl.float64)
+    factor = perturb_factor(task.settings, tl.sqrt(squares))
+    return tl.where((needs_of(task.row) & at.Need_wide_norm) != 0, factor, 1.0)
 
 
 # ---- a row whose last chunk is done
@@ -96,15 +93,6 @@ def finish_late_means(job, row):
             write(known + u * at.Unit, mean_chunks(job, c0, c0 + pieces, length), tl.float64)
 
 
-@triton.jit
-def finish_step(job, row, number, settings, NEEDS: tl.constexpr):
-    count_step(row, settings, NEEDS)
-    if at.Need_unit_norms & NEEDS:
-        if (needs_of(row) & (at.Need_unit_norms | at.Need_measured)) == at.Need_unit_norms:
-            squares = sum_row(job, row, at.sums_squares)
-            write(read(job + at.job_squares, tl.int64) + number.to(tl.int64) * 8, squares, tl.float64)
-
-
 # ---- the launch
 
 
@@ -125,18 +113,12 @@ def is_taken(job, found_inf, NEEDS: tl.constexpr, PHASE: tl.constexpr):
 
 
 @triton.jit
-def kind_at(task):
-    """The kind of a chunk: see chunk.kind_of."""
-    tile = tile_of(read(task.row + at.row_unit_length, tl.int64))
-    tile = tl.where(read(task.chunk + at.chunk_lanes, tl.int16) == 0, 0, tile)
-    kind = access_of(task.row, task.grad, read_bool(task.chunk + at.chunk_plain)) * TILES + tile
-    return kind + read(task.row + at.row_rule, tl.int8).to(tl.int32) * (ACCESSES * TILES)
-
-
-@triton.jit
-def finish_row(task, number, NEEDS: tl.constexpr, PHASE: tl.constexpr):
+def finish_row(task, NEEDS: tl.constexpr, PHASE: tl.constexpr):
     if PHASE == at.Phase_step:
-        finish_step(task.job, task.row, number, task.settings, NEEDS)
+        count_step(task.row, task.settings, NEEDS)
+        if at.Need_unit_norms & NEEDS:
+            if (needs_of(task.row) & (at.Need_unit_norms | at.Need_measured)) == at.Need_unit_norms:
+                write_squares(task, sum_row(task.job, task.row, at.sums_squares))
     elif PHASE == at.Phase_late_means:
         finish_late_means(task.job, task.row)
     else:
@@ -172,18 +154,15 @@ def apply(
         first, end = share(job)
         for i in range(end - first):
             index = end - 1 - i  # last first: what the stats launch read last is still in cache
-            chunk = chunk_at(job, index)
-            number = read(chunk + at.chunk_row, tl.int32)
-            row = rows_of(job) + number.to(tl.int64) * at.DeviceRow
-            settings = settings_of(job, row)
-            if ((needs_of(row) >> PHASE) & 1) != 0:
-                task = ChunkTask(job, chunk, index, row, settings, grad_of(job, number))
+            task = task_at(job, index)
+            if ((needs_of(task.row) >> PHASE) & 1) != 0:
                 factor = tl.full([], 1.0, tl.float64)
                 if at.Need_wide_norm & NEEDS:
-                    factor = wide_factor(job, row, number, settings, global_squares)
-                kind = kind_at(task)
+                    factor = wide_factor(task, global_squares)
+                kind = kind_at(task, tile_of(read(task.row + at.row_unit_length, tl.int64)))
+                kind += read(task.row + at.row_rule, tl.int8).to(tl.int32) * (ACCESSES * TILES)
                 for known in tl.static_range(COUNT):
                     if kind == KINDS // 4096**known % 4096:
                         step_chunk(task, unscale, factor, KINDS // 4096**known % 4096, NEEDS, PHASE, SIZE)
-                if is_last(job, row, number):
-                    finish_row(task, number, NEEDS, PHASE)
+                if is_last(task):
+                    finish_row(task, NEEDS, PHASE)

@@ -21,7 +21,7 @@ import triton
 import triton.language as tl
 
 from . import layout as at
-from .access import ACCESSES, ANY, ANY_WIDE, Tile, load, read
+from .access import ACCESSES, ANY, ANY_WIDE, Tile, load, read, read_bool, rows_of, settings_of
 from .transforms import anchor
 
 LONGEST = (16, 128, 1024)
@@ -45,20 +45,14 @@ def tile_of(length):
     return 1 + (length > LONGEST_0).to(tl.int32) + (length > LONGEST_1).to(tl.int32) + (length > LONGEST_2).to(tl.int32)
 
 
-@triton.jit
-def access_of(row, grad, plain):
-    dtype = read(row + at.row_param + at.operand_dtype, tl.int8).to(tl.int32)
-    slow = tl.where(dtype == at.DType_float64, ANY_WIDE, ANY)
-    return tl.where(plain & (grad % 16 == 0), dtype, slow)
-
-
 class ChunkTask(NamedTuple):
-    """A chunk that a program works on: the addresses of it, of its row and so on, and its number."""
+    """A chunk that a program works on: addresses of the chunk, its row, their group's settings and gradient; both numbers."""
 
     job: Any
     chunk: Any
     index: Any
     row: Any
+    number: Any
     settings: Any
     grad: Any
 
@@ -143,13 +137,28 @@ def share(job):
 
 
 @triton.jit
-def chunk_at(job, index):
-    return read(job + at.job_chunks, tl.int64) + index * at.Chunk
+def task_at(job, index):
+    chunk = read(job + at.job_chunks, tl.int64) + index * at.Chunk
+    number = read(chunk + at.chunk_row, tl.int32)
+    row = rows_of(job) + number.to(tl.int64) * at.DeviceRow
+    grad = read(read(job + at.job_grads, tl.int64) + number.to(tl.int64) * 8, tl.int64)
+    return ChunkTask(job, chunk, index, row, number, settings_of(job, row), grad)
 
 
 @triton.jit
-def grad_of(job, number):
-    return read(read(job + at.job_grads, tl.int64) + number.to(tl.int64) * 8, tl.int64)
+def write_squares(task, squares):
+    """Keep a row's sum of squares for the norms that are wider than a unit."""
+    write(read(task.job + at.job_squares, tl.int64) + task.number.to(tl.int64) * 8, squares, tl.float64)
+
+
+@triton.jit
+def kind_at(task, tile):
+    """``kind_of`` a chunk without its rule. A piece, or a chunk of units that is measured as one, has tile 0."""
+    dtype = read(task.row + at.row_param + at.operand_dtype, tl.int8).to(tl.int32)
+    slow = tl.where(dtype == at.DType_float64, ANY_WIDE, ANY)
+    plain = read_bool(task.chunk + at.chunk_plain) & (task.grad % 16 == 0)
+    tile = tl.where(read(task.chunk + at.chunk_lanes, tl.int16) == 0, 0, tile)
+    return tl.where(plain, dtype, slow) * TILES + tile
 
 
 @triton.jit
@@ -256,11 +265,11 @@ def squares_around(job, first, end, mean, CENTRED: tl.constexpr):
 
 
 @triton.jit
-def is_last(job, row, number):
+def is_last(task):
     """Whether this program has just finished the last chunk of a row, so that all of them can be read. Integers only."""
     tl.debug_barrier()
-    ticket = read(job + at.job_tickets, tl.int64) + (number.to(tl.int64) + 1) * 4
-    chunks = read(row + at.row_chunk1, tl.int32) - read(row + at.row_chunk0, tl.int32)
+    ticket = read(task.job + at.job_tickets, tl.int64) + (task.number.to(tl.int64) + 1) * 4
+    chunks = read(task.row + at.row_chunk1, tl.int32) - read(task.row + at.row_chunk0, tl.int32)
     last = tl.atomic_add(ticket.to(tl.pointer_type(tl.int32)), 1, sem="acq_rel") == chunks - 1
     if last:
         tl.store(ticket.to(tl.pointer_type(tl.int32)), 0)

@@ -6,14 +6,12 @@ import triton
 import triton.language as tl
 
 from . import layout as at
-from .access import ANY_WIDE, Operand, load, needs_of, read, read_bool, rows_of, settings_of
+from .access import ANY_WIDE, Operand, load, needs_of, read, read_bool
 from .chunk import (
+    BLOCK,
     TILES,
-    ChunkTask,
-    access_of,
-    chunk_at,
-    grad_of,
     is_last,
+    kind_at,
     mean_chunks,
     mean_tiles,
     share,
@@ -22,11 +20,13 @@ from .chunk import (
     squares_around,
     sum_chunks,
     sum_row,
+    task_at,
     tile_at,
     tile_of,
     unscale_of,
     walk_of,
     write,
+    write_squares,
 )
 from .rules import reach
 from .weights import load_weights, square_weights, weights_of
@@ -102,10 +102,10 @@ def finish_split(job, row, CENTRED: tl.constexpr):
             mean = mean_chunks(job, chunk0, chunk1, numel)
     total = tl.full([], 0.0, tl.float64)
     if length <= at.block_unit:  # short units of a tensor centred whole: their norms are taken in the update
-        for base in range(0, units, 256):
-            u = base + tl.arange(0, 256)
+        for base in range(0, units, BLOCK):
+            u = base + tl.arange(0, BLOCK)
             to = (known + u.to(tl.int64) * at.Unit + at.unit_mean).to(tl.pointer_type(tl.float64))
-            tl.store(to, tl.zeros([256], tl.float64) + mean, mask=u < units)
+            tl.store(to, tl.zeros([BLOCK], tl.float64) + mean, mask=u < units)
         total = squares_around(job, chunk0, chunk1, mean, CENTRED)
     else:
         pieces = ((length + (at.chunk_elements - 1)) // at.chunk_elements).to(tl.int32)
@@ -125,16 +125,16 @@ def finish_split(job, row, CENTRED: tl.constexpr):
 
 
 @triton.jit
-def finish(job, row, number, centre):
+def finish(task, centre):
     squares = tl.full([], 0.0, tl.float64)
-    if (needs_of(row) & at.Need_split) != 0:
+    if (needs_of(task.row) & at.Need_split) != 0:
         if centre:
-            squares = finish_split(job, row, True)
+            squares = finish_split(task.job, task.row, True)
         else:
-            squares = finish_split(job, row, False)
+            squares = finish_split(task.job, task.row, False)
     else:
-        squares = sum_row(job, row, at.sums_squares)
-    write(read(job + at.job_squares, tl.int64) + number.to(tl.int64) * 8, squares, tl.float64)
+        squares = sum_row(task.job, task.row, at.sums_squares)
+    write_squares(task, squares)
 
 
 @triton.jit
@@ -146,21 +146,14 @@ def stats(
     first, end = share(job)
     unscale = unscale_of(grad_scale)
     for index in range(first, end):
-        chunk = chunk_at(job, index)
-        number = read(chunk + at.chunk_row, tl.int32)
-        row = rows_of(job) + number.to(tl.int64) * at.DeviceRow
-        needs = needs_of(row)
+        task = task_at(job, index)
+        needs = needs_of(task.row)
         if (needs & at.Need_measured) != 0:
-            task = ChunkTask(job, chunk, index, row, settings_of(job, row), grad_of(job, number))
             centre = (needs & at.Need_centre_early) != 0
-            tile = tl.where(
-                centre & ((needs & at.Need_split) == 0), tile_of(read(row + at.row_unit_length, tl.int64)), 0
-            )
-            # A piece, or a chunk of units that is measured as one.
-            tile = tl.where(read(chunk + at.chunk_lanes, tl.int16) == 0, 0, tile)
-            kind = access_of(row, task.grad, read_bool(chunk + at.chunk_plain)) * TILES + tile
+            by_unit = centre & ((needs & at.Need_split) == 0)
+            kind = kind_at(task, tl.where(by_unit, tile_of(read(task.row + at.row_unit_length, tl.int64)), 0))
             for known in tl.static_range(COUNT):
                 if kind == KINDS // 4096**known % 4096:
                     measure(task, unscale, KINDS // 4096**known % 4096, NEEDS, ADAPTIVE, SIZE)
-            if is_last(job, row, number):
-                finish(job, row, number, centre)
+            if is_last(task):
+                finish(task, centre)

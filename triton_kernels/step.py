@@ -1,4 +1,7 @@
-"""One chunk's way through a launch of ``apply``: the step, or the sums that the step's numbers are made of."""
+"""One chunk's way through a launch of ``apply``: the step, or the sums that the step's numbers are made of.
+
+A row's numbers depend on its group's settings, the steps taken, the learning rate on the device, and the trust in the step.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,20 @@ import triton
 import triton.language as tl
 
 from . import layout as at
-from .access import ACCESSES, ANY, ANY_WIDE, Operand, load, needs_of, operand_if, read, read_bool, store
+from .access import (
+    ACCESSES,
+    ANY,
+    ANY_WIDE,
+    Operand,
+    load,
+    needs_of,
+    operand_if,
+    read,
+    read_bool,
+    rows_of,
+    settings_of,
+    store,
+)
 from .chunk import (
     TILES,
     elements_of,
@@ -17,13 +33,13 @@ from .chunk import (
     quads_of,
     span_at,
     square_tiles,
+    sum_row,
     tile_at,
     walk_of,
     write,
 )
-from .counts import lr_of, mu_product_of, steps_taken, trust_of
 from .noise import Draws, draw, draw_quads
-from .rules import coefficients, direction
+from .rules import coefficients, direction, next_mu_product, ratio_of
 from .transforms import agc_factor, anchor, perturb_factor, stages_of, transformed
 from .weights import load_weights, square_weights, store_weights, weights_of
 
@@ -42,6 +58,94 @@ class RowStep(NamedTuple):
     settings: Any
     units: Any
     needs: Any
+
+
+# ---- what a row's numbers depend on
+
+
+@triton.jit
+def scalar_at(address, dtype, otherwise):
+    """The float32 or float64 scalar at an address; ``otherwise``, a float64, if that is 0."""
+    value = otherwise
+    if address != 0:
+        if dtype == at.DType_float64:
+            value = read(address, tl.float64)
+        else:
+            value = read(address, tl.float32).to(tl.float64)
+    return value
+
+
+@triton.jit
+def put_scalar(address, dtype, value):
+    if dtype == at.DType_float64:
+        write(address, value, tl.float64)
+    else:
+        write(address, value, tl.float32)
+
+
+@triton.jit
+def steps_taken(row):
+    zero = tl.full([], 0.0, tl.float64)
+    return scalar_at(read(row + at.row_step, tl.int64), read(row + at.row_step_dtype, tl.int8), zero)
+
+
+@triton.jit
+def lr_of(settings):
+    lr = read(settings + at.settings_lr, tl.float64)
+    return scalar_at(read(settings + at.settings_lr_at, tl.int64), read(settings + at.settings_lr_dtype, tl.int8), lr)
+
+
+@triton.jit
+def mu_product_of(row, settings, step):
+    """The product of the momenta up to ``step``; what the row keeps is that of the step before."""
+    dtype = read(row + at.row_mu_product_dtype, tl.int8)
+    before = scalar_at(read(row + at.row_mu_product, tl.int64), dtype, tl.full([], 1.0, tl.float64))
+    return next_mu_product(settings, step, before, dtype)
+
+
+# ---- a step is counted
+
+
+@triton.jit
+def count_step(row, settings, NEEDS: tl.constexpr):
+    tl.store((row + at.row_first).to(tl.pointer_type(tl.int8)), 0)
+    if at.Need_mu_product & NEEDS:
+        address = read(row + at.row_mu_product, tl.int64)
+        if address != 0:
+            mu_product = mu_product_of(row, settings, steps_taken(row) + 1.0)
+            put_scalar(address, read(row + at.row_mu_product_dtype, tl.int8), mu_product)
+    at_step = read(row + at.row_step, tl.int64)
+    if at_step != 0:
+        put_scalar(at_step, read(row + at.row_step_dtype, tl.int8), steps_taken(row) + 1.0)
+
+
+@triton.jit
+def count_empty_rows(job, NEEDS: tl.constexpr):
+    """Rows without elements have no last chunk, but take the step."""
+    for number in range(read(job + at.job_row_count, tl.int32)):
+        row = rows_of(job) + number * at.DeviceRow
+        if read(row + at.row_chunk0, tl.int32) == read(row + at.row_chunk1, tl.int32):
+            count_step(row, settings_of(job, row), NEEDS)
+
+
+# ---- trust ratios
+
+
+@triton.jit
+def trust_of(RULE: tl.constexpr, row, settings, known):
+    """The ratio by which a rule scales its step; 1 unless the norms of the row's trust ratio are ``known``."""
+    ratio = tl.full([], 1.0, tl.float64)
+    if known:
+        weight_norm = read(row + at.row_weight_norm, tl.float64)
+        ratio = ratio_of(RULE, settings, weight_norm, read(row + at.row_norm, tl.float64))
+    return ratio
+
+
+@triton.jit
+def finish_trust(job, row):
+    """Put the norms of a row's trust ratio together from its chunks."""
+    write(row + at.row_norm, tl.sqrt(sum_row(job, row, at.sums_sum)), tl.float64)
+    write(row + at.row_weight_norm, tl.sqrt(sum_row(job, row, at.sums_weight_squares)), tl.float64)
 
 
 # ---- a tile
@@ -89,6 +193,17 @@ def load_tile(ACCESS: tl.constexpr, NEEDS: tl.constexpr, r, tile, T: tl.constexp
         else:
             z = draw(r.draws, elements_of(tile)).to(T)
     return g, p, z
+
+
+@triton.jit
+def centred_direction(RULE: tl.constexpr, NEEDS: tl.constexpr, r, x, p, s0, s1, s2, s3, late_mean):
+    """(direction, the state as it shall be), where late centring takes a mean off the gradient or off the direction."""
+    if at.Need_centre_late & NEEDS:
+        x = x - tl.where((r.needs & at.Need_centre_decayed) != 0, late_mean, 0.0)
+    x, s0, s1, s2, s3 = direction(RULE, x, p, s0, s1, s2, s3, r.coefficients)
+    if at.Need_centre_late & NEEDS:
+        x = x - tl.where((r.needs & at.Need_centre_decayed) != 0, 0.0, late_mean)
+    return x, s0, s1, s2, s3
 
 
 # ---- a span of units
@@ -179,11 +294,7 @@ def step_tiles(RULE: tl.constexpr, ACCESS: tl.constexpr, NEEDS: tl.constexpr, r,
         g, p, z = load_tile(ACCESS, NEEDS, r, tile, T)
         s0, s1, s2, s3 = load_states(RULE, ACCESS, r.states, tile, T)
         x = transformed(NEEDS, r.stages, mean, factor, g, z, p)
-        if at.Need_centre_late & NEEDS:
-            x = x - tl.where((r.needs & at.Need_centre_decayed) != 0, late_mean, 0.0)
-        x, s0, s1, s2, s3 = direction(RULE, x, p, s0, s1, s2, s3, r.coefficients)
-        if at.Need_centre_late & NEEDS:
-            x = x - tl.where((r.needs & at.Need_centre_decayed) != 0, 0.0, late_mean)
+        x, s0, s1, s2, s3 = centred_direction(RULE, NEEDS, r, x, p, s0, s1, s2, s3, late_mean)
         p = p * r.shrink - r.step_size * x
         store_state(RULE, ACCESS, r.states, 0, tile, s0)
         store_state(RULE, ACCESS, r.states, 1, tile, s1)
@@ -206,14 +317,12 @@ def trust_tiles(
         tile = tile_at(span, k)
         g, p, z = load_tile(ACCESS, NEEDS, r, tile, T)
         x = transformed(NEEDS, r.stages, mean, factor, g, z, p)
-        if at.Need_centre_late & NEEDS:
-            x = x - tl.where((r.needs & at.Need_centre_decayed) != 0, late_mean, 0.0)
         if BY_UPDATE:
             s0, s1, s2, s3 = load_states(RULE, ACCESS, r.states, tile, T)
-            x, s0, s1, s2, s3 = direction(RULE, x, p, s0, s1, s2, s3, r.coefficients)
-            if at.Need_centre_late & NEEDS:
-                x = x - tl.where((r.needs & at.Need_centre_decayed) != 0, 0.0, late_mean)
+            x, s0, s1, s2, s3 = centred_direction(RULE, NEEDS, r, x, p, s0, s1, s2, s3, late_mean)
             x = x + weight_decay * p
+        elif at.Need_centre_late & NEEDS:
+            x = x - tl.where((r.needs & at.Need_centre_decayed) != 0, late_mean, 0.0)
         x = tl.where(tile.mask, x, 0.0).to(tl.float64)
         p = tl.where(tile.mask, p, 0.0).to(tl.float64)
         squares += x * x

@@ -1,4 +1,4 @@
-"""Stages 0 to 6 of a step: what happens to a gradient before the update rule sees it."""
+"""Stages 0 to 6 of a step, which a gradient goes through before the update rule sees it, and moving averages."""
 
 from __future__ import annotations
 
@@ -102,3 +102,19 @@ def transformed(NEEDS: tl.constexpr, stages, mean, factor, g, z, p):
     x = x * stages.sign
     # Without decay an infinite weight leaves the gradient alone.
     return tl.where(stages.decay != 0.0, x + stages.decay * p, x)
+
+
+# ---- moving averages, as torch.lerp steps them
+
+
+@triton.jit
+def mix_of(weight, T: tl.constexpr):
+    """What ``mixed`` is given for a weight in float64."""
+    from_end = weight >= 0.5
+    return tl.where(from_end, weight - 1.0, weight).to(T), from_end
+
+
+@triton.jit
+def mixed(begin, end, mix):
+    """From one value to another by a weight, from the nearer end: a weight of 1 gives just the other."""
+    return tl.where(mix[1], end, begin) + (end - begin) * mix[0]

@@ -13,8 +13,8 @@ import triton.language as tl
 from . import layout as at
 from .access import ANY, load, load_mixed, needs_of, operand_at, operand_if, read, rounded_as, store, store_mixed
 from .chunk import elements_of, quads_of, tile_at
-from .mix import mix_of, mixed
-from .rounding import rounded_randomly, words, words_of_quads
+from .noise import rounded_randomly, words, words_of_quads
+from .transforms import mix_of, mixed
 
 
 class Weights(NamedTuple):

@@ -6,6 +6,7 @@ which parts follow the paper and which are this package's reading of it.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NoReturn
@@ -14,9 +15,28 @@ import torch
 from torch import Tensor
 from torch._compile import _disable_dynamo
 
-from .kernels import choose
+from ..backends import choose_name
+from ..backends import cpu as native_cpu
+from ..backends import triton as native_triton
+from . import cpu, reference, triton
 from .options import PGD, Options, check_inputs, checked_radius, checked_sign, checked_weight, class_count
 from .problem import Kernels, Measured, Perturbation, Problem, wide_dtype
+
+_KERNELS: dict[str, Kernels] = {"cpu": cpu, "triton": triton, "reference": reference}
+_chosen: dict[tuple[object, ...], Kernels] = {}
+
+
+def choose(request: str, logits: Tensor) -> Kernels:
+    """The kernels to use for ``logits``. Raises as ``gradfused.backends.choose_name``.
+
+    Choices are cached, since finding out what can run takes longer than the loss of a small batch.
+    """
+    plain = bool(logits.numel() == 0 or logits.data_ptr())
+    asked = (request, os.environ.get("GRADFUSED_BACKEND"), native_cpu.native_or_none(), native_triton.interpreting())
+    key = (*asked, logits.device, logits.dtype, plain)
+    if key not in _chosen:
+        _chosen[key] = _KERNELS[choose_name(request, [logits], tuple(_KERNELS), "LPG cross-entropy")]
+    return _chosen[key]
 
 
 def _to_rows(logits: Tensor) -> Tensor:

@@ -1,7 +1,8 @@
-"""LPG cross-entropy as a module that decides by itself which classes to amplify and which to dampen."""
+"""LPG cross-entropy as a module that decides, from class counts or statistics, which classes to amplify or dampen."""
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -10,13 +11,12 @@ from torch import Tensor, nn
 from torch._compile import _disable_dynamo
 
 from ..step.options import number, whole
-from . import modes
-from .function import Call, signed_bound
-from .kernels import choose
+from .function import Call, choose, signed_bound
 from .options import (
     PGD,
     Options,
     check_inputs,
+    checked_amounts,
     checked_radius,
     checked_sign,
     checked_weight,
@@ -27,6 +27,47 @@ from .problem import Kernels, Measured, Perturbation, Problem
 
 #: Momentum is refused where the mean gradients of the classes, (C, C) in float32, would take more bytes than this.
 MOST_BYTES = 2**31
+MODES = ("balanced", "longtail", "noisy")
+
+
+def longtail(samples: Any, classes: int) -> Tensor:
+    """Return (C,) in [-1, 1]: for each class, from class counts, its sign times its share of the radius.
+
+    Classes are ranked by count. Those below the middle of the ranking are amplified, those above it dampened, in
+    proportion to the distance of their rank from the middle: the rarest and the most frequent by the whole radius. Equal
+    counts share their mean rank, so balanced data are left alone.
+
+    Raises:
+        ValueError: The shape is not (C,), or a count is negative or not finite.
+    """
+    given = per_class("counts", samples, classes, default_dtype=torch.float64)
+    counts = checked_amounts("counts", given.double().cpu())
+    _, group, size = counts.unique(return_inverse=True, return_counts=True)
+    rank = size.cumsum(0) - (size.double() + 1) / 2  # from 0, in ascending order of counts
+    middle = (classes - 1) / 2
+    share: Tensor = (middle - rank[group]) / max(middle, 0.5)
+    return share.float()
+
+
+def balanced(confidence: Tensor, seen: Tensor) -> Tensor:
+    """Return (C,) signs: 1 for a confidence below the mean over the classes seen, -1 above it, 0 for unseen classes."""
+    mean = torch.where(seen, confidence, 0).sum() / seen.sum()
+    return torch.where(seen, (mean - confidence).sign(), 0)
+
+
+def noisy(confidence: Tensor, norm: Tensor, seen: Tensor, smoothing: float) -> Tensor:
+    """Return (C,) signs: -1 where a class's mean gradient norm is high for its confidence, else 0.
+
+    Among all gradients with own-class probability q, the shortest one has the remaining probability spread evenly over
+    the other classes. Its norm is ``|t - q| * sqrt(C / (C - 1))``, where t is the target's probability. A class exceeds
+    this norm by putting probability on few wrong classes, which marks samples that the model contradicts. Classes whose
+    excess is above the mean over the classes seen are dampened.
+    """
+    classes = len(confidence)
+    own = 1 - smoothing + smoothing / classes
+    excess = norm - (own - confidence).abs() * math.sqrt(classes / (classes - 1))
+    mean = torch.where(seen, excess, 0).sum() / seen.sum()
+    return torch.where(seen & (excess > mean), -1.0, torch.zeros_like(norm))
 
 
 class LPGCrossEntropyLoss(nn.Module):
@@ -115,8 +156,8 @@ class LPGCrossEntropyLoss(nn.Module):
     def _check_options(self, counts: Any, sign: Any) -> None:
         """Raise for options that exclude each other."""
         classes = self.num_classes
-        if self.mode not in modes.MODES:
-            raise ValueError(f"mode: expected one of {', '.join(map(repr, modes.MODES))}, got {self.mode!r}")
+        if self.mode not in MODES:
+            raise ValueError(f"mode: expected one of {', '.join(map(repr, MODES))}, got {self.mode!r}")
         if sign is not None and counts is not None:
             raise ValueError(
                 "sign and counts: expected one of them; sign fixes the classes, counts let 'longtail' choose"
@@ -138,7 +179,7 @@ class LPGCrossEntropyLoss(nn.Module):
     def _fixed_sign(self, counts: Any, sign: Any) -> Tensor | None:
         if sign is not None:
             return checked_sign(sign, self.num_classes).float()
-        return modes.longtail(counts, self.num_classes) if self.mode == "longtail" else None
+        return longtail(counts, self.num_classes) if self.mode == "longtail" else None
 
     def signs(self) -> Tensor:
         """(C,): the sign of each class's perturbation by the present statistics; in ``"longtail"`` times its share."""
@@ -146,8 +187,8 @@ class LPGCrossEntropyLoss(nn.Module):
             return self._sign
         if self.mode == "noisy":
             smoothing = self.options.label_smoothing
-            return modes.noisy(self.confidence.float(), self.gradient_norm.float(), self._known(), smoothing)
-        return modes.balanced(self.confidence.float(), self._known())
+            return noisy(self.confidence.float(), self.gradient_norm.float(), self._known(), smoothing)
+        return balanced(self.confidence.float(), self._known())
 
     def _known(self) -> Tensor:
         """(C,): whether a class has statistics. Those of a checkpoint may be nan, which does not count."""

@@ -41,7 +41,6 @@ LAYERS: list[tuple[str, ...]] = [
     ("gradfused.backends",),
     ("gradfused.lpg.problem",),
     ("gradfused.lpg.reference", "gradfused.lpg.cpu", "gradfused.lpg.triton"),
-    ("gradfused.lpg.kernels",),
     (
         "gradfused.step.spelling",
         "gradfused.step.options",
