@@ -58,13 +58,13 @@ def moment_numbers(settings, T: tl.constexpr):
     """The numbers of Adam's moments and eps, the first of those of a rule that has moments."""
     beta2 = option(settings, at.settings_beta2)
     mix = mix_of(1.0 - option(settings, at.settings_beta1), T)
-    return mix, beta2.to(T), (1.0 - beta2).to(T), option(settings, at.settings_eps).to(T)
+    return mix[0], mix[1], beta2.to(T), (1.0 - beta2).to(T), option(settings, at.settings_eps).to(T)
 
 
 @triton.jit
 def moments(g, s0, s1, c):
     """Adam's moments after a step. In torch's order, which keeps gradients of 1e20 finite."""
-    return mixed(s0, g, c[0]), s1 * c[1] + g * c[2] * g
+    return mixed(s0, g, (c[0], c[1])), s1 * c[2] + g * c[3] * g
 
 
 @triton.jit
@@ -97,23 +97,23 @@ def sgd_momentum(g, p, s0, s1, s2, s3, c):
 def adam_coefficients(settings, lr, step, T: tl.constexpr):
     correction1 = 1.0 - power(option(settings, at.settings_beta1), step)
     correction2 = 1.0 - power(option(settings, at.settings_beta2), step)
-    numbers = (moment_numbers(settings, T), (1.0 / tl.sqrt(correction2)).to(T))
+    numbers = moment_numbers(settings, T) + ((1.0 / tl.sqrt(correction2)).to(T),)
     return shrunk(settings, lr, T), (lr / correction1).to(T), numbers
 
 
 @triton.jit
 def adam(g, p, s0, s1, s2, s3, c):
     """torch.optim.Adam and AdamW (Kingma & Ba 2015; Loshchilov & Hutter 2019)."""
-    s0, s1 = moments(g, s0, s1, c[0])
-    return divide(s0, root(s1) * c[1] + c[0][3]), s0, s1, s2, s3
+    s0, s1 = moments(g, s0, s1, c)
+    return divide(s0, root(s1) * c[5] + c[4]), s0, s1, s2, s3
 
 
 @triton.jit
 def adam_amsgrad(g, p, s0, s1, s2, s3, c):
     """The same with amsgrad=True (Reddi et al. 2018)."""
-    s0, s1 = moments(g, s0, s1, c[0])
+    s0, s1 = moments(g, s0, s1, c)
     s2 = maximum(s2, s1)
-    return divide(s0, root(s2) * c[1] + c[0][3]), s0, s1, s2, s3
+    return divide(s0, root(s2) * c[5] + c[4]), s0, s1, s2, s3
 
 
 @triton.jit
@@ -134,7 +134,8 @@ def rmsprop_coefficients(settings, lr, T: tl.constexpr):
     alpha = option(settings, at.settings_beta2)
     eps = option(settings, at.settings_eps).to(T)
     momentum = option(settings, at.settings_momentum).to(T)
-    numbers = (alpha.to(T), (1.0 - alpha).to(T), eps, momentum, mix_of(1.0 - alpha, T))
+    mix = mix_of(1.0 - alpha, T)
+    numbers = (alpha.to(T), (1.0 - alpha).to(T), eps, momentum, mix[0], mix[1])
     return tl.full([], 1.0, T), lr.to(T), numbers
 
 
@@ -157,7 +158,7 @@ def rmsprop_momentum(g, p, s0, s1, s2, s3, c):
 def deviation(g, square, mean, c):
     """(direction, square, mean) of RMSprop with centered=True (Graves 2013)."""
     square = square * c[0] + g * c[1] * g
-    mean = mixed(mean, g, c[4])
+    mean = mixed(mean, g, (c[4], c[5]))
     # No further than the greatest finite number: where the average square is infinite, what is left of it is as well.
     of_mean = mean * mean
     of_mean = tl.where(of_mean > greatest(g.dtype), greatest(g.dtype), of_mean)
@@ -198,8 +199,7 @@ def nadam_coefficients(settings, lr, step, mu_product, T: tl.constexpr):
     beta2 = option(settings, at.settings_beta2)
     mu = warmed_momentum(settings, step)
     following = warmed_momentum(settings, step + 1.0)
-    numbers = (
-        moment_numbers(settings, T),
+    numbers = moment_numbers(settings, T) + (
         (1.0 / (1.0 - power(beta2, step))).to(T),
         ((1.0 - mu) / (1.0 - mu_product)).to(T),
         (following / (1.0 - mu_product * following)).to(T),
@@ -210,8 +210,8 @@ def nadam_coefficients(settings, lr, step, mu_product, T: tl.constexpr):
 @triton.jit
 def nadam(g, p, s0, s1, s2, s3, c):
     """torch.optim.NAdam (Dozat 2016)."""
-    s0, s1 = moments(g, s0, s1, c[0])
-    return divide(g * c[2] + s0 * c[3], root(s1 * c[1]) + c[0][3]), s0, s1, s2, s3
+    s0, s1 = moments(g, s0, s1, c)
+    return divide(g * c[6] + s0 * c[7], root(s1 * c[5]) + c[4]), s0, s1, s2, s3
 
 
 @triton.jit
@@ -227,14 +227,14 @@ def radam_coefficients(settings, lr, step, T: tl.constexpr):
     above = tl.where(rectified, (length - 4.0) * (length - 2.0) * most * correction2, 1.0)
     below = tl.where(rectified, (most - 4.0) * (most - 2.0) * length, 1.0)
     rate = lr / (1.0 - power(beta1, step)) * tl.sqrt(above / below)
-    return shrunk(settings, lr, T), rate.to(T), (moment_numbers(settings, T), rectified)
+    return shrunk(settings, lr, T), rate.to(T), moment_numbers(settings, T) + (rectified,)
 
 
 @triton.jit
 def radam(g, p, s0, s1, s2, s3, c):
     """torch.optim.RAdam (Liu et al. 2020)."""
-    s0, s1 = moments(g, s0, s1, c[0])
-    return divide(s0, tl.where(c[1], root(s1) + c[0][3], 1.0)), s0, s1, s2, s3
+    s0, s1 = moments(g, s0, s1, c)
+    return divide(s0, tl.where(c[5], root(s1) + c[4], 1.0)), s0, s1, s2, s3
 
 
 @triton.jit
@@ -267,15 +267,15 @@ def lamb_coefficients(settings, lr, step, ratio, T: tl.constexpr):
     correction1 = 1.0 - power(option(settings, at.settings_beta1), step)
     correction2 = 1.0 - power(option(settings, at.settings_beta2), step)
     rate = lr * ratio
-    numbers = (moment_numbers(settings, T), (1.0 / tl.sqrt(correction2)).to(T), (1.0 / correction1).to(T))
+    numbers = moment_numbers(settings, T) + ((1.0 / tl.sqrt(correction2)).to(T), (1.0 / correction1).to(T))
     return (1.0 - rate * option(settings, at.settings_weight_decay)).to(T), rate.to(T), numbers
 
 
 @triton.jit
 def lamb(g, p, s0, s1, s2, s3, c):
     """LAMB (You et al. 2020)."""
-    s0, s1 = moments(g, s0, s1, c[0])
-    return divide(s0 * c[2], root(s1) * c[1] + c[0][3]), s0, s1, s2, s3
+    s0, s1 = moments(g, s0, s1, c)
+    return divide(s0 * c[6], root(s1) * c[5] + c[4]), s0, s1, s2, s3
 
 
 @triton.jit
