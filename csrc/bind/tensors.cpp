@@ -115,6 +115,8 @@ PyObject* Tensors::checked(PyObject* object) const {
   return object;
 }
 
+py::object Tensors::grad(PyObject* param) const { return grad_(checked(param)); }
+
 void Tensors::learn(PyObject* tensor) {
   const void* const implementation = PyLong_AsVoidPtr(implementation_(checked(tensor)).ptr());
   shim_.learn(tensor, implementation, size_t(reinterpret_cast<PyTypeObject*>(type_.ptr())->tp_basicsize));

@@ -68,7 +68,7 @@ class Tensors {
   // `tensor` and `storage` are torch's types, `exchange` is a capsule named "dlpack_exchange_api" or None, `shim` allows the StorageShim.
   Tensors(const pybind11::object& tensor, const pybind11::object& storage, const pybind11::object& exchange, bool shim);
 
-  pybind11::object grad(PyObject* param) const { return grad_(checked(param)); }
+  pybind11::object grad(PyObject* param) const;
 
   // Good until the next call. Throws what torch raises for a tensor without memory of its own, TypeError for what is no tensor.
   View operator()(PyObject* tensor) const;

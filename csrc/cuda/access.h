@@ -1,9 +1,9 @@
-// How a kernel reads and writes an operand: 16 bytes at a time where it can, else an element at a time through dtype and strides.
+// How a kernel reads and writes an operand: 16 bytes at a time where it can, else an element at a time through dtype and strides. And how it
+// reads the weights before a step.
 #pragma once
 
 #include <type_traits>
 
-#include "cuda/device.h"
 #include "cuda/job.h"
 #include "math/believed.h"
 #include "math/rounding.h"
@@ -239,6 +239,54 @@ template <class T> struct Any {
 
 // The operand that a row's weights are read from, in the parameter's dtype.
 __device__ __forceinline__ const Operand& kept_weights(const Row& row) { return row.source.data ? row.source : row.param; }
+
+// The weights before a step, with all the digits that are kept of them.
+template <class A> struct KeptWeights {
+  using T = typename A::Compute;
+  static constexpr int width = A::width;
+
+  // As loaded: no instruction waits for them until they are widened.
+  struct Loaded {
+    typename A::Raw own;
+    typename A::RiderRaw more;
+  };
+
+  typename A::Handle own{};
+  typename A::Rider more{};  // the float32 copy or the compensation: no row has both
+
+  __device__ __forceinline__ void open(const Row& row, int64_t begin) {
+    const Operand& kept = kept_weights(row);
+    own = A::handle(kept, kept.data, begin);
+    more = A::rider(row.master.data ? row.master : row.kahan_comp, begin);
+  }
+
+  __device__ __forceinline__ Loaded load(int i, uint32_t todo) const {
+    Loaded v{};
+    v.own = A::load_raw(own, i);
+    if constexpr (A::may_be_short) {
+      if (todo & (Need::copy | Need::kahan)) v.more = A::load_rider(more, i);
+    }
+    return v;
+  }
+
+  __device__ __forceinline__ void widen(const Loaded& v, uint32_t todo, T* to) const {
+#pragma unroll
+    for (int k = 0; k < width; ++k) to[k] = A::get(v.own, k);
+    if constexpr (A::may_be_short) {
+      if (!(todo & (Need::copy | Need::kahan))) return;
+      T finer[width];
+      A::widen(more, v.more, finer);
+      if (todo & Need::copy) {
+#pragma unroll
+        for (int k = 0; k < width; ++k) to[k] = math::believed_copy(finer[k], A::rounded(own, finer[k]), to[k]);
+      } else {
+        const float half = A::half_unit(own);
+#pragma unroll
+        for (int k = 0; k < width; ++k) to[k] = to[k] + math::believed_rest(finer[k], to[k], half);
+      }
+    }
+  }
+};
 
 // Runs f with the access that suits a chunk: one uniform branch a chunk. Operands of mixed dtypes are accessed an element at a time, except
 // those that may be float32 beside 16-bit weights, so that there are six bodies and not one a combination. Without kWide there is no float64.

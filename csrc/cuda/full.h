@@ -2,7 +2,7 @@
 // ways than in one array. Bits tell one loop what to do, so that there is one body an access for all rules of a family.
 #pragma once
 
-#include "cuda/enter.h"
+#include "cuda/row.h"
 #include "cuda/weights.h"
 
 namespace gradfused::cuda {

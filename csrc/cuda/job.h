@@ -1,5 +1,9 @@
-// The launches of a step's kernels, each over one table in device memory.
+// The launches of a step's kernels, each over one table in device memory, and CUDA's errors as exceptions.
 #pragma once
+
+#include <cuda_runtime.h>
+
+#include <string>
 
 #include "plan/layout.h"
 
@@ -19,7 +23,7 @@ void launch_stats(const Job& job, int device, void* stream);
 // Writes host memory to device memory through a kernel's arguments: the host's copy is free at once, and a captured graph keeps the bytes.
 void launch_patch(void* to, const void* from, size_t bytes, int device, void* stream);
 
-// Raises std::invalid_argument if the stream is another device's.
-void check_stream(int device, void* stream);
+// Raises std::runtime_error that says what failed, what CUDA calls it and what may help.
+void check(cudaError_t error, const std::string& doing);
 
 }  // namespace gradfused::cuda

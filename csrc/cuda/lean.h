@@ -2,7 +2,7 @@
 // multiprocessor.
 #pragma once
 
-#include "cuda/enter.h"
+#include "cuda/row.h"
 
 namespace gradfused::cuda {
 namespace {

@@ -1,6 +1,6 @@
 // The launch of the phases `means` and `norms`: centred sums of squares of rows, and means of units that take several chunks. It reads each
 // gradient once.
-#include "cuda/kept.h"
+#include "cuda/gradient.h"
 #include "cuda/launch.h"
 
 namespace gradfused::cuda {

@@ -1,7 +1,7 @@
 // The weights of a unit or piece: read, and written back in the row's precision, with what is kept along with them.
 #pragma once
 
-#include "cuda/kept.h"
+#include "cuda/row.h"
 #include "math/noise.h"
 
 namespace gradfused::cuda {
