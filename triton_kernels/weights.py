@@ -78,7 +78,7 @@ def half_unit(ACCESS: tl.constexpr, param):
 
 @triton.jit
 def believed_comp(comp, weight, half):
-    """As in csrc/math/believed.h: what rounding took off, where it is within half a unit in the last place of the weight."""
+    """As in csrc/math/rounding.h: what rounding took off, where it is within half a unit in the last place of the weight."""
     power = (weight.to(tl.uint32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)
     return tl.where((tl.abs(comp) <= power * half) & (tl.abs(comp) < float("inf")), comp, 0.0)
 

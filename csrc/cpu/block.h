@@ -4,7 +4,7 @@
 #include "cpu/kernels.h"
 #include "cpu/reduce.h"
 #include "cpu/stream.h"
-#include "math/transforms.h"
+#include "math/rule.h"
 
 namespace gradfused::cpu {
 namespace {

@@ -5,7 +5,7 @@
 #include <immintrin.h>
 #endif
 
-#include "math/half.h"
+#include "math/device.h"
 
 namespace gradfused::cpu {
 namespace {

@@ -7,7 +7,6 @@
 #include "cpu/isa.h"
 #include "cpu/threads.h"
 #include "math/rules.h"
-#include "math/transforms.h"
 
 namespace gradfused::cpu {
 namespace {

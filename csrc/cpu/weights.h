@@ -3,7 +3,6 @@
 
 #include "cpu/block.h"
 #include "cpu/noise_run.h"
-#include "math/believed.h"
 #include "math/rounding.h"
 #include "math/rule.h"
 

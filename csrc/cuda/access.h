@@ -5,7 +5,6 @@
 #include <type_traits>
 
 #include "cuda/job.h"
-#include "math/believed.h"
 #include "math/rounding.h"
 
 namespace gradfused::cuda {

@@ -4,7 +4,7 @@
 
 #include "cuda/access.h"
 #include "math/ascend.h"
-#include "math/transforms.h"
+#include "math/rule.h"
 
 namespace gradfused::cuda {
 namespace {

@@ -1,10 +1,13 @@
-// Stochastic rounding to the 16-bit formats: the random bits are added below the last bit kept, and what is below it then cut off.
+// 16-bit weights with more digits than their format has: rounded stochastically, or with a copy or compensation kept beside them.
 #pragma once
 
-#include "math/half.h"
+#include "math/device.h"
+#include "schema.h"
 
 namespace gradfused::math {
 namespace {
+
+// Stochastic rounding: the random bits are added below the last bit kept, and what is below it is then cut off.
 
 // Draws for rounding have counters of their own: the noise's never reach this one.
 constexpr uint32_t kRoundingCounter = 0x80000000u;
@@ -26,6 +29,24 @@ GRADFUSED_MATH float random_half(float x, uint32_t random) {
   }
   const uint32_t rounded = (a + (random >> 19)) & 0xFFFFE000u;
   return bits<float>((rounded > 0x477FE000u ? 0x477FE000u : rounded) | sign);  // 65504
+}
+
+// A float32 copy or a compensation is used only where it still agrees with the weights, which may have been written in between, for
+// example by loading a model. Agreement is checked for each element, so that no writer has to report itself.
+
+// The value to step from: the float32 copy if it rounds to the weight, else the weight. `rounded` is the copy rounded to the weight's
+// format.
+template <class T> GRADFUSED_MATH T believed_copy(T copy, T rounded, T weight) { return rounded == weight ? copy : weight; }
+
+// Half a unit in the last place of a weight of 1.
+GRADFUSED_MATH float half_unit(DType dtype) { return dtype == DType::bfloat16 ? 0.00390625f : 0.00048828125f; }  // 2^-8, 2^-11
+
+// The compensation of a weight, or 0 if it is not finite or more than half a unit in the weight's last place and so cannot belong to it.
+// Subnormal weights have no compensation that their format could hold.
+template <class T> GRADFUSED_MATH T believed_rest(T rest, T weight, float half_unit) {
+  const float power = bits<float>(bits<uint32_t>(float(weight)) & 0x7F800000u);  // of two, below the weight
+  const float size = bits<float>(bits<uint32_t>(float(rest)) & 0x7FFFFFFFu);
+  return size <= power * half_unit && size < INFINITY ? rest : T(0);
 }
 
 }  // namespace

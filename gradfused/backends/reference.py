@@ -32,7 +32,7 @@ def compute_dtype(param: Tensor) -> torch.dtype:
 
 
 def weights_of(row: Row) -> Tensor:
-    """The weights before the step, with the extra digits that are kept for them: see csrc/math/believed.h."""
+    """The weights before the step, with the extra digits that are kept for them: see csrc/math/rounding.h."""
     weights = row.weights
     p = weights.to(compute_dtype(row.param))
     if row.master is not None:
