@@ -50,6 +50,8 @@ void StorageShim::learn(PyObject* tensor, const void* implementation, size_t obj
   if (!place_ || !holds(place_)) bytes_ = nullptr;
 }
 
+StorageShim::operator bool() const { return bytes_ && place_; }
+
 bool StorageShim::ask(PyObject* tensor, int64_t& bytes, int64_t& offset) const {
   const void* const handle = reinterpret_cast<char*>(tensor) + place_;
   return bytes_(handle, &bytes) == 0 && offset_(handle, &offset) == 0;

@@ -51,7 +51,7 @@ class StorageShim {
   void learn(PyObject* tensor, const void* implementation, size_t object_size);
 
   // Whether the shim can be used: this torch has the functions, and every tensor so far had its pointer in the same place.
-  explicit operator bool() const { return bytes_ && place_; }
+  explicit operator bool() const;
 
   // Sets the size of the storage in bytes and the tensor's offset in it in elements. False for a tensor without a storage.
   bool ask(PyObject* tensor, int64_t& bytes, int64_t& offset) const;

@@ -50,6 +50,7 @@ void Engine::add_chunks(int32_t index) {
 // Rows are complete by the first call.
 void Engine::plan() {
   if (planned_) return;
+  kernels_ = &kernels();
   chunks_.clear();
   first_chunk_.clear();
   steps_.assign(rows_.size(), RowStep{});
@@ -81,7 +82,7 @@ void Engine::plan() {
 void Engine::run(Phase phase, int threads) {
   const std::vector<int64_t>& todo = todo_[int(phase)];
   if (todo.empty()) return;
-  const Kernels& k = kernels();
+  const Kernels& k = *kernels_;
   void (*const of_phase[])(const CpuJob&, int64_t, char*) = {k.means, k.norms, k.trust, k.late_means, k.trust, k.step};
   void (*const kernel)(const CpuJob&, int64_t, char*) = of_phase[int(phase)];
   const CpuJob job = {rows_.data(),      settings_.data(),   steps_.data(),          chunks_.data(),        cached_,

@@ -40,6 +40,7 @@ class Engine : public Rows {
   void finish_rows(double* sums);
 
   bool planned_ = false, cached_ = true;
+  const Kernels* kernels_ = nullptr;  // those in use when the chunks were planned
   std::vector<RowStep> steps_;
   std::vector<CpuChunk> chunks_;
   std::vector<size_t> first_chunk_;               // of each row, and the end

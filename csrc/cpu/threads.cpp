@@ -128,8 +128,7 @@ bool can_start(int count) {
 
 }  // namespace
 
-void parallel(int threads, const std::function<void(int)>& work) {
-  if (threads <= 1) return work(0);
+void in_team(int threads, const std::function<void(int)>& work) {
   const GompParallel run = forked ? nullptr : openmp();
   Pool* const pool = run ? own_pool() : nullptr;
   std::unique_lock<std::mutex> starting(to_start, std::defer_lock);

@@ -3,7 +3,7 @@
 
 #include <cmath>
 
-#include "cpu/convert.h"
+#include "cpu/stream.h"
 
 namespace gradfused::lpg {
 namespace {

@@ -1,4 +1,4 @@
-"""What every backend is given, Settings and Row, and what it must do, Backend."""
+"""What every backend is given, Settings and Row, and what it must do, Backend; what the compiled ones share."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from numbers import Real
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -14,6 +15,10 @@ from torch import Tensor
 from ..step.schema import Settings as Settings
 
 WIDE_SCOPES = ("global", "group", "param")
+#: Describes a tensor to native code without Python calls. Older versions of torch have none.
+EXCHANGE = getattr(Tensor, "__dlpack_c_exchange_api__", None)
+#: Ask for the size of storages through libtorch's C interface where this torch has it.
+SHIM = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -208,6 +213,44 @@ class Backend(ABC):
     @abstractmethod
     def apply(self, scaling: Scaling) -> bool:
         """Take the step. Returns False, with nothing changed, if a gradient is not finite and ``skip_nonfinite`` is set."""
+
+
+class CompiledBackend(Backend):
+    """A backend whose rows lie in native tables, and whose native module notices what changed in the optimizer.
+
+    Attributes:
+        natives: The native tables, one for each device.
+    """
+
+    natives: list[Any]
+    _watch: Any = None
+
+    @staticmethod
+    @abstractmethod
+    def module() -> ModuleType:
+        """The compiled module of the native tables."""
+
+    @property
+    def taken(self) -> int:
+        return sum([native.taken() for native in self.natives])
+
+    @property
+    def needs_stats(self) -> bool:
+        return any(native.needs_stats() for native in self.natives)
+
+    def watch(
+        self, rows: Sequence[Row], groups: list[dict[str, Any]], state: dict[Any, Any], sources: dict[Tensor, Tensor]
+    ) -> None:
+        zeroed = [self.settings[row.group].zero_grad_in_step for row in rows]
+        watched = [(r.param_number, r.param, r.grad, r.kept, zero) for r, zero in zip(rows, zeroed, strict=True)]
+        kinds = torch._C.TensorBase, torch.UntypedStorage
+        self._watch = self.module().Watch(*kinds, EXCHANGE, SHIM, groups, state, sources, watched)
+
+    def refresh(
+        self, groups: list[dict[str, Any]], state: dict[Any, Any], sources: dict[Tensor, Tensor]
+    ) -> Held | None:
+        found = self._watch.refresh(groups, state, sources, self.natives)
+        return None if found is None else Held(*found)
 
 
 @dataclass(frozen=True)

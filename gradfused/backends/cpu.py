@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from . import native as natives
-from .base import Availability, Row, Scaling, Settings
+from .base import Availability, CompiledBackend, Row, Scaling, Settings
 
 _native: ModuleType | None
 _error: str | None = None
@@ -57,7 +57,7 @@ def refusal(tensor: Tensor) -> str | None:
     return natives.refusal(tensor, "cpu")
 
 
-class CpuBackend(natives.CompiledBackend):
+class CpuBackend(CompiledBackend):
     """The native CPU engine with the rows of a step."""
 
     def __init__(self, rows: Sequence[Row], settings: Sequence[Settings]) -> None:

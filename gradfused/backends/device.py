@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .. import gpu
 from . import native as natives
-from .base import Row, Scaling, Settings
+from .base import CompiledBackend, Row, Scaling, Settings
 
 
 def checked(scalar: Tensor | None, device: torch.device) -> Tensor | None:
@@ -95,7 +95,7 @@ class DevicePart(ABC):
         return stream
 
 
-class DeviceBackend(natives.CompiledBackend):
+class DeviceBackend(CompiledBackend):
     """The rows of a step in device memory. The host does not wait for the device."""
 
     on_device = True

@@ -1,18 +1,16 @@
-"""What the compiled backends share: tensors as addresses and walks over memory, rows and options handed to a native table."""
+"""Tensors as addresses and walks over memory; rows and settings handed to a native table."""
 
 from __future__ import annotations
 
-from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import fields
-from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..step.memory import address
-from .base import Backend, Held, Row, Settings
+from .base import Row, Settings
 
 DTYPES = {
     torch.float32: "float32",
@@ -23,10 +21,6 @@ DTYPES = {
 #: The fields of a row that native code reads: csrc/schema.def lists them.
 _ROW = [f.name for f in fields(Row) if f.name not in ("name", "kept")]
 _COUNTS = ("step", "mu_product")
-#: Describes a tensor to native code without Python calls. Older versions of torch have none.
-EXCHANGE = getattr(Tensor, "__dlpack_c_exchange_api__", None)
-#: Ask for the size of storages through libtorch's C interface where this torch has it.
-SHIM = True
 
 # (address, dtype, sizes, strides) as a native module reads an operand
 Operand = tuple[int, str, list[int], list[int]]
@@ -109,41 +103,3 @@ def configure(rows: Any, known: Sequence[Settings | None], new: Sequence[Setting
     for i in changed:
         rows.configure(i, new[i])
     return bool(changed)
-
-
-class CompiledBackend(Backend):
-    """A backend whose rows lie in native tables, and whose native module notices what changed in the optimizer.
-
-    Attributes:
-        natives: The native tables, one for each device.
-    """
-
-    natives: list[Any]
-    _watch: Any = None
-
-    @staticmethod
-    @abstractmethod
-    def module() -> ModuleType:
-        """The compiled module of the native tables."""
-
-    @property
-    def taken(self) -> int:
-        return sum([native.taken() for native in self.natives])
-
-    @property
-    def needs_stats(self) -> bool:
-        return any(native.needs_stats() for native in self.natives)
-
-    def watch(
-        self, rows: Sequence[Row], groups: list[dict[str, Any]], state: dict[Any, Any], sources: dict[Tensor, Tensor]
-    ) -> None:
-        zeroed = [self.settings[row.group].zero_grad_in_step for row in rows]
-        watched = [(r.param_number, r.param, r.grad, r.kept, zero) for r, zero in zip(rows, zeroed, strict=True)]
-        kinds = torch._C.TensorBase, torch.UntypedStorage
-        self._watch = self.module().Watch(*kinds, EXCHANGE, SHIM, groups, state, sources, watched)
-
-    def refresh(
-        self, groups: list[dict[str, Any]], state: dict[Any, Any], sources: dict[Tensor, Tensor]
-    ) -> Held | None:
-        found = self._watch.refresh(groups, state, sources, self.natives)
-        return None if found is None else Held(*found)

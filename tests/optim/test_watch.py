@@ -11,7 +11,7 @@ from torch import Tensor
 from twins import at_the_end_of_a_large_storage, shrink_in_place
 
 import gradfused
-from gradfused.backends import cpu, native
+from gradfused.backends import base, cpu
 
 pytestmark = pytest.mark.skipif(cpu.native_or_none() is None, reason="the native module is not built")
 
@@ -23,8 +23,8 @@ def optimizer(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -
     """An optimizer over three parameters after a step, whose table's watch reads tensors in one of the two ways."""
     if "exchange" in request.param and EXCHANGE is None:
         pytest.skip("this torch has no DLPack exchange")
-    monkeypatch.setattr(native, "EXCHANGE", EXCHANGE if "exchange" in request.param else None)
-    monkeypatch.setattr(native, "SHIM", "without" not in request.param)
+    monkeypatch.setattr(base, "EXCHANGE", EXCHANGE if "exchange" in request.param else None)
+    monkeypatch.setattr(base, "SHIM", "without" not in request.param)
     shapes = [(6, 1, 5), (4, 4), (8,)]
     params = [torch.nn.Parameter(torch.randn(shape)) for shape in shapes]
     opt = gradfused.AdamW([*params, torch.nn.Parameter(torch.zeros(3))], backend="cpu")
