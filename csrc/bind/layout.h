@@ -3,8 +3,10 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <initializer_list>
 #include <map>
 #include <string>
+#include <utility>
 
 #include "bind/schema.h"
 #include "math/rules.h"
@@ -16,6 +18,11 @@ using Layout = std::map<std::string, int64_t>;
 
 template <class E> void add_values(Layout& layout, const std::string& type) {
   for (size_t i = 0; i < names_of<E>().size(); ++i) layout[type + "_" + names_of<E>()[i]] = int64_t(i);
+}
+
+// Byte offsets of fields, each under the names of its struct and its own.
+inline void add_fields(Layout& layout, const std::string& of, std::initializer_list<std::pair<const char*, size_t>> fields) {
+  for (const auto& [name, offset] : fields) layout[of + "_" + name] = int64_t(offset);
 }
 
 // What the rules declare: a bit or three for each, at the place of its number.
@@ -46,63 +53,38 @@ inline void add_needs(Layout& layout) {
 inline Layout layout() {
   using namespace device;
   Layout layout;
-#define GRADFUSED_AT(prefix, type, field) layout[#prefix "_" #field] = int64_t(offsetof(type, field));
+#define GRADFUSED_AT(type, field) {#field, offsetof(type, field)}
+  add_fields(layout, "job",
+             {GRADFUSED_AT(Job, rows), GRADFUSED_AT(Job, settings), GRADFUSED_AT(Job, chunks), GRADFUSED_AT(Job, grads),
+              GRADFUSED_AT(Job, sums), GRADFUSED_AT(Job, units), GRADFUSED_AT(Job, squares), GRADFUSED_AT(Job, tickets),
+              GRADFUSED_AT(Job, skipped), GRADFUSED_AT(Job, needs), GRADFUSED_AT(Job, row_count), GRADFUSED_AT(Job, chunk_count)});
+  add_fields(layout, "chunk",
+             {GRADFUSED_AT(Chunk, begin), GRADFUSED_AT(Chunk, count), GRADFUSED_AT(Chunk, row), GRADFUSED_AT(Chunk, lanes),
+              GRADFUSED_AT(Chunk, plain)});
+  add_fields(layout, "operand",
+             {GRADFUSED_AT(Operand, data), GRADFUSED_AT(Operand, dtype), GRADFUSED_AT(Operand, dims), GRADFUSED_AT(Operand, sizes),
+              GRADFUSED_AT(Operand, strides)});
+  add_fields(layout, "row",
+             {GRADFUSED_AT(DeviceRow, needs), GRADFUSED_AT(DeviceRow, unit0), GRADFUSED_AT(DeviceRow, chunk0),
+              GRADFUSED_AT(DeviceRow, chunk1), GRADFUSED_AT(DeviceRow, norm), GRADFUSED_AT(DeviceRow, weight_norm)});
+  add_fields(layout, "settings",
+             {GRADFUSED_AT(DeviceSettings, lr_at), GRADFUSED_AT(DeviceSettings, lr_dtype), GRADFUSED_AT(DeviceSettings, row0),
+              GRADFUSED_AT(DeviceSettings, row1)});
+  add_fields(
+      layout, "perturb",
+      {GRADFUSED_AT(Perturb, a), GRADFUSED_AT(Perturb, b), GRADFUSED_AT(Perturb, e), GRADFUSED_AT(Perturb, lo), GRADFUSED_AT(Perturb, hi)});
+  add_fields(layout, "sums", {GRADFUSED_AT(Sums, sum), GRADFUSED_AT(Sums, squares), GRADFUSED_AT(Sums, weight_squares)});
+  add_fields(layout, "unit",
+             {GRADFUSED_AT(Unit, mean), GRADFUSED_AT(Unit, squares), GRADFUSED_AT(Unit, weight_squares), GRADFUSED_AT(Unit, direction)});
+#undef GRADFUSED_AT
 #define GRADFUSED_SIZE(type) layout[#type] = int64_t(sizeof(type));
-  GRADFUSED_AT(job, Job, rows)
-  GRADFUSED_AT(job, Job, settings)
-  GRADFUSED_AT(job, Job, chunks)
-  GRADFUSED_AT(job, Job, grads)
-  GRADFUSED_AT(job, Job, sums)
-  GRADFUSED_AT(job, Job, units)
-  GRADFUSED_AT(job, Job, squares)
-  GRADFUSED_AT(job, Job, tickets)
-  GRADFUSED_AT(job, Job, skipped)
-  GRADFUSED_AT(job, Job, needs)
-  GRADFUSED_AT(job, Job, row_count)
-  GRADFUSED_AT(job, Job, chunk_count)
-  GRADFUSED_AT(chunk, Chunk, begin)
-  GRADFUSED_AT(chunk, Chunk, count)
-  GRADFUSED_AT(chunk, Chunk, row)
-  GRADFUSED_AT(chunk, Chunk, lanes)
-  GRADFUSED_AT(chunk, Chunk, plain)
-  GRADFUSED_AT(operand, Operand, data)
-  GRADFUSED_AT(operand, Operand, dtype)
-  GRADFUSED_AT(operand, Operand, dims)
-  GRADFUSED_AT(operand, Operand, sizes)
-  GRADFUSED_AT(operand, Operand, strides)
-  GRADFUSED_AT(row, DeviceRow, needs)
-  GRADFUSED_AT(row, DeviceRow, unit0)
-  GRADFUSED_AT(row, DeviceRow, chunk0)
-  GRADFUSED_AT(row, DeviceRow, chunk1)
-  GRADFUSED_AT(row, DeviceRow, norm)
-  GRADFUSED_AT(row, DeviceRow, weight_norm)
-  GRADFUSED_AT(settings, DeviceSettings, lr_at)
-  GRADFUSED_AT(settings, DeviceSettings, lr_dtype)
-  GRADFUSED_AT(settings, DeviceSettings, row0)
-  GRADFUSED_AT(settings, DeviceSettings, row1)
-  GRADFUSED_AT(perturb, Perturb, a)
-  GRADFUSED_AT(perturb, Perturb, b)
-  GRADFUSED_AT(perturb, Perturb, e)
-  GRADFUSED_AT(perturb, Perturb, lo)
-  GRADFUSED_AT(perturb, Perturb, hi)
-  GRADFUSED_AT(sums, Sums, sum)
-  GRADFUSED_AT(sums, Sums, squares)
-  GRADFUSED_AT(sums, Sums, weight_squares)
-  GRADFUSED_AT(unit, Unit, mean)
-  GRADFUSED_AT(unit, Unit, squares)
-  GRADFUSED_AT(unit, Unit, weight_squares)
-  GRADFUSED_AT(unit, Unit, direction)
   GRADFUSED_SIZE(Chunk)
   GRADFUSED_SIZE(Operand)
-  GRADFUSED_SIZE(DeviceRow)
-  GRADFUSED_SIZE(DeviceSettings)
-  GRADFUSED_SIZE(Sums)
-  GRADFUSED_SIZE(Unit)
-#undef GRADFUSED_AT
+  GRADFUSED_SIZE(DeviceRow) GRADFUSED_SIZE(DeviceSettings) GRADFUSED_SIZE(Sums) GRADFUSED_SIZE(Unit)
 #undef GRADFUSED_SIZE
 
 #define GRADFUSED_IN_ROW(name) layout["row_" #name] = int64_t(offsetof(DeviceRow, row) + offsetof(Row, name));
-  GRADFUSED_IN_ROW(state)
+      GRADFUSED_IN_ROW(state)
 #define GRADFUSED_ENUM(type, ...) add_values<type>(layout, #type);
 #define GRADFUSED_OPTION(type, name, value) \
   layout["settings_" #name] = int64_t(offsetof(DeviceSettings, settings) + offsetof(Settings, name));
@@ -112,7 +94,7 @@ inline Layout layout() {
 #include "schema.def"
 #undef GRADFUSED_IN_ROW
 
-  add_values<Rule>(layout, "Rule");
+          add_values<Rule>(layout, "Rule");
   add_rules(layout);
   add_needs(layout);
   layout["chunk_elements"] = kChunk;

@@ -11,7 +11,7 @@ namespace py = pybind11;
 namespace gradfused::bind {
 namespace {
 
-// The table of functions for the major version that bind/dlpack.h describes, or null.
+// The table of functions for the major version that DLPackExchangeAPI describes, or null.
 const DLPackExchangeAPI* exchange_of(const py::object& capsule) {
   if (capsule.is_none()) return nullptr;
   auto* api = static_cast<const DLPackExchangeAPI*>(PyCapsule_GetPointer(capsule.ptr(), "dlpack_exchange_api"));

@@ -9,7 +9,6 @@
 
 #include "bind/common.h"
 #include "bind/layout.h"
-#include "bind/plan.h"
 #include "cpu/engine.h"
 #include "cpu/isa.h"
 #include "cpu/threads.h"

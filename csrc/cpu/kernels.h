@@ -32,7 +32,7 @@ struct RowStep {
   double weight_norm = 0, norm = 0;  // of the whole row, where the rule trusts them
   bool trusted = false;
   bool means_known = false, norms_known = false, directions_known = false;  // of its units, in CpuJob
-  int64_t unit0 = 0;                                                        // its first unit's place in CpuCpuJob's arrays
+  int64_t unit0 = 0;                                                        // its first unit's place in CpuJob's arrays
 };
 
 // One step's work, shared by all threads. Sums are float64 and each has one writer.

@@ -7,7 +7,6 @@
 #include <utility>
 
 #include "bind/common.h"
-#include "bind/plan.h"
 #include "cuda/job.h"
 
 namespace py = pybind11;
