@@ -77,14 +77,17 @@ inline Layout layout() {
   add_fields(layout, "unit",
              {GRADFUSED_AT(Unit, mean), GRADFUSED_AT(Unit, squares), GRADFUSED_AT(Unit, weight_squares), GRADFUSED_AT(Unit, direction)});
 #undef GRADFUSED_AT
-#define GRADFUSED_SIZE(type) layout[#type] = int64_t(sizeof(type));
-  GRADFUSED_SIZE(Chunk)
-  GRADFUSED_SIZE(Operand)
-  GRADFUSED_SIZE(DeviceRow) GRADFUSED_SIZE(DeviceSettings) GRADFUSED_SIZE(Sums) GRADFUSED_SIZE(Unit)
+#define GRADFUSED_SIZE(type) \
+  {                          \
+    #type, sizeof(type)      \
+  }
+  const std::pair<const char*, size_t> sizes[] = {GRADFUSED_SIZE(Chunk),          GRADFUSED_SIZE(Operand), GRADFUSED_SIZE(DeviceRow),
+                                                  GRADFUSED_SIZE(DeviceSettings), GRADFUSED_SIZE(Sums),    GRADFUSED_SIZE(Unit)};
+  for (const auto& [name, size] : sizes) layout[name] = int64_t(size);
 #undef GRADFUSED_SIZE
 
 #define GRADFUSED_IN_ROW(name) layout["row_" #name] = int64_t(offsetof(DeviceRow, row) + offsetof(Row, name));
-      GRADFUSED_IN_ROW(state)
+  GRADFUSED_IN_ROW(state)
 #define GRADFUSED_ENUM(type, ...) add_values<type>(layout, #type);
 #define GRADFUSED_OPTION(type, name, value) \
   layout["settings_" #name] = int64_t(offsetof(DeviceSettings, settings) + offsetof(Settings, name));
@@ -94,7 +97,7 @@ inline Layout layout() {
 #include "schema.def"
 #undef GRADFUSED_IN_ROW
 
-          add_values<Rule>(layout, "Rule");
+  add_values<Rule>(layout, "Rule");
   add_rules(layout);
   add_needs(layout);
   layout["chunk_elements"] = kChunk;
