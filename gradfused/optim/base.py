@@ -102,7 +102,7 @@ class Optimizer(torch.optim.Optimizer):
         lr = group["lr"]
         if isinstance(lr, Tensor) and gpu.holds(lr):
             settings = replace(settings, lr_tensor=lr, lr_address=lr.data_ptr())
-        rule, states = self._rule.variant(group)
+        rule, states = self._rule.variant(group, self._own_options)
         precision = group["precision"] or "none"
         return GroupOptions(
             rule,

@@ -47,10 +47,10 @@ class Rule:
         """State that some options ask for."""
         return frozenset(key for key, option in self.states.items() if option is not None)
 
-    def variant(self, group: Mapping[str, Any]) -> tuple[str, tuple[str, ...]]:
-        """The name of the rule with a group's options, and the keys of its state tensors."""
+    def variant(self, group: Mapping[str, Any], own: Mapping[str, Any]) -> tuple[str, tuple[str, ...]]:
+        """The name of the rule with a group's options, of which ``own`` has the defaults, and the keys of its state tensors."""
         asking = {option for option in self.states.values() if option is not None}
-        on = {option for option in asking if (finite if option == "momentum" else flag)(option, group[option])}
+        on = {option for option in asking if _field(option, group[option], isinstance(own[option], bool))}
         name = "_".join((self.name, *sorted(on)))
         return name, tuple(key for key, option in self.states.items() if option is None or option in on)
 
