@@ -16,8 +16,8 @@ GRAPH, EVENTS = "graph", "events"  # how the time of a GPU was taken
 
 
 @dataclass(frozen=True)
-class Record:
-    """The figures of one variant in one case.
+class VariantOfCase:
+    """One variant in one case.
 
     Attributes:
         model: Name of the model or size.
@@ -26,6 +26,21 @@ class Record:
         dtype: The type of every tensor.
         device: The type of device.
         variant: Name of the variant.
+    """
+
+    model: str
+    recipe: str
+    optimizer: str
+    dtype: str
+    device: str
+    variant: str
+
+
+@dataclass(frozen=True)
+class Record(VariantOfCase):
+    """The figures of one variant in one case.
+
+    Attributes:
         ms_median: Median time of a step in milliseconds.
         ms_p20: The 20th percentile, a fast step.
         ms_p80: The 80th percentile, a slow step.
@@ -39,12 +54,6 @@ class Record:
         device_clock: "graph" if that time is from replays of a CUDA graph, "events" if from events around ordinary steps.
     """
 
-    model: str
-    recipe: str
-    optimizer: str
-    dtype: str
-    device: str
-    variant: str
     ms_median: float
     ms_p20: float
     ms_p80: float
@@ -68,27 +77,15 @@ class Record:
 
 
 @dataclass(frozen=True)
-class Skipped:
+class Skipped(VariantOfCase):
     """A variant that was not timed.
 
     Attributes:
-        model: Name of the model or size.
-        recipe: Name of the recipe or function.
-        optimizer: Name of the update rule; "none" for a function.
-        dtype: The type of every tensor.
-        device: The type of device.
-        variant: Name of the variant.
         reason: Why it was not timed.
         everywhere: The reason is this machine, where the variant is missing, and not the case.
         expected: The peer itself says that it is missing or cannot do the case; nothing went wrong. Not part of the JSON.
     """
 
-    model: str
-    recipe: str
-    optimizer: str
-    dtype: str
-    device: str
-    variant: str
     reason: str
     everywhere: bool = False
     expected: bool = False
